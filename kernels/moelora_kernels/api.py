@@ -1,0 +1,171 @@
+"""The entry points: cheap checks, then the backend named by the caller."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+from .plan import Plan, build_plan
+
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
+Offsets = tuple[int, ...]
+
+
+def shrink(
+    x: Tensor,
+    lora_A: Tensor,
+    rank_offsets: tuple[Offsets, ...],
+    plan: Plan,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """h_l = x A_lᵀ for every linear l of a site, not yet weighted by the routing.
+
+    x [..., d_in] of plan.num_tokens tokens, lora_A [Σ_l R_l, d_in], linear after linear;
+    rank_offsets: for each linear its E + 1 offsets. Each h_l is in a form of the backend and the
+    path: hand it to `expand` of the same ones, if you like after an elementwise φ with φ(0) = 0.
+
+    Raises: ValueError, TypeError for an argument that does not fit the others.
+    """
+    module = _backend(backend)
+    if not plan.num_tokens * x.shape[-1] == x.numel() or x.shape[-1] != lora_A.shape[-1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, expected {plan.num_tokens} tokens (the plan's) of"
+            f" {lora_A.shape[-1]} features (lora_A's): flatten x, or build the plan for this x"
+        )
+    _check_factor("lora_A", lora_A, rank_offsets, plan, x)
+    dtype = _compute_dtype(x)
+    x = x.reshape(plan.num_tokens, x.shape[-1]).to(dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        return module.shrink(x, lora_A, rank_offsets, plan)
+    with torch.autocast(x.device.type, enabled=False):
+        return module.shrink(x, lora_A, rank_offsets, plan)
+
+
+def expand(
+    h: Tensor,
+    lora_B: Tensor,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    plan: Plan,
+    out: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """y = out + Σ_e w_e · s_e · h_e B_e for one linear, in the dtype and shape of out.
+
+    h from `shrink`, lora_B [R, d_out], rank_offsets: E + 1 ints, scaling: s_e of the E experts,
+    out [..., d_out] of plan.num_tokens tokens, or None: y [T, d_out] of h's dtype. inplace allows
+    the backend to write into out; use only what is returned.
+
+    Raises: ValueError, TypeError for an argument that does not fit the others.
+    """
+    module = _backend(backend)
+    _check_factor("lora_B", lora_B, (rank_offsets,), plan, h)
+    if len(scaling) != plan.num_experts:
+        raise ValueError(
+            f"scaling has {len(scaling)} values, expected one for each of the"
+            f" {plan.num_experts} experts: pass lora_alpha_e / r_e of every expert"
+        )
+    if out is not None:
+        _check_out(out, lora_B.shape[1], plan, h)
+    if not torch.is_autocast_enabled(h.device.type):
+        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
+    with torch.autocast(h.device.type, enabled=False):
+        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
+
+
+def lora_mixture(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    out: Tensor | None = None,
+    *,
+    tokens_per_row: int = 1,
+    path: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y[t] = out[t] + Σ_k w[t, k] · s_e · (x[t] A_eᵀ) B_e, e = expert_ids[t, k], for one linear.
+
+    x [..., d_in], lora_A [R, d_in], lora_B [R, d_out], expert_ids [rows, K] int64 (-1 = none),
+    expert_weights [rows, K] fp32, out [..., d_out] or None (= 0); see `build_plan` and `expand`.
+
+    Raises: ValueError, TypeError for an argument that does not fit the others.
+    """
+    plan = build_plan(
+        expert_ids,
+        expert_weights,
+        len(rank_offsets) - 1,
+        total_rank=rank_offsets[-1],
+        tokens_per_row=tokens_per_row,
+        path=path,
+        validate=expert_ids.device.type == "cpu",
+    )
+    (h,) = shrink(x, lora_A, (rank_offsets,), plan, backend=backend)
+    return expand(h, lora_B, rank_offsets, scaling, plan, out, backend=backend)
+
+
+def _backend(name: str | None) -> ModuleType:
+    """The backend's module; None is eager, and a name never falls back to another."""
+    module = BACKENDS.get("eager" if name is None else name)
+    if module is None:
+        raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    return module
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of h: x's, or autocast's where autocast would cast x."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _check_factor(
+    name: str, factor: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan, other: Tensor
+) -> None:
+    """Raise unless the factor's rows are those of the offsets, and all is of one device."""
+    if not (factor.is_floating_point() and other.is_floating_point()):
+        raise TypeError(
+            f"{name} is {factor.dtype} and its input {other.dtype}, expected floating point:"
+            " dequantize the factor, pass embeddings and not ids"
+        )
+    rows = 0
+    for offsets in rank_offsets:
+        if len(offsets) != plan.num_experts + 1 or offsets[0] != 0:
+            raise ValueError(
+                f"rank_offsets of a linear is {offsets}, expected {plan.num_experts + 1} ints from"
+                " 0 (the plan's num_experts + 1): pass the running sums of the experts' ranks"
+            )
+        rows += offsets[-1]
+    if factor.dim() != 2 or factor.shape[0] != rows:
+        raise ValueError(
+            f"{name} is {tuple(factor.shape)}, expected 2 dimensions and {rows} rows, the sum of"
+            " the ranks in rank_offsets: stack the experts along rank, one after another"
+        )
+    if not factor.device == other.device == plan.weights.device:
+        raise ValueError(
+            f"{name} is on {factor.device}, its input on {other.device}, the plan on"
+            f" {plan.weights.device}, expected one device: move them to one"
+        )
+
+
+def _check_out(out: Tensor, d_out: int, plan: Plan, h: Tensor) -> None:
+    """Raise unless out has the plan's tokens and lora_B's features, on h's device."""
+    if out.shape[-1] != d_out or out.numel() != plan.num_tokens * d_out:
+        raise ValueError(
+            f"out is {tuple(out.shape)}, expected {plan.num_tokens} tokens (the plan's) of"
+            f" {d_out} features (lora_B's): pass the output of the linear for the same x"
+        )
+    if not out.is_floating_point() or out.device != h.device:
+        raise TypeError(
+            f"out is {out.dtype} on {out.device}, expected floating point on {h.device}:"
+            " pass the output of the linear for the same x"
+        )

@@ -1,0 +1,134 @@
+"""Plain PyTorch: two autograd functions over the three products of each path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .paths import PRODUCTS
+from .plan import Plan
+
+Offsets = tuple[int, ...]
+
+
+def shrink(
+    x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan
+) -> tuple[Tensor, ...]:
+    """h_l = x A_lᵀ for every linear l of the site, of the experts that the path computes.
+
+    x [T, d_in], lora_A [Σ_l R_l, d_in]. h_l: dense [T, R_l]; grouped and sequence
+    [rows, tokens_per_row, K, max_e r_e].
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
+        return _Shrink.apply(x, lora_A, rank_offsets, plan)
+    return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
+
+
+def expand(
+    h: Tensor,
+    lora_B: Tensor,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    plan: Plan,
+    out: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """y = out + Σ_e w_e · s_e · h_e B_e; h as `shrink` gives it, lora_B [R, d_out], out [..., d_out]."""
+    inputs = (h, lora_B, plan.weights, out)
+    inplace = inplace and out is not None and out.is_contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Expand.apply(*inputs, rank_offsets, scaling, plan, inplace)
+    return _expand(*inputs, rank_offsets, scaling, plan, inplace)
+
+
+class _Shrink(torch.autograd.Function):
+    """h_l = x A_lᵀ; dx = Σ_l dh_l A_l, dA_l = dh_lᵀ x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, rank_offsets: Any, plan: Plan) -> Any:
+        ctx.save_for_backward(x, lora_A)
+        ctx.rank_offsets, ctx.plan = rank_offsets, plan
+        return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dh: Tensor) -> Any:
+        x, lora_A = ctx.saved_tensors
+        products = PRODUCTS[ctx.plan.path]
+        dx = dA = None
+        if ctx.needs_input_grad[0]:
+            dx = products.up(dh, lora_A.to(x.dtype), ctx.rank_offsets, ctx.plan)
+        if ctx.needs_input_grad[1]:
+            dA = products.outer(dh, x, ctx.rank_offsets, ctx.plan).to(lora_A.dtype)
+        return dx, dA, None, None
+
+
+class _Expand(torch.autograd.Function):
+    """y = out + (g·s·h) B; u = dy Bᵀ, dg = s⟨u, h⟩, dh = g·s·u, dB = (g·s·h)ᵀ dy, dout = dy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        lora_B: Tensor,
+        weights: Tensor,
+        out: Tensor | None,
+        rank_offsets: Offsets,
+        scaling: tuple[float, ...],
+        plan: Plan,
+        inplace: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(h, lora_B, weights)
+        ctx.rank_offsets, ctx.scaling, ctx.plan = rank_offsets, scaling, plan
+        if inplace:
+            ctx.mark_dirty(out)
+        return _expand(h, lora_B, weights, out, rank_offsets, scaling, plan, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        h, lora_B, weights = ctx.saved_tensors
+        offsets, plan = ctx.rank_offsets, ctx.plan
+        need_h, need_B, need_weights, need_out = ctx.needs_input_grad[:4]
+        products = PRODUCTS[plan.path]
+        scale = products.scale(weights, ctx.scaling, plan)
+        gate = products.spread(weights * scale, offsets, plan)
+        flat = dy.reshape(plan.num_tokens, dy.shape[-1])
+        dh = dB = dweights = None
+        if need_h or need_weights:
+            (u,) = products.down(flat, lora_B.to(dy.dtype), (offsets,), plan)
+            if need_h:
+                dh = (u * gate).to(h.dtype)
+            if need_weights:
+                terms = u.to(weights.dtype) * h
+                dweights = products.collect(terms, offsets, plan) * scale
+        if need_B:
+            gated = (h * gate).to(dy.dtype)
+            dB = products.outer((gated,), flat, (offsets,), plan).to(lora_B.dtype)
+        return dh, dB, dweights, dy if need_out else None, None, None, None, None
+
+
+def _expand(
+    h: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    out: Tensor | None,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    plan: Plan,
+    inplace: bool,
+) -> Tensor:
+    """The sum itself: the gate in fp32, one cast, the product in the dtype of out."""
+    products = PRODUCTS[plan.path]
+    dtype = h.dtype if out is None else out.dtype
+    scaled = weights * products.scale(weights, scaling, plan)
+    gated = (h * products.spread(scaled, rank_offsets, plan)).to(dtype)
+    flat = None if out is None else out.reshape(plan.num_tokens, out.shape[-1])
+    y = products.up((gated,), lora_B.to(dtype), (rank_offsets,), plan, flat, inplace)
+    if out is None:
+        return y
+    return out if inplace else y.view(out.shape)

@@ -1,0 +1,305 @@
+"""The products of each path: x Fᵀ, h F and hᵀ x for the stacked factors F of a site's linears.
+
+Shrink is `down` and expand is `up`; the backward pass of each is the other one and `outer`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from .plan import Plan
+
+Offsets = tuple[int, ...]
+Site = tuple[Offsets, ...]
+
+
+class Dense:
+    """h [T, R]: all experts in one product, those not chosen with gate 0; weights [rows, E]."""
+
+    @staticmethod
+    def scale(weights: Tensor, scaling: tuple[float, ...], plan: Plan) -> Tensor | float:
+        """s_e in a form that multiplies weights."""
+        return _scale(weights, scaling)
+
+    @staticmethod
+    def spread(weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """weights as [T, R]: the weight of each rank's expert."""
+        rank = uniform_rank(offsets)
+        if rank is not None:
+            weights = weights.repeat_interleave(rank, dim=1)
+        else:
+            columns = zip(weights.split(1, dim=1), _ranks(offsets), strict=True)
+            weights = torch.cat([column.expand(-1, rank) for column, rank in columns], dim=1)
+        if plan.tokens_per_row == 1:
+            return weights
+        return weights.repeat_interleave(plan.tokens_per_row, dim=0)
+
+    @staticmethod
+    def collect(terms: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """Sums of terms [T, R] over the ranks of an expert and the tokens of a row: [rows, E]."""
+        if plan.tokens_per_row != 1:
+            terms = terms.view(plan.rows, plan.tokens_per_row, terms.shape[1]).sum(1)
+        rank = uniform_rank(offsets)
+        if rank is not None:
+            return terms.view(plan.rows, plan.num_experts, rank).sum(2)
+        return torch.stack([part.sum(1) for part in terms.split(_ranks(offsets), dim=1)], dim=1)
+
+    @staticmethod
+    def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
+        """h_l = x F_lᵀ [T, R_l]."""
+        h = torch.mm(x, factor.T)
+        return (h,) if len(site) == 1 else h.split([offsets[-1] for offsets in site], dim=1)
+
+    @staticmethod
+    def up(
+        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
+        out: Tensor | None = None, inplace: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """out + Σ_l h_l F_l [T, d]."""
+        h = _join(hs)
+        if out is None:
+            return torch.mm(h, factor)
+        return out.addmm_(h, factor) if inplace else torch.addmm(out, h, factor)
+
+    @staticmethod
+    def outer(hs: tuple[Tensor, ...], x: Tensor, site: Site, plan: Plan) -> Tensor:
+        """h_lᵀ x, stacked [Σ_l R_l, d]."""
+        return torch.mm(_join(hs).T, x)
+
+
+class Slots:
+    """h [rows, tokens_per_row, K, max rank], 0 in the padding of smaller ranks; weights [rows, K]."""
+
+    @staticmethod
+    def scale(weights: Tensor, scaling: tuple[float, ...], plan: Plan) -> Tensor | float:
+        """s_e in a form that multiplies weights."""
+        scale = _scale(weights, scaling)
+        return scale if isinstance(scale, float) else scale[plan.slot_experts]
+
+    @staticmethod
+    def spread(weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """weights as [rows, 1, K, 1]."""
+        return weights[:, None, :, None]
+
+    @staticmethod
+    def collect(terms: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """Sums of terms over ranks and the tokens of a row: [rows, K]."""
+        return terms.sum((1, 3))
+
+
+class Grouped(Slots):
+    """A token is a bag of K·r weighted rows of F, and a row of F a bag of weighted tokens.
+
+    Embedding bags add a bag's rows in registers and in a fixed order: the time does not grow with
+    E, nothing but the result is written, and there are no atomics.
+    """
+
+    @staticmethod
+    def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
+        """h_l[t, k, j] = ⟨x[t], F_l[row j of the slot's expert]⟩."""
+        index, padding = _token_rows(site, plan)
+        if index.numel() == 0:
+            return _split(x.new_zeros(index.shape), site, plan)
+        tokens, width = index.shape
+        firsts = torch.arange(0, tokens * width, width, device=x.device)
+        token = torch.arange(tokens, device=x.device).repeat_interleave(width)
+        # the gradient of a bag's weights is this product: y = Σ w F[index], so dw = ⟨dy, F[index]⟩
+        h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, factor, index.view(-1), firsts, token, 0
+        ).view(index.shape)
+        return _split(h if padding is None else h.masked_fill(padding, 0.0), site, plan)
+
+    @staticmethod
+    def up(
+        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
+        out: Tensor | None = None, inplace: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """out[t] + Σ_{l,k,j} h_l[t, k, j] F_l[row j of the slot's expert]."""
+        index, _ = _token_rows(site, plan)
+        weights = _join([h.reshape(plan.num_tokens, -1) for h in hs]) if index.numel() else None
+        if weights is None:
+            added = factor.new_zeros(plan.num_tokens, factor.shape[1])
+        else:
+            added = embedding_bag(index, factor, mode="sum", per_sample_weights=weights)
+        if out is None:
+            return added
+        return out.add_(added) if inplace else added.add_(out)
+
+    @staticmethod
+    def outer(hs: tuple[Tensor, ...], x: Tensor, site: Site, plan: Plan) -> Tensor:
+        """Σ_{slots of expert e} h_l[t, k, j] x[t] for each row j of each expert, [Σ_l R_l, d]."""
+        parts = []
+        for h, offsets in zip(hs, site, strict=True):
+            if h.numel() == 0 or offsets[-1] == 0:
+                parts.append(x.new_zeros(offsets[-1], x.shape[1]))
+                continue
+            tokens, weights, firsts = _rank_bags(h, offsets, plan)
+            bags = embedding_bag(tokens, x, firsts, mode="sum", per_sample_weights=weights)
+            parts.append(bags)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Sequence(Slots):
+    """Each row gathers its experts' factors, for batched products over its tokens."""
+
+    @staticmethod
+    def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
+        """h_l = x F_lᵀ of each row's experts."""
+        index, padding = _row_rows(site, plan)
+        h = torch.bmm(_rows(x, plan), _gather(factor, index).mT)
+        return _split(h if padding is None else h.masked_fill(padding[:, None], 0.0), site, plan)
+
+    @staticmethod
+    def up(
+        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
+        out: Tensor | None = None, inplace: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """out + Σ_l h_l F_l of each row's experts."""
+        chosen = _gather(factor, _row_rows(site, plan)[0])
+        h = _join([h.flatten(2) for h in hs])
+        if out is None:
+            return torch.bmm(h, chosen).flatten(0, 1)
+        if inplace:
+            _rows(out, plan).baddbmm_(h, chosen)
+            return out
+        return torch.baddbmm(_rows(out, plan), h, chosen).flatten(0, 1)
+
+    @staticmethod
+    def outer(hs: tuple[Tensor, ...], x: Tensor, site: Site, plan: Plan) -> Tensor:
+        """h_lᵀ x of each row, added by expert in a product with one-hot ids: no atomics."""
+        experts = torch.arange(plan.num_experts, device=x.device)
+        one_hot = (experts[:, None] == plan.slot_experts.view(-1)).to(x.dtype)
+        parts = []
+        for h, offsets in zip(hs, site, strict=True):
+            rank, width = h.shape[3], x.shape[1]
+            products = torch.bmm(h.flatten(2).mT, _rows(x, plan))
+            blocks = one_hot @ products.view(one_hot.shape[1], rank * width)
+            blocks = blocks.view(plan.num_experts, rank, width)
+            if uniform_rank(offsets) is not None:
+                parts.append(blocks.flatten(0, 1))
+            else:
+                parts += [block[:r] for block, r in zip(blocks, _ranks(offsets), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+PRODUCTS = {"dense": Dense, "grouped": Grouped, "sequence": Sequence}
+
+
+def uniform_rank(offsets: Offsets) -> int | None:
+    """The rank of every expert, or None if ranks differ."""
+    total, experts = offsets[-1], len(offsets) - 1
+    if total == 0:
+        return 0
+    rank = total // experts
+    return rank if rank and offsets == tuple(range(0, total + 1, rank)) else None
+
+
+def _max_rank(offsets: Offsets) -> int:
+    rank = uniform_rank(offsets)
+    return max(_ranks(offsets)) if rank is None else rank
+
+
+def _ranks(offsets: Offsets) -> list[int]:
+    return [stop - start for start, stop in pairwise(offsets)]
+
+
+def _scale(weights: Tensor, scaling: tuple[float, ...]) -> Tensor | float:
+    """A float where all experts scale alike, else a tensor [E]."""
+    if scaling.count(scaling[0]) == len(scaling):
+        return float(scaling[0])
+    return weights.new_tensor(scaling)
+
+
+def _bounds(offsets: Offsets, device: torch.device) -> Tensor:
+    """offsets as a tensor [E + 1], without a copy from the host where ranks are alike."""
+    rank = uniform_rank(offsets)
+    if rank is None or rank == 0:
+        return torch.tensor(offsets, device=device)
+    return torch.arange(0, offsets[-1] + 1, rank, device=device)
+
+
+def _join(hs: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return hs[0] if len(hs) == 1 else torch.cat(list(hs), dim=-1)
+
+
+def _split(h: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
+    """h of all linears [..., Σ_l K·max rank_l] as one [rows, tokens_per_row, K, max rank] each."""
+    ranks = [_max_rank(offsets) for offsets in site]
+    shape = (plan.rows, plan.tokens_per_row, plan.num_slots)
+    parts = h.split([plan.num_slots * rank for rank in ranks], dim=-1)
+    return tuple(part.view(*shape, rank) for part, rank in zip(parts, ranks, strict=True))
+
+
+def _rows(x: Tensor, plan: Plan) -> Tensor:
+    return x.view(plan.rows, plan.tokens_per_row, x.shape[1])
+
+
+def _gather(factor: Tensor, index: Tensor) -> Tensor:
+    """The rows of F that each routing row needs: [rows, n, d]."""
+    return factor.index_select(0, index.view(-1)).view(*index.shape, factor.shape[1])
+
+
+def _row_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """Which rows of F each routing row needs, [rows, Σ_l K·max rank_l], and where they pad."""
+    ids = plan.slot_experts.unsqueeze(-1)
+    parts, paddings, first = [], [], 0
+    for offsets in site:
+        rank = uniform_rank(offsets)
+        columns = torch.arange(_max_rank(offsets), device=ids.device)
+        if rank is not None:
+            index = torch.add(columns + first if first else columns, ids, alpha=rank)
+            padding = None
+        else:
+            bounds = _bounds(offsets, ids.device)
+            index = bounds[ids] + columns
+            padding = (index >= bounds[ids + 1]).flatten(1)
+            index = index.clamp(max=offsets[-1] - 1) + first
+        parts.append(index.flatten(1))
+        paddings.append(padding)
+        first += offsets[-1]
+    if all(padding is None for padding in paddings):
+        return _join(parts), None
+    masks = [torch.zeros_like(i, dtype=torch.bool) if p is None else p
+             for i, p in zip(parts, paddings, strict=True)]  # fmt: skip
+    return _join(parts), _join(masks)
+
+
+def _token_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """As `_row_rows`, for each token."""
+    index, padding = _row_rows(site, plan)
+    if plan.tokens_per_row == 1:
+        return index, padding
+    return (
+        index.repeat_interleave(plan.tokens_per_row, dim=0),
+        None if padding is None else padding.repeat_interleave(plan.tokens_per_row, dim=0),
+    )
+
+
+def _rank_bags(h: Tensor, offsets: Offsets, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of the R rows of one linear's F: its tokens, their h, and the bag's first entry.
+
+    The bag of row j of expert e holds the n_e slots of e, at Σ_{i<e} n_i r_i + j n_e.
+    """
+    order, experts, starts = plan.sorted_slots
+    bounds = _bounds(offsets, h.device)
+    ranks, counts = bounds.diff(), starts.diff()
+    base = (ranks * counts).cumsum(0) - ranks * counts
+    owner = torch.arange(len(ranks), device=h.device)
+    owner = owner.repeat_interleave(ranks, output_size=offsets[-1])
+    rows = torch.arange(offsets[-1], device=h.device) - bounds[owner]
+    firsts = base[owner] + rows * counts[owner]
+
+    columns = torch.arange(h.shape[-1], device=h.device)
+    slot = torch.arange(len(order), device=h.device) + (base - starts[:-1])[experts]
+    place = torch.addcmul(slot[:, None], columns, counts[experts, None])
+    if uniform_rank(offsets) is None:
+        place = place.masked_fill(columns >= ranks[experts, None], h.numel())
+    # one entry more, where the padding goes; it and what is unused follow the last bag with h = 0
+    weights, tokens = h.new_zeros(h.numel() + 1), order.new_zeros(h.numel() + 1)
+    weights[place] = h.reshape(len(order), -1)[order]
+    tokens[place] = (order // plan.num_slots)[:, None].expand_as(place)
+    return tokens[:-1], weights[:-1], firsts

@@ -1,0 +1,137 @@
+"""The plan: one routing turned into the index arrays that the kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+PATHS = ("dense", "grouped", "sequence")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A routing in the form of one path; built once, shared by all linears under one router.
+
+    expert_ids [rows, K] int64, -1 = no expert in this slot.
+    weights, fp32 or fp64, differentiable: dense [rows, E]; grouped and sequence [rows, K].
+    slot_experts [rows, K]: expert_ids with 0 in place of -1, where the weight is 0.
+    """
+
+    path: str
+    num_experts: int
+    rows: int
+    tokens_per_row: int
+    expert_ids: Tensor
+    weights: Tensor
+    slot_experts: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T = rows * tokens_per_row."""
+        return self.rows * self.tokens_per_row
+
+    @property
+    def num_slots(self) -> int:
+        """K, the experts that a row may choose."""
+        return self.expert_ids.shape[1]
+
+    @cached_property
+    def sorted_slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The T * K slots stably sorted by expert, their experts, each expert's first [E + 1]."""
+        ids = self.slot_experts
+        if self.tokens_per_row != 1:
+            ids = ids.repeat_interleave(self.tokens_per_row, dim=0)
+        experts, order = ids.view(-1).sort(stable=True)
+        bounds = torch.arange(self.num_experts + 1, device=ids.device)
+        return order, experts, torch.searchsorted(experts, bounds)
+
+
+def choose_path(
+    rows: int, tokens_per_row: int, num_experts: int, num_slots: int, total_rank: int
+) -> str:
+    """The path by the first rule that matches; num_slots is K, total_rank the R of one linear."""
+    if tokens_per_row >= 16 or rows * num_slots <= num_experts:
+        return "sequence"
+    if total_rank <= 64 * num_slots:
+        return "dense"
+    return "grouped"
+
+
+def build_plan(
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    num_experts: int,
+    *,
+    total_rank: int,
+    tokens_per_row: int = 1,
+    path: str | None = None,
+    validate: bool = False,
+) -> Plan:
+    """Turn a routing into a Plan, without waiting for the device.
+
+    expert_ids [rows, K] int64, -1 = no expert; expert_weights [rows, K] fp32 or fp64, which take
+    gradients through the plan; total_rank: the largest R of the linears that share the plan.
+    An expert named twice in a row counts with the sum of its weights.
+
+    Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
+    waits for the device) ValueError for an id outside -1..num_experts - 1.
+    """
+    _check_routing(expert_ids, expert_weights, num_experts, tokens_per_row)
+    rows, num_slots = expert_ids.shape
+    if path is None:
+        path = choose_path(rows, tokens_per_row, num_experts, num_slots, total_rank)
+    elif path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
+    if validate:
+        _check_ids(expert_ids, num_experts)
+    empty = expert_ids < 0
+    slot_experts = expert_ids.masked_fill(empty, 0)
+    if path == "dense":
+        weights = _dense_gate(expert_ids, expert_weights, num_experts)
+    else:
+        weights = expert_weights.masked_fill(empty, 0.0)
+    return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts)
+
+
+def _dense_gate(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """gate [rows, E]: Σ_k weights[:, k] · [ids[:, k] = e]; a sum, because scatter_add is atomic."""
+    chosen = ids.unsqueeze(-1) == torch.arange(num_experts, device=ids.device)
+    return torch.where(chosen, weights.unsqueeze(-1), 0.0).sum(1)
+
+
+def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:
+    """Raise for a routing of the wrong dtype, shape or device; looks at no value."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"expert_ids is {ids.dtype}, expected torch.int64: pass expert_ids.long()")
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"expert_weights is {weights.dtype}, expected torch.float32 (torch.float64 for checks):"
+            " pass expert_weights.float()"
+        )
+    if ids.dim() != 2 or ids.shape != weights.shape:
+        raise ValueError(
+            f"expert_ids is {tuple(ids.shape)} and expert_weights {tuple(weights.shape)}, expected"
+            " [rows, K] for both: one row a token, or one a sequence with tokens_per_row"
+        )
+    if ids.device != weights.device:
+        raise ValueError(
+            f"expert_ids is on {ids.device} and expert_weights on {weights.device}, expected one"
+            " device: move one of them"
+        )
+    if num_experts < 1 or tokens_per_row < 0:
+        raise ValueError(
+            f"num_experts={num_experts} and tokens_per_row={tokens_per_row}, expected at least"
+            " 1 and 0: pass the number of experts and the length of a sequence"
+        )
+
+
+def _check_ids(ids: Tensor, num_experts: int) -> None:
+    """Raise for an id that names no expert; waits for the device."""
+    if ids.numel() and not -1 <= (low := int(ids.min())) <= (high := int(ids.max())) < num_experts:
+        raise ValueError(
+            f"expert_ids has values in {low}..{high}, expected -1 (no expert) to {num_experts - 1}:"
+            " check the router's number of experts"
+        )

@@ -1,0 +1,79 @@
+"""The specification: loops over experts and slots, for any dtype and device, plain autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .plan import Plan
+
+
+def lora_mixture(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    rank_offsets: tuple[int, ...],
+    scaling: tuple[float, ...],
+    out: Tensor | None = None,
+    *,
+    tokens_per_row: int = 1,
+) -> Tensor:
+    """y[t] = out[t] + Σ_k w[t, k] · s_e · (x[t] A_eᵀ) B_e with e = expert_ids[t, k].
+
+    x [T, d_in], lora_A [R, d_in], lora_B [R, d_out], expert_ids and expert_weights [rows, K],
+    out [T, d_out] or None (= 0); token t is in row t // tokens_per_row.
+    """
+    y = x.new_zeros(len(x), lora_B.shape[1]) if out is None else out
+    ids = expert_ids.repeat_interleave(tokens_per_row, dim=0)
+    weights = expert_weights.repeat_interleave(tokens_per_row, dim=0)
+    for slot in range(ids.shape[1]):
+        for expert, scale in enumerate(scaling):
+            rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
+            tokens = (ids[:, slot] == expert).nonzero().squeeze(1)
+            hidden = x[tokens] @ lora_A[rows].to(x.dtype).T
+            gated = (hidden * weights[tokens, slot, None] * scale).to(y.dtype)
+            y = y.index_add(0, tokens, gated @ lora_B[rows].to(y.dtype))
+    return y
+
+
+def shrink(
+    x: Tensor, lora_A: Tensor, rank_offsets: tuple[tuple[int, ...], ...], plan: Plan
+) -> tuple[Tensor, ...]:
+    """h_l = x A_lᵀ [T, R_l] of every linear l of the site, for all experts on every path."""
+    hidden = []
+    first = 0
+    for offsets in rank_offsets:
+        hidden.append(x @ lora_A[first : first + offsets[-1]].to(x.dtype).T)
+        first += offsets[-1]
+    return tuple(hidden)
+
+
+def expand(
+    h: Tensor,
+    lora_B: Tensor,
+    rank_offsets: tuple[int, ...],
+    scaling: tuple[float, ...],
+    plan: Plan,
+    out: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """y = out + Σ_e gate[:, e] · s_e · h_e B_e; h [T, R], lora_B [R, d_out], never in place."""
+    dtype = h.dtype if out is None else out.dtype
+    gate = _gate(plan)
+    y = h.new_zeros(len(h), lora_B.shape[1]) if out is None else out.reshape(len(h), -1)
+    for expert, scale in enumerate(scaling):
+        rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
+        gated = (h[:, rows] * gate[:, expert, None] * scale).to(dtype)
+        y = y + gated @ lora_B[rows].to(dtype)
+    return y if out is None else y.reshape(out.shape)
+
+
+def _gate(plan: Plan) -> Tensor:
+    """gate [T, E]: the weight of each expert for each token, from the plan of any path."""
+    gate = plan.weights
+    if plan.path != "dense":
+        gate = gate.new_zeros(plan.rows, plan.num_experts)
+        gate = gate.scatter_add(1, plan.expert_ids.clamp(min=0), plan.weights)
+    return gate.repeat_interleave(plan.tokens_per_row, dim=0)

@@ -1,0 +1,195 @@
+"""`MoeLoraConfig`: everything that defines a mixture, and the only place where its fields are validated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from transformers import PreTrainedConfig
+
+FORMAT_VERSION = 1
+ROUTING_LEVELS = ("token", "sequence")
+ROUTER_SCOPES = ("projection", "site", "layer", "model")
+AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
+
+# What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
+_INHERITED_KEYWORDS = frozenset(
+    "name_or_path attn_implementation experts_implementation output_attentions torch_dtype model_type "
+    "num_labels _commit_hash _attn_implementation_internal _experts_implementation_internal "
+    "_name_or_path _output_attentions".split()
+)
+
+
+class MoeLoraConfig(PreTrainedConfig):
+    """Configuration of a mixture of LoRA experts; the fields are the ones of PEFT's LoRA and Mixtral's MoE.
+
+    Experts: `num_experts`, `r` and `lora_alpha` (one number, or one for each expert), `lora_dropout`,
+    `use_rslora`, `expert_names` (default expert_0 …).
+    Where: `target_modules`, `layers_to_transform` and `modules_to_save`, matched as PEFT's `LoraConfig` does;
+    `target_modules=None` takes PEFT's table, else all linears minus what PEFT refuses.
+    Routing: `router` (a name in `ROUTERS`), `num_experts_per_tok`, `routing_level` ("token": each token its own
+    experts; "sequence": one choice a sequence, from its prompt), `router_scope` ("projection": a router for
+    each linear; "site": for the linears that read one tensor; "layer": for each decoder layer; "model": one,
+    on the input of decoder layer `router_layer`, with experts in that layer and after),
+    `router_prefix_tokens` (what a sequence router reads where every token is a label), `norm_topk_prob`
+    (without effect at one expert a token, where the weight would be the constant 1), `router_jitter_noise`.
+    Router losses: `router_aux_loss_coef` (load balancing, arXiv:2101.03961), `router_z_loss_coef`
+    (arXiv:2202.08906), `expert_target_loss_coef` (cross-entropy on `expert_targets`), and
+    `router_aux_loss_window`: whose tokens give the expert fractions of the balancing loss: "previous_step"
+    (those of the previous optimizer step over all processes: additive over micro-batches) or "micro_batch"
+    (the classic form: its gradient depends on how a batch is cut). `router_bias_update_rate` balances by a
+    selection bias instead (arXiv:2408.15664).
+
+    The fields that begin with `base_`, and `sites`, are filled in by `save_pretrained`.
+
+    Raises:
+        ValueError, TypeError: a field that does not exist, or a value out of range, with the valid ones.
+    """
+
+    model_type = "moelora"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    num_experts: int = 8
+    r: int | list[int] = 16
+    lora_alpha: float | list[float] = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    expert_names: list[str] | None = None
+    target_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    modules_to_save: list[str] | None = None
+
+    router: str = "top_k"
+    num_experts_per_tok: int = 2
+    routing_level: str = "token"
+    router_scope: str = "site"
+    router_layer: int = 0
+    router_prefix_tokens: int = 32
+    norm_topk_prob: bool = True
+    router_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    router_aux_loss_window: str = "previous_step"
+    router_bias_update_rate: float = 0.0
+    expert_target_loss_coef: float = 1.0
+
+    format_version: int = FORMAT_VERSION
+    base_config: dict | None = None
+    base_architecture: str | None = None
+    base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    base_folder: str | None = None
+    sites: list[list[str]] | None = None
+
+    def __post_init__(self, **kwargs):
+        own = [f.name for f in fields(type(self)) if f.name in type(self).__annotations__]
+        unknown = sorted(set(kwargs) - _INHERITED_KEYWORDS)
+        if unknown:
+            raise ValueError(f"MoeLoraConfig has no field {unknown}. Its fields are: {', '.join(own)}.")
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        if self.expert_names is None:
+            self.expert_names = [f"expert_{e}" for e in range(int(self.num_experts))]
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field; called at construction and again after keywords changed a loaded config."""
+        for name, low in (
+            ("num_experts", 1),
+            ("num_experts_per_tok", 1),
+            ("router_layer", 0),
+            ("router_prefix_tokens", 1),
+        ):
+            _check_integer(name, getattr(self, name), low)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: "
+                "a token cannot choose more experts than there are. Lower num_experts_per_tok."
+            )
+        for rank in self._per_expert("r"):
+            _check_integer("r", rank, 1)
+        for alpha in self._per_expert("lora_alpha"):
+            _check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
+        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, open_high=True)
+        _check_number("router_jitter_noise", self.router_jitter_noise, 0.0, 1.0, open_high=True)
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "router_bias_update_rate",
+            "expert_target_loss_coef",
+        ):
+            _check_number(name, getattr(self, name), 0.0, math.inf)
+        _check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
+        _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
+        _check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
+        self._check_router()
+        self._check_names()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each expert."""
+        return tuple(int(r) for r in self._per_expert("r"))
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each expert."""
+        pairs = zip(self._per_expert("lora_alpha"), self.ranks)
+        return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in pairs)
+
+    def expert_index(self, name: str) -> int:
+        """The number of the expert called `name`; raises ValueError that lists the names there are."""
+        names = self.expert_names or []
+        if name not in names:
+            raise ValueError(f"There is no expert {name!r}. The experts are: {', '.join(names)}.")
+        return names.index(name)
+
+    def _per_expert(self, name: str) -> Sequence:
+        value = getattr(self, name)
+        if not isinstance(value, (list, tuple)):
+            return [value] * self.num_experts
+        if len(value) != self.num_experts:
+            raise ValueError(
+                f"{name} lists {len(value)} values for num_experts={self.num_experts}: give one number for "
+                "all experts, or a list with one for each."
+            )
+        return value
+
+    def _check_router(self) -> None:
+        from .routers import ROUTERS
+
+        if self.router not in ROUTERS:
+            raise ValueError(
+                f"router={self.router!r} is not registered. The routers are: {', '.join(sorted(ROUTERS))}. "
+                "A new one is a class with @register_router(name)."
+            )
+
+    def _check_names(self) -> None:
+        names = self.expert_names or []
+        if len(names) != self.num_experts or len(set(names)) != len(names):
+            raise ValueError(
+                f"expert_names={names} must be {self.num_experts} different names (num_experts={self.num_experts})."
+            )
+        if not all(isinstance(n, str) and n for n in names):
+            raise TypeError(f"expert_names={names} must be non-empty strings.")
+
+
+def _check_integer(name: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected an integer of at least {low}.")
+    if value < low:
+        raise ValueError(f"{name}={value} is too small; expected an integer of at least {low}.")
+
+
+def _check_number(name: str, value, low: float, high: float, open_low=False, open_high=False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected a number.")
+    inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+    if not (inside and math.isfinite(value)):
+        brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
+        raise ValueError(f"{name}={value} is out of range; expected a finite number in {brackets}.")
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")

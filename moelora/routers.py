@@ -1,0 +1,112 @@
+"""Routers: from hidden states to the experts that act, `[T, d] → Routing`, always in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import MoeLoraConfig
+
+
+class Routing(NamedTuple):
+    """What a router decided for N rows (tokens, or sequences at sequence level).
+
+    logits: `[N, E]` fp32, before the softmax.
+    expert_ids: `[N, K]` int64, −1 for no expert in this slot.
+    expert_weights: `[N, K]` fp32.
+    """
+
+    logits: Tensor
+    expert_ids: Tensor
+    expert_weights: Tensor
+
+
+ROUTERS: dict[str, type[Router]] = {}
+
+
+def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
+    """Class decorator that makes a `Router` available as `MoeLoraConfig(router=name)`.
+
+    Raises:
+        ValueError: the name is taken by another class.
+        TypeError: the class is no `Router`.
+    """
+
+    def register(cls: type[Router]) -> type[Router]:
+        if not (isinstance(cls, type) and issubclass(cls, Router)):
+            raise TypeError(f"@register_router({name!r}) takes a subclass of Router, not {cls!r}.")
+        taken = ROUTERS.get(name)
+        # A module that is imported twice (a notebook cell run again) may replace itself.
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
+        ROUTERS[name] = cls
+        return cls
+
+    return register
+
+
+class Router(nn.Module):
+    """Base class: `forward(x [N, d]) → Routing` for `config.num_experts` experts.
+
+    A subclass implements `score`, and `select` where it chooses otherwise. Parameters are bare
+    `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
+    """
+
+    def __init__(self, config: MoeLoraConfig, in_features: int):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob and config.num_experts_per_tok > 1
+        self.jitter_noise = config.router_jitter_noise
+        self.in_features = in_features
+
+    def score(self, x: Tensor) -> Tensor:
+        """Logits `[N, E]` fp32 of x `[N, d]` fp32."""
+        raise NotImplementedError
+
+    def select(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
+        """The `num_experts_per_tok` experts of the largest probability, with those probabilities as weights.
+
+        `selection_bias` `[E]` shifts which experts are chosen, never their weights (arXiv:2408.15664).
+        """
+        probabilities = logits.softmax(-1)
+        if selection_bias is None:
+            weights, ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        else:
+            ids = (probabilities + selection_bias).topk(self.num_experts_per_tok, dim=-1).indices
+            weights = probabilities.gather(-1, ids)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(logits, ids, weights)
+
+    def forward(self, x: Tensor, selection_bias: Tensor | None = None) -> Routing:
+        """Route x `[N, d]` of any dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() if x.dtype != torch.float64 else x
+            if self.training and self.jitter_noise > 0:
+                noise = torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+                x = x * noise
+            return self.select(self.score(x), selection_bias)
+
+
+@register_router("top_k")
+class TopKRouter(Router):
+    """Linear scores, softmax over all experts, the top k renormalised (Mixtral, arXiv:2401.04088).
+
+    logits = x Wᵀ, W `[E, d]`.
+    """
+
+    def __init__(self, config: MoeLoraConfig, in_features: int):
+        super().__init__(config, in_features)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small random rows: equal ones would send every token to the first experts by the tie rule of top-k."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def score(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))

@@ -1,0 +1,196 @@
+"""Finding sites by a probe forward, and putting a mixture into a base and taking it out again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from .config import MoeLoraConfig
+from .mixture import LayerRouting, Mixture, MoeLoraLinear, Site
+from .targets import features, find_targets, modules_to_save
+
+NOT_CALLED = "its forward is not called (the base reads its weight directly)"
+
+
+def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
+    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the linears.
+
+    Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
+
+    Raises:
+        ValueError: nothing to adapt, or a named module that cannot be adapted, with the reason.
+    """
+    if hasattr(model, "moelora"):
+        raise ValueError(f"{type(model).__name__} holds a mixture already; take it out with model.unload() first.")
+    mixture = Mixture(config)
+    if config.sites is None:
+        config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
+    model.requires_grad_(False)
+    for name in modules_to_save(model, config, is_classifier):
+        for path, module in model.named_modules():
+            if path == name or path.endswith("." + name):
+                module.requires_grad_(True)
+    _add_routers(model, mixture)
+    for names in config.sites:
+        _add_site(model, mixture, names)
+    mixture.finish(model.device)
+    model.moelora = mixture  # type: ignore[assignment]
+    return mixture
+
+
+def eject(model: PreTrainedModel) -> None:
+    """Take the mixture out of `model`, in place: the base is as it was, still frozen."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    del model.moelora
+
+
+def find_sites(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]) -> list[list[str]]:
+    """Group the target linears that read the same tensor in one decoder layer.
+
+    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
+    """
+    targets, named = find_targets(model, config, is_classifier)
+    layers = {name: decoder_layer(model, name) for name in targets}
+    inputs = probe_inputs(model, targets)
+    usable = {}
+    for name in targets:
+        reason = _why_not(name, inputs, layers[name], config)
+        if reason is None:
+            usable[name] = inputs[name]
+        elif named:
+            raise ValueError(f"target_modules names {name!r}, which cannot be adapted: {reason}.")
+        else:
+            unadapted[name] = reason
+    if not usable:
+        raise ValueError(f"No target module can be adapted: {unadapted}.")
+    if config.router_scope == "projection":
+        return [[name] for name in usable]
+    groups: dict[tuple[str | None, int], list[str]] = {}
+    for name, tensor in usable.items():
+        groups.setdefault((layers[name], id(tensor)), []).append(name)
+    return list(groups.values())
+
+
+def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The first input of each target that a forward pass of two tokens calls.
+
+    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator without a
+    fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the weights are real.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
+            _forward_two_tokens(model)
+    except Exception:
+        if model.device.type == "meta":
+            raise
+        with _recording(model, targets) as inputs:
+            _forward_two_tokens(model)
+    return inputs
+
+
+def decoder_layer(model: nn.Module, name: str) -> str | None:
+    """The path of the outermost numbered block around module `name`, or None outside of any."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return None
+
+
+@contextmanager
+def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the first input of each target; afterwards buffers and training mode are as before."""
+    inputs: dict[str, Tensor] = {}
+    handles = [m.register_forward_pre_hook(_Recorder(name, inputs)) for name, m in targets.items()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, before in buffers:
+            module._buffers.update(before)
+        for module in training:
+            module.training = True
+
+
+class _Recorder:
+    def __init__(self, name: str, inputs: dict[str, Tensor]):
+        self.name, self.inputs = name, inputs
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        # Keeping the tensor keeps its id from being used again.
+        self.inputs.setdefault(self.name, args[0])
+
+
+def _forward_two_tokens(model: PreTrainedModel) -> None:
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    parameters = inspect.signature(model.forward).parameters
+    keywords = {"use_cache": False} if "use_cache" in parameters else {}
+    if "decoder_input_ids" in parameters:
+        keywords["decoder_input_ids"] = ids
+    model(input_ids=ids, **keywords)
+
+
+def _why_not(name: str, inputs: dict[str, Tensor], layer: str | None, config: MoeLoraConfig) -> str | None:
+    """Why target `name` cannot be adapted, or None."""
+    if name not in inputs:
+        return NOT_CALLED
+    if config.router_scope not in ("layer", "model"):
+        return None
+    if layer is None:
+        return f"it lies outside of the decoder layers, which router_scope={config.router_scope!r} routes"
+    if config.router_scope == "model" and _layer_number(layer) < config.router_layer:
+        return f"it lies before router_layer={config.router_layer}, whose input the model's router reads"
+    return None
+
+
+def _layer_number(layer: str) -> int:
+    return int(layer.rpartition(".")[2])
+
+
+def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
+    """Make the routers of scopes "layer" and "model", and the hooks that run them."""
+    config = mixture.config
+    assert config.sites is not None
+    if config.router_scope in ("site", "projection"):
+        return
+    layers = dict.fromkeys(decoder_layer(model, names[0]) for names in config.sites)
+    if config.router_scope == "model":
+        stack = next(layer for layer in layers if layer is not None).rpartition(".")[0]
+        layers = {f"{stack}.{config.router_layer}": None}
+    for layer in layers:
+        assert layer is not None
+        module = model.get_submodule(layer)
+        hidden = model.config.get_text_config().hidden_size
+        device = next(module.parameters()).device
+        index = mixture.add_router(layer, hidden, device=device)
+        module.register_forward_pre_hook(LayerRouting(mixture, index), with_kwargs=True)
+
+
+def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:
+    """Make the site of the linears `names`, its router where scope asks for one, and the hooks."""
+    linears = [model.get_submodule(name) for name in names]
+    sizes = [features(linear) for linear in linears]
+    weight = next(linears[0].parameters())
+    # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays float64.
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=weight.device, dtype=dtype)  # type: ignore[arg-type]
+    if mixture.config.router_scope in ("site", "projection"):
+        site.router_index = mixture.add_router(names[0], site.in_features, device=weight.device)
+    mixture.sites[names[0].replace(".", "-")] = site
+    for linear, hook in zip(linears, site.linears):
+        linear.register_forward_hook(hook)

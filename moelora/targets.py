@@ -1,0 +1,105 @@
+"""Which modules of a base are adapted: PEFT's tables and PEFT's matching rules, and errors that say the nearest names."""
+
+from __future__ import annotations
+
+import difflib
+
+import peft
+from peft.tuners.tuners_utils import (
+    SEQ_CLS_HEAD_NAMES,
+    _check_lora_target_modules_mamba,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import MoeLoraConfig
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> tuple[dict[str, nn.Module], bool]:
+    """The modules to adapt, by name in the model's order, and whether the user named them.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names), or a named module is no linear.
+    """
+    named = config.target_modules is not None and config.target_modules != ALL_LINEAR
+    targets = config.target_modules
+    if targets is None:
+        targets = PEFT_TARGETS.get(model.config.model_type, ALL_LINEAR)
+    lora = peft.LoraConfig(
+        target_modules=targets,
+        layers_to_transform=config.layers_to_transform if targets != ALL_LINEAR else None,
+        modules_to_save=modules_to_save(model, config, is_classifier) or None,
+        task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
+    )
+    found = _match(model, lora, refuse=named)
+    if targets == ALL_LINEAR and config.layers_to_transform is not None:
+        # PEFT refuses layers_to_transform beside a shorthand; by now the shorthand is a list of names.
+        lora.layers_to_transform = config.layers_to_transform
+        found = {n: m for n, m in found.items() if check_target_module_exists(_suffixes(lora, n), n)}
+    if not found:
+        raise ValueError(_nothing_matched(model, config))
+    return found, named
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        return None
+    d_in, d_out = _get_in_out_features(module)
+    return (d_in, d_out) if d_in is not None and d_out is not None else None
+
+
+def modules_to_save(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> list[str]:
+    """The base's modules that train and are saved with the experts: the configured ones, else a classifier's head."""
+    if config.modules_to_save is not None:
+        return list(config.modules_to_save)
+    return [n for n in SEQ_CLS_HEAD_NAMES if is_classifier and hasattr(model, n)]
+
+
+def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[str, nn.Module]:
+    """What `lora` names in `model`, without what PEFT refuses; raises instead where the user named it."""
+    _maybe_include_all_linear_layers(lora, model)
+    found = {}
+    for name, module in model.named_modules():
+        if not name or not check_target_module_exists(lora, name):
+            continue
+        if features(module) is None:
+            if not refuse:
+                continue
+            raise ValueError(
+                f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers (also Conv1D and "
+                "quantised ones) can carry LoRA experts. Name its linears, or use a narrower regex."
+            )
+        try:
+            _check_lora_target_modules_mamba(lora, model, name.rpartition(".")[2])
+        except ValueError:
+            if refuse:
+                raise
+            continue
+        found[name] = module
+    return found
+
+
+def _suffixes(lora: peft.LoraConfig, name: str) -> peft.LoraConfig:
+    """`lora` with `name` as a suffix pattern, the form in which PEFT looks at layer numbers."""
+    lora.target_modules = {name.rpartition(".")[2]}
+    return lora
+
+
+def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
+    linears = [n for n, m in model.named_modules() if features(m) is not None]
+    ends = sorted({n.rpartition(".")[2] for n in linears})
+    asked = config.target_modules
+    words = [asked] if isinstance(asked, str) else list(asked or [])
+    near = [n for w in words for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.3)]
+    where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    return (
+        f"target_modules={asked!r}{where} matches no module of {type(model).__name__}. "
+        f"Nearest names: {', '.join(near) or 'none'}. Its linears are called: {', '.join(ends)}."
+    )

@@ -1,0 +1,45 @@
+"""For training with the stock `Trainer`: an optional callback that logs expert load and knows the loss's scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .modeling import MoeLoraModel
+
+
+class MoeLoraCallback(TrainerCallback):
+    """Logs how evenly the experts are used, and tells the model how the loop scales its loss.
+
+    Training needs it only where the loop computes the loss outside of the model (label smoothing,
+    `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by itself.
+    """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs) -> None:
+        mixture = _unwrapped(model).moelora
+        scaler = getattr(optimizer, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if args.average_tokens_across_devices:
+            # Trainer multiplies the loss by this, because DDP averages the gradients.
+            scale *= args.world_size
+        mixture.loss_scale = scale
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
+        _unwrapped(model).moelora.loss_scale = None
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: dict | None = None, **kwargs) -> None:
+        load = _unwrapped(model).moelora.load
+        if logs is None or load is None or not bool(load.current.any()):
+            return
+        shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
+        # 1 when even, E when one expert takes all: the worst router and the mean one.
+        peak = shares.max(1).values * shares.shape[1]
+        logs["expert_peak_load"] = round(float(peak.max()), 4)
+        logs["expert_mean_peak_load"] = round(float(peak.mean()), 4)
+
+
+def _unwrapped(model: Any) -> MoeLoraModel:
+    while not isinstance(model, MoeLoraModel):
+        model = model.module
+    return model
