@@ -14,7 +14,7 @@ from pathlib import Path
 
 import reporting
 import torch
-from corpus import Blocks, load_corpus
+from corpus import load_corpus
 from finetuning import (
     SCALE,
     Corpus,
@@ -25,7 +25,6 @@ from finetuning import (
     single_lora,
     train,
 )
-from moelora.observe import plot_routing_heatmap
 from smollm2 import converted_folder, load_smollm2
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
+from moelora.observe import plot_routing_heatmap
 
 EXPERTS, RANK, TOP_K = 8, 8, 2
 # The best of 1e-3, 2e-3 and 4e-3 for the three candidates together (see CONTRIBUTING.md).
@@ -125,32 +125,24 @@ def run_candidates(
     return results, trained
 
 
-def routing_by_domain(model: PreTrainedModel, corpus: Corpus) -> torch.Tensor:
-    """Return each expert's share of each domain's held-out tokens, by router: [D, routers, E]."""
-    shares = [by_router(model, held_out) for _, held_out in corpus.values()]
-    return torch.stack(shares)
-
-
-def by_router(model: PreTrainedModel, blocks: Blocks) -> torch.Tensor:
-    """Return each expert's share of the blocks' tokens, by router: [routers, E]."""
-    ids = blocks.tokens.to(model.device)
-    report = model.route(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return report.by_router.detach().float().cpu()
-
-
 def show_routing(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
-    """Print each expert's share of each domain, and write both heatmaps as PNG."""
-    routing = routing_by_domain(model, corpus)
-    domains, experts = list(corpus), [f"expert {e}" for e in range(routing.shape[-1])]
-    share = routing.mean(dim=1)
+    """Print each expert's share of each domain's held-out tokens; write two heatmaps as PNG."""
+    reports = []
+    for _, held_out in corpus.values():
+        ids = held_out.tokens.to(model.device)
+        reports.append(model.route(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    domains, experts = list(corpus), reports[0].expert_names
+    share = torch.stack([report.expert_share for report in reports])
+    routing = torch.stack([report.by_router for report in reports])
     reporting.share_table(share, domains, experts)
     reporting.specialisation(routing)
-    picture = folder / "routing.png"
-    plot_routing_heatmap(share, domains, experts, picture)
-    details = folder / "routing_by_router.png"
-    rows = [str(i) for i in range(routing.shape[1])]
-    columns = [f"{domain} {e}" for domain in domains for e in range(len(experts))]
-    plot_routing_heatmap(routing.transpose(0, 1).flatten(1), rows, columns, details)
+
+    picture, details = folder / "routing.png", folder / "routing_by_router.png"
+    plot_routing_heatmap(share, domains, experts, picture, "Share of choices, all routers")
+    # Routers number their experts as they like; one row a router shows what their mean hides.
+    columns = [f"{domain}, {expert}" for domain in domains for expert in experts]
+    rows = routing.transpose(0, 1).flatten(1)
+    plot_routing_heatmap(rows, reports[0].router_names, columns, details)
     reporting.line(f"heatmaps: {picture} (all routers), {details} (router by router)")
 
 
@@ -193,7 +185,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     start = time.perf_counter()
     options = parse_arguments(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    steps, block_size, held_out = (2, 32, 4) if options.quick else (options.steps, 64, 16)
+    steps, block_size, held_out = (2, 32, 2) if options.quick else (options.steps, 64, 16)
     base = prepare_base(options)
     tokenizer = AutoTokenizer.from_pretrained(base)
     corpus = load_corpus(tokenizer, block_size, steps, held_out, options.seed)

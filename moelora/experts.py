@@ -20,7 +20,7 @@ class Factor(nn.Module):
 
     All rows are one trainable parameter, `rows`. Frozen experts' rows move into a second one, `frozen_rows`,
     without gradient: rows that shared a trainable parameter would decay under AdamW whatever their gradient.
-    The state dict always holds the whole stack under the factor's own name, in block order, so a checkpoint
+    The state dict always holds the whole stack as one tensor, `weight`, in block order, so a checkpoint
     does not depend on what was frozen.
 
     blocks: the number of rows of each block. experts: whose block it is.
@@ -80,10 +80,10 @@ class Factor(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         whole = self.stacked()
-        destination[prefix[:-1]] = whole if keep_vars else whole.detach()
+        destination[prefix + "weight"] = whole if keep_vars else whole.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        key = prefix[:-1]
+        key = prefix + "weight"
         whole = state_dict.get(key)
         expected = (sum(self.blocks), self.stacked().shape[1])
         if whole is None:

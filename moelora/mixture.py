@@ -40,7 +40,9 @@ class MoeLoraLinear(nn.Module):
     def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else has seen yet."""
         h, plan = self.site.rank_space(args[0], self.index)
-        return expand(h, self.lora_B.stacked(), self.rank_offsets, self.scaling, plan, output, inplace=True)
+        # A linear with a bias hands out a view, whose history autograd cannot rebase onto a Function of several inputs.
+        inplace = not (torch.is_grad_enabled() and output._is_view())
+        return expand(h, self.lora_B.stacked(), self.rank_offsets, self.scaling, plan, output, inplace=inplace)
 
 
 class Site(nn.Module):

@@ -73,18 +73,14 @@ def _refuse_unknowable(
 def _cached_tokens(kwargs: dict[str, Any]) -> bool:
     """Whether a cache among the arguments holds tokens already."""
     for name in ("past_key_values", "cache_params"):
-        cache = kwargs.get(name)
-        if cache is None:
-            continue
-        if getattr(cache, "has_previous_state", None) is not None:
-            seen = cache.has_previous_state
-            if bool(seen() if callable(seen) else seen):
-                return True
-        try:
-            if int(cache.get_seq_length()) > 0:
-                return True
-        except (AttributeError, ValueError):
-            continue
+        for question in ("get_seq_length", "has_previous_state"):
+            try:
+                answer = getattr(kwargs.get(name), question)
+                if answer() if callable(answer) else answer:
+                    return True
+            except (AttributeError, ValueError):
+                # Caches of attention answer the first question, of state space models the second.
+                continue
     return False
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import smollm2
 import torch
 from corpus import (
     DOMAINS,
@@ -16,8 +17,6 @@ from corpus import (
     select_files,
     shingles,
 )
-
-import smollm2
 
 BLOCK, TRAIN, HELD_OUT = 64, 24, 6
 
@@ -80,7 +79,8 @@ def test_string_hashing_does_not_change_the_choice():
     # Python salts the hash of strings in each process; the choice of files must not see it.
     code = (
         "from corpus import DOMAINS, select_files\n"
-        "print([[f.name for f in part] for d in ('docs', 'licences') for part in select_files(d, 0)])"
+        "for domain in ('docs', 'licences'):\n"
+        "    print([[file.name for file in part] for part in select_files(domain, 0)])\n"
     )
     folder = Path(smollm2.__file__).parent
     outputs = {
