@@ -39,7 +39,9 @@ def trained_keys(model: Any) -> list[str]:
     return [k for k in torch.nn.Module.state_dict(model) if k.startswith(PREFIX) or k in trainable]
 
 
-def save(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None, save_base: bool, **kwargs) -> None:
+def save(
+    model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None, save_base: bool, **kwargs
+) -> None:
     """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,11 @@ def save(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None
     if save_base:
         config.base_folder = BASE_FOLDER_PREFIX + digest(print_)
         _save_base(model, folder / config.base_folder, **kwargs)
-    metadata = {"format": "pt", "moelora_config": config.to_json_string(use_diff=False), "base": json.dumps(print_)}
+    metadata = {
+        "format": "pt",
+        "moelora_config": config.to_json_string(use_diff=False),
+        "base": json.dumps(print_),
+    }
     with _replacing(folder / SAFE_WEIGHTS_NAME) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
     # From here on the new checkpoint is the one that loads; the rest is for people, and tidying up.
@@ -83,7 +89,11 @@ def load(cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | No
     allow_mismatch = kwargs.pop("allow_base_mismatch", False)
     for name in ("_from_auto", "adapter_kwargs", "output_loading_info"):
         kwargs.pop(name, None)
-    hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "revision", "token") if k in kwargs}
+    hub = {
+        k: kwargs[k]
+        for k in ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        if k in kwargs
+    }
     path = _weights_file(folder, **hub)
     tensors, saved, print_ = read(path)
     # The header's configuration belongs to these weights; the file beside it may be of another moment.
@@ -94,7 +104,9 @@ def load(cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | No
     if found and not allow_mismatch:
         raise ValueError(
             f"The base ({model.config._name_or_path or type(model).__name__}) is not the one that {folder} was "
-            f"trained on ({config.base_model_name_or_path}): " + "; ".join(found) + ". Pass base=… with the right "
+            f"trained on ({config.base_model_name_or_path}): "
+            + "; ".join(found)
+            + ". Pass base=… with the right "
             "one, or allow_base_mismatch=True to load the experts onto this one all the same."
         )
     _check(restored, tensors, path)
@@ -113,9 +125,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again, or use an older checkpoint.") from error
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}): copy it again, or use an older checkpoint."
+        ) from error
     if "moelora_config" not in metadata:
-        raise ValueError(f"{path} was not written by moelora's save_pretrained: its header holds no moelora_config.")
+        raise ValueError(
+            f"{path} was not written by moelora's save_pretrained: its header holds no moelora_config."
+        )
     fields = json.loads(metadata["moelora_config"])
     version = fields.get("format_version", 0)
     if version > FORMAT_VERSION:
@@ -129,7 +145,9 @@ def _weights_file(folder: str | Path, **hub) -> Path:
     if Path(folder).is_dir():
         path = Path(folder) / SAFE_WEIGHTS_NAME
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is no moelora checkpoint, or not a whole one.")
+            raise ValueError(
+                f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is no moelora checkpoint, or not a whole one."
+            )
         return path
     return Path(cached_file(str(folder), SAFE_WEIGHTS_NAME, **hub))  # type: ignore[arg-type]
 
@@ -141,7 +159,13 @@ def _overridden(saved: MoeLoraConfig, given: MoeLoraConfig | None) -> MoeLoraCon
     shape = ("num_experts", "r", "sites", "router_scope", "expert_names")
     changed = [n for n in shape if getattr(given, n) != getattr(saved, n)]
     if not changed:
-        for name in ("num_experts_per_tok", "norm_topk_prob", "lora_alpha", "lora_dropout", "router_jitter_noise"):
+        for name in (
+            "num_experts_per_tok",
+            "norm_topk_prob",
+            "lora_alpha",
+            "lora_dropout",
+            "router_jitter_noise",
+        ):
             setattr(saved, name, getattr(given, name))
     saved._attn_implementation = given._attn_implementation
     saved.dtype = given.dtype
@@ -149,7 +173,9 @@ def _overridden(saved: MoeLoraConfig, given: MoeLoraConfig | None) -> MoeLoraCon
     return saved
 
 
-def _load_base(cls: Any, folder: str | Path, config: MoeLoraConfig, base: Any, print_: dict, kwargs: dict) -> PreTrainedModel:
+def _load_base(
+    cls: Any, folder: str | Path, config: MoeLoraConfig, base: Any, print_: dict, kwargs: dict
+) -> PreTrainedModel:
     """The base: the given one, the one inside the checkpoint, or the one that it names."""
     if isinstance(base, PreTrainedModel):
         return base
@@ -171,7 +197,9 @@ def _load_base(cls: Any, folder: str | Path, config: MoeLoraConfig, base: Any, p
             f"{folder} names no base: it was saved from a model that was made in memory. Pass base=… (a folder, "
             "an id or a loaded model), or save with save_base=True."
         )
-    architecture = AutoConfig.from_pretrained(where, **{k: v for k, v in kwargs.items() if k in ("revision", "subfolder")})
+    architecture = AutoConfig.from_pretrained(
+        where, **{k: v for k, v in kwargs.items() if k in ("revision", "subfolder")}
+    )
     if config.base_config and architecture.model_type != config.base_config.get("model_type"):
         raise ValueError(
             f"{where} is a {architecture.model_type!r} model; the experts in {folder} belong to a "

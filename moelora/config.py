@@ -176,7 +176,9 @@ class MoeLoraConfig(PreTrainedConfig):
 
 def _check_integer(name: str, value, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected an integer of at least {low}.")
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; expected an integer of at least {low}."
+        )
     if value < low:
         raise ValueError(f"{name}={value} is too small; expected an integer of at least {low}.")
 

@@ -47,7 +47,10 @@ class Factor(nn.Module):
             return self.rows
         if self.rows is None:
             return self.frozen_rows
-        parts = {False: iter(self.rows.split(self._sizes(False))), True: iter(self.frozen_rows.split(self._sizes(True)))}
+        parts = {
+            False: iter(self.rows.split(self._sizes(False))),
+            True: iter(self.frozen_rows.split(self._sizes(True))),
+        }
         return torch.cat([next(parts[e in self.frozen_experts]) for e in self.experts])
 
     def expert_rows(self, expert: int) -> list[slice]:

@@ -37,7 +37,9 @@ def differences(saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iter
         ("weights it has in addition", sorted(set(shapes) - set(saved["shapes"]))),
     ):
         if names:
-            found.append(f"{title}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)")
+            found.append(
+                f"{title}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
+            )
     for name, shape in saved["shapes"].items():
         if name in shapes and shapes[name] != shape:
             found.append(f"{name} is {shapes[name]}, was {shape}")

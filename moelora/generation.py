@@ -26,13 +26,22 @@ class MoeLoraGeneration:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return {**inputs, **{name: value for name, value in own.items() if value is not None}}
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
         """Mark the prompt before anything is appended to it: assisted decoding's first forward holds candidates."""
-        if self._routes_sequences() and model_kwargs.get("expert_routing") is None and model_kwargs.get("router_mask") is None:
+        if (
+            self._routes_sequences()
+            and model_kwargs.get("expert_routing") is None
+            and model_kwargs.get("router_mask") is None
+        ):
             model_kwargs["router_mask"] = _prompt(input_ids, model_kwargs)
         routing = model_kwargs.pop("expert_routing", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
         if routing is not None:
             repeat = [type(r)(*(t.repeat_interleave(expand_size, dim=0) for t in r)) for r in routing]
@@ -54,7 +63,16 @@ class MoeLoraGeneration:
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
-    def _get_candidate_generator(self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, **kwargs):
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
         """Hand the assistant its own routing of the prompt, if it is such a model, and never this model's."""
         for_assistant = model_kwargs
         if assistant_model is not None:

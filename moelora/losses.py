@@ -43,7 +43,9 @@ def expert_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def check_expert_targets(targets: Tensor, batch: int, length: int, num_experts: int, level: str) -> None:
     """Raise ValueError where `targets` are no expert numbers `[batch]`, or `[batch, length]` at token level."""
     if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100).")
+        raise ValueError(
+            f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
+        )
     allowed = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
     if tuple(targets.shape) not in allowed:
         raise ValueError(

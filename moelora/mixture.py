@@ -42,7 +42,9 @@ class MoeLoraLinear(nn.Module):
         h, plan = self.site.rank_space(args[0], self.index)
         # A linear with a bias hands out a view, whose history autograd cannot rebase onto a Function of several inputs.
         inplace = not (torch.is_grad_enabled() and output._is_view())
-        return expand(h, self.lora_B.stacked(), self.rank_offsets, self.scaling, plan, output, inplace=inplace)
+        return expand(
+            h, self.lora_B.stacked(), self.rank_offsets, self.scaling, plan, output, inplace=inplace
+        )
 
 
 class Site(nn.Module):
@@ -51,7 +53,9 @@ class Site(nn.Module):
     lora_A: `[L · R, d_in]`, linear after linear, in each expert after expert.
     """
 
-    def __init__(self, mixture: Mixture, names: list[str], layer: str | None, linears: list[tuple[int, int]], **factory):
+    def __init__(
+        self, mixture: Mixture, names: list[str], layer: str | None, linears: list[tuple[int, int]], **factory
+    ):
         super().__init__()
         config = mixture.config
         object.__setattr__(self, "mixture", mixture)
@@ -64,7 +68,10 @@ class Site(nn.Module):
         self.router_index = 0
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.lora_A = Factor(
-            self.ranks * len(linears), list(range(len(self.ranks))) * len(linears), self.in_features, **factory
+            self.ranks * len(linears),
+            list(range(len(self.ranks))) * len(linears),
+            self.in_features,
+            **factory,
         )
         self.lora_A.reset_kaiming()
         self.linears = nn.ModuleList(
@@ -208,14 +215,18 @@ class Mixture(nn.Module):
         """`shared` with other plan weights: an explicit input of a checkpointed layer."""
         return shared[0], replace(shared[1], weights=weights)
 
-    def _choose(self, index: int, x: Tensor, leading: torch.Size, state: ForwardState | None) -> tuple[Routing, int]:
+    def _choose(
+        self, index: int, x: Tensor, leading: torch.Size, state: ForwardState | None
+    ) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""
         router = self._router_list[index]
         num_tokens = leading.numel()
         forced = self.forced if state is None or state.forced is None else state.forced
         if forced is not None:
             ids = forced.expert_ids.to(x.device).expand(num_tokens, -1)
-            return Routing(x.new_zeros(num_tokens, 0), ids, forced.expert_weights.to(x.device).expand(num_tokens, -1)), 1
+            return Routing(
+                x.new_zeros(num_tokens, 0), ids, forced.expert_weights.to(x.device).expand(num_tokens, -1)
+            ), 1
         bias = self.load.selection_bias(index) if self.load is not None else None
         if self.config.routing_level == "token":
             return router(x.reshape(num_tokens, -1), bias), 1
@@ -230,7 +241,9 @@ class Mixture(nn.Module):
         if state.carried is not None:
             routing = state.carried[index]
             return Routing(*(t.to(x.device) for t in routing)), num_tokens // batch
-        return router(self._pooled(x.reshape(batch, num_tokens // batch, -1), state), bias), num_tokens // batch
+        return router(
+            self._pooled(x.reshape(batch, num_tokens // batch, -1), state), bias
+        ), num_tokens // batch
 
     @staticmethod
     def _pooled(x: Tensor, state: ForwardState) -> Tensor:

@@ -9,26 +9,23 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.generation import GenerationMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
 
 from . import checkpoint
 from .checkpointing import RoutedCheckpoint
 from .config import MoeLoraConfig
+from .forward import OWN_INPUTS, OWN_OUTPUTS, run_forward
 from .generation import MoeLoraGeneration
-from .losses import check_expert_targets, probe_loss
 from .mixture import Mixture
 from .observe import RoutingReport
-from .prompts import prompt_and_labels
 from .routers import Routing
 from .sites import eject, inject
-from .state import ForwardState
-
-OUTPUTS = ("expert_aux_loss", "expert_routing")
 
 
 class MoeLoraModel(MoeLoraGeneration):
@@ -55,7 +52,9 @@ class MoeLoraModel(MoeLoraGeneration):
         config.validate()
         if isinstance(base, PreTrainedModel):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop them.")
+                raise ValueError(
+                    f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop them."
+                )
             model = base
         elif isinstance(base, str) or hasattr(base, "__fspath__"):
             model = cls.auto_class.from_pretrained(base, **kwargs)
@@ -89,7 +88,9 @@ class MoeLoraModel(MoeLoraGeneration):
             "ForSequenceClassification"
         )
         if cls.is_classifier and not classifier:
-            raise TypeError(f"{type(model).__name__} is no sequence classifier; use MoeLoraForCausalLM for it.")
+            raise TypeError(
+                f"{type(model).__name__} is no sequence classifier; use MoeLoraForCausalLM for it."
+            )
         if not cls.is_classifier and (classifier or model.get_output_embeddings() is None):
             raise TypeError(
                 f"{type(model).__name__} has no language modelling head; expected a causal language model "
@@ -141,7 +142,9 @@ class MoeLoraModel(MoeLoraGeneration):
         outputs = self(**inputs, output_expert_routing=True)  # type: ignore[operator]
         return RoutingReport.of(self.moelora, outputs.expert_routing, inputs)
 
-    def save_pretrained(self, folder: str, is_main_process: bool = True, state_dict=None, save_base: bool = False, **kwargs):
+    def save_pretrained(
+        self, folder: str, is_main_process: bool = True, state_dict=None, save_base: bool = False, **kwargs
+    ):
         """Write the experts, routers and config (a few MB), and with `save_base` the base beside them.
 
         Atomic: until the last file is in place the folder holds the checkpoint that was there before.
@@ -170,76 +173,6 @@ class MoeLoraModel(MoeLoraGeneration):
         if strict and result.unexpected_keys:
             raise RuntimeError(f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}.")
         return _IncompatibleKeys([], result.unexpected_keys)
-
-    def _run(self, base_forward, args: tuple, kwargs: dict) -> Any:
-        """One forward pass: what the routers need to know, the base's forward, what they left."""
-        own = {name: kwargs.pop(name, None) for name in _OWN}
-        if args:
-            kwargs.update(_by_name(type(self), self, args))
-        state = self._state(kwargs, own)
-        mixture = self.moelora
-        learning = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
-        counting = state.with_losses and learning
-        if counting:
-            mixture.load.begin_forward(mixture.router_weight())  # type: ignore[union-attr,arg-type]
-        with mixture.running(state):
-            outputs = base_forward(self, **kwargs)
-        state.closed = True
-        if counting:
-            mixture.load.end_forward(state.counts)  # type: ignore[union-attr]
-        return _with_routing(outputs, state, kwargs.get("labels") is not None and counting)
-
-    def _state(self, kwargs: dict, own: dict) -> ForwardState:
-        """The state of this forward pass; puts prefix-masked labels into `kwargs`."""
-        batch, length = _batch_shape(kwargs)
-        config, mixture = self.moelora_config, self.moelora
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-            mask = None
-        else:
-            # With a cache the mask also covers the tokens before this step's.
-            mask = mask[:, mask.shape[1] - length :].bool()
-        learning = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
-        targets = own["expert_targets"]
-        if targets is not None:
-            check_expert_targets(targets, batch, length, config.num_experts, config.routing_level)
-        forced = mixture.forced is not None
-        wanted = targets is not None or own["output_expert_routing"] or (
-            learning and (config.router_aux_loss_coef or config.router_z_loss_coef or config.router_bias_update_rate)
-        )
-        state = ForwardState(
-            batch=batch,
-            length=length,
-            token_mask=mask,
-            expert_targets=targets,
-            num_items=kwargs.get("num_items_in_batch"),
-            sequences_are_items=self.is_classifier,
-            with_losses=bool(wanted) and not forced and own["expert_routing"] is None and mixture.router_weight() is not None,
-            keep_routings=bool(own["output_expert_routing"]) or config.routing_level == "sequence",
-            carried=own["expert_routing"],
-        )
-        if config.routing_level == "sequence" and not forced:
-            prompt_and_labels(state, kwargs, own["router_mask"], config, self.is_classifier, learning)
-        elif own["router_mask"] is not None and config.routing_level == "token":
-            raise ValueError("router_mask marks the prompt for routing_level='sequence'; at token level drop it.")
-        if state.with_losses and learning and "labels" not in kwargs:
-            state.loss_gradient = self._outside_scale()
-        return state
-
-    def _outside_scale(self) -> float:
-        """d(what backward is called on)/d(loss) where the training loop computes the loss from the logits."""
-        scale = self.moelora.loss_scale
-        if scale is not None:
-            return scale
-        device = self.device.type  # type: ignore[attr-defined]
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            raise ValueError(
-                "The loss is computed outside of the model (label smoothing or compute_loss_func) under fp16 or "
-                "several processes, so the model cannot see how it is scaled and the router losses would be off. "
-                "Add moelora.training.MoeLoraCallback() to the Trainer's callbacks, or set model.moelora.loss_scale."
-            )
-        return 1.0
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
         """As the base's; a recomputed layer sees the routing of its own forward pass."""
@@ -286,25 +219,27 @@ class MoeLoraForSequenceClassification(MoeLoraModel):
     is_classifier = True
 
 
-_OWN = ("router_mask", "expert_routing", "expert_targets", "output_expert_routing")
-
-
 @functools.cache
 def class_for(public: type[MoeLoraModel], base: type[PreTrainedModel]) -> type:
     """The class of models of class `base` with a mixture inside."""
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())
-    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN]
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS]
     keywords = [p for p in parameters if p.kind is p.VAR_KEYWORD]
 
     def forward(self, *args, **kwargs):
-        return self._run(base.forward, args, kwargs)
+        return run_forward(self, base.forward, args, kwargs)
 
     forward.__doc__ = base.forward.__doc__
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p for p in parameters if p.kind is not p.VAR_KEYWORD] + ours + keywords
     )
-    namespace = {"forward": forward, "config_class": base.config_class, "__module__": __name__, "__doc__": public.__doc__}
+    namespace = {
+        "forward": forward,
+        "config_class": base.config_class,
+        "__module__": __name__,
+        "__doc__": public.__doc__,
+    }
     return type(f"MoeLora{base.__name__}", (public, base), namespace)
 
 
@@ -312,7 +247,7 @@ def become(model: PreTrainedModel, public: type[MoeLoraModel]) -> Any:
     """Give `model`, which holds a mixture, the class that uses it."""
     model.__class__ = class_for(public, type(model))
     known = getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"])
-    model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*known, *OUTPUTS]))
+    model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*known, *OWN_OUTPUTS]))
     return model
 
 
@@ -328,32 +263,3 @@ def _public_class(cls: type) -> type[MoeLoraModel]:
 def _rebuild(base: type[PreTrainedModel], public: type[MoeLoraModel]) -> Any:
     cls = class_for(public, base)
     return cls.__new__(cls)
-
-
-def _by_name(cls: type, model: Any, args: tuple) -> dict[str, Any]:
-    """Positional arguments of the base's forward by their names."""
-    bound = inspect.signature(base_class(cls).forward).bind_partial(model, *args).arguments
-    return {k: v for k, v in list(bound.items())[1:]}
-
-
-def _batch_shape(kwargs: dict) -> tuple[int, int]:
-    """(batch, length) of the tokens of this forward pass."""
-    for name in ("input_ids", "inputs_embeds"):
-        tensor = kwargs.get(name)
-        if isinstance(tensor, Tensor):
-            return tensor.shape[0], tensor.shape[1]
-    raise ValueError("Neither input_ids nor inputs_embeds was given.")
-
-
-def _with_routing(outputs: Any, state: ForwardState, probe: bool) -> Any:
-    """The base's outputs with the loss probed and the routers' results added."""
-    if isinstance(outputs, tuple):
-        return (probe_loss(outputs[0], state), *outputs[1:]) if probe else outputs
-    if probe and outputs.loss is not None:
-        outputs.loss = probe_loss(outputs.loss, state)
-    if state.loss_values:
-        values = [v.float() for v in state.loss_values.values()]
-        outputs["expert_aux_loss"] = torch.stack([v.to(values[0].device) for v in values]).sum()
-    if state.keep_routings:
-        outputs["expert_routing"] = state.carried or tuple(state.routings[i] for i in sorted(state.routings))
-    return outputs

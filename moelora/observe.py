@@ -56,7 +56,11 @@ class RoutingReport:
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
         by_router, by_sequence = [], torch.zeros(batch, num_experts)
         for router in routing:
-            chosen = torch.nn.functional.one_hot(router.expert_ids.cpu() + 1, num_experts + 1)[..., 1:].sum(1).float()
+            chosen = (
+                torch.nn.functional.one_hot(router.expert_ids.cpu() + 1, num_experts + 1)[..., 1:]
+                .sum(1)
+                .float()
+            )
             if chosen.shape[0] == batch * length:
                 per_sequence = (chosen.view(batch, length, -1) * present.unsqueeze(-1)).sum(1)
             else:
@@ -68,7 +72,11 @@ class RoutingReport:
 
 
 def plot_routing_heatmap(
-    shares: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], path: str | Path, title: str = "Share of choices"
+    shares: Tensor,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    path: str | Path,
+    title: str = "Share of choices",
 ) -> None:
     """Write `shares` `[rows, E]` as a PNG heatmap with its numbers in the cells (needs matplotlib)."""
     from matplotlib.figure import Figure

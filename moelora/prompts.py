@@ -13,7 +13,12 @@ from .state import ForwardState
 
 
 def prompt_and_labels(
-    state: ForwardState, kwargs: dict[str, Any], router_mask: Tensor | None, config: MoeLoraConfig, is_classifier: bool, learning: bool
+    state: ForwardState,
+    kwargs: dict[str, Any],
+    router_mask: Tensor | None,
+    config: MoeLoraConfig,
+    is_classifier: bool,
+    learning: bool,
 ) -> None:
     """Set `state.prompt_mask` `[batch, length]` for a sequence router, and mask labels inside a prefix prompt.
 
@@ -49,7 +54,11 @@ def prompt_and_labels(
 
 
 def _refuse_unknowable(
-    kwargs: dict[str, Any], state: ForwardState, in_training: bool, router_mask: Tensor | None, is_classifier: bool
+    kwargs: dict[str, Any],
+    state: ForwardState,
+    in_training: bool,
+    router_mask: Tensor | None,
+    is_classifier: bool,
 ) -> None:
     if router_mask is None and in_training and kwargs.get("labels") is None and not is_classifier:
         raise ValueError(
@@ -62,7 +71,12 @@ def _refuse_unknowable(
             "expert_routing=outputs.expert_routing of the prompt's forward (generate() does this by itself)."
         )
     positions = kwargs.get("position_ids")
-    if in_training and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == state.length:
+    if (
+        in_training
+        and isinstance(positions, Tensor)
+        and positions.dim() == 2
+        and positions.shape[1] == state.length
+    ):
         if bool(((positions[:, 1:] == 0) & (positions[:, :-1] > 0)).any()):
             raise ValueError(
                 "These rows are packed (position_ids start again inside a row), so a row has no single prompt: "

@@ -27,7 +27,9 @@ def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = 
         ValueError: nothing to adapt, or a named module that cannot be adapted, with the reason.
     """
     if hasattr(model, "moelora"):
-        raise ValueError(f"{type(model).__name__} holds a mixture already; take it out with model.unload() first.")
+        raise ValueError(
+            f"{type(model).__name__} holds a mixture already; take it out with model.unload() first."
+        )
     mixture = Mixture(config)
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
@@ -54,7 +56,9 @@ def eject(model: PreTrainedModel) -> None:
     del model.moelora
 
 
-def find_sites(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]) -> list[list[str]]:
+def find_sites(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]
+) -> list[list[str]]:
     """Group the target linears that read the same tensor in one decoder layer.
 
     `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.

@@ -21,7 +21,9 @@ from .config import MoeLoraConfig
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> tuple[dict[str, nn.Module], bool]:
+def find_targets(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
+) -> tuple[dict[str, nn.Module], bool]:
     """The modules to adapt, by name in the model's order, and whether the user named them.
 
     Raises:

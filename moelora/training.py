@@ -16,7 +16,9 @@ class MoeLoraCallback(TrainerCallback):
     `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by itself.
     """
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs
+    ) -> None:
         mixture = _unwrapped(model).moelora
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -28,7 +30,9 @@ class MoeLoraCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
         _unwrapped(model).moelora.loss_scale = None
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: dict | None = None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: dict | None = None, **kwargs
+    ) -> None:
         load = _unwrapped(model).moelora.load
         if logs is None or load is None or not bool(load.current.any()):
             return

@@ -27,7 +27,9 @@ _BERT_LIKE = dict(
     max_position_embeddings=128,
     pad_token_id=0,
 )
-_GPT_LIKE = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)
+_GPT_LIKE = dict(
+    vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+)
 
 CAUSAL = {
     "llama": _LLAMA_LIKE,
@@ -43,9 +45,17 @@ CAUSAL = {
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
     },
-    "bloom": dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "bloom": dict(
+        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
     "mamba": dict(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
 }
 CLASSIFIERS = {
@@ -56,7 +66,14 @@ CLASSIFIERS = {
 # Not asked for by anyone, and so a test that nothing knows the names above: a fused parallel block, routed
 # experts of its own (an operator that the fake forward lacks in fp32), another state space model.
 UNHEARD_OF = {
-    "falcon": dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2),
+    "falcon": dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4},
     "stablelm": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
