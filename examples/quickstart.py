@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="any causal LM: an id or a folder (default: SmolLM2-135M)")
-    parser.add_argument("--steps", type=int, default=48, help="training steps of each candidate")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each candidate")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 steps on 2 layers: does it run?")

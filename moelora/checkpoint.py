@@ -243,6 +243,7 @@ def as_base(model: Any) -> Iterator[PreTrainedModel]:
     """`model` with its base's class and without the mixture's tensors, while inside; hooks stay."""
     cls, mixture = type(model), model._modules.pop("moelora")
     ignored = model.config.__dict__.pop("keys_to_ignore_at_inference", None)
+    attached = model.__dict__.pop("_hf_peft_config_loaded", None)
     model.__class__ = cls.__bases__[1]
     try:
         yield model
@@ -251,6 +252,8 @@ def as_base(model: Any) -> Iterator[PreTrainedModel]:
         model._modules["moelora"] = mixture
         if ignored is not None:
             model.config.keys_to_ignore_at_inference = ignored
+        if attached is not None:
+            model._hf_peft_config_loaded = attached
 
 
 @contextmanager

@@ -121,6 +121,11 @@ class Mixture(nn.Module):
     def __init__(self, config: MoeLoraConfig):
         super().__init__()
         self.config = config
+        # Read for every site of every token that is generated; a PretrainedConfig answers slowly.
+        self.num_experts = config.num_experts
+        self.total_rank = sum(config.ranks)
+        self.by_token = config.routing_level == "token"
+        self.own_routers = config.router_scope in ("site", "projection")
         self.sites = nn.ModuleDict()
         self.routers = nn.ModuleDict()
         self.load: ExpertLoad | None = None
@@ -170,7 +175,7 @@ class Mixture(nn.Module):
 
     def plan_for(self, site: Site, x: Tensor) -> Plan:
         """The plan of `site` for its input x `[…, d_in]`: its own router's, or the one its layer shares."""
-        if self.config.router_scope in ("site", "projection"):
+        if self.own_routers:
             return self.route(site.router_index, x)[1]
         if self.state is None or self.state.shared is None:
             raise RuntimeError(
@@ -200,16 +205,11 @@ class Mixture(nn.Module):
         plan = build_plan(
             routing.expert_ids,
             routing.expert_weights,
-            self.config.num_experts,
+            self.num_experts,
             total_rank=self.total_rank,
             tokens_per_row=tokens_per_row,
         )
         return routing, plan
-
-    @property
-    def total_rank(self) -> int:
-        """R: the sum of the experts' ranks."""
-        return sum(self.config.ranks)
 
     def with_weights(self, shared: tuple[Routing, Plan], weights: Tensor) -> tuple[Routing, Plan]:
         """`shared` with other plan weights: an explicit input of a checkpointed layer."""
@@ -228,7 +228,7 @@ class Mixture(nn.Module):
                 x.new_zeros(num_tokens, 0), ids, forced.expert_weights.to(x.device).expand(num_tokens, -1)
             ), 1
         bias = self.load.selection_bias(index) if self.load is not None else None
-        if self.config.routing_level == "token":
+        if self.by_token:
             return router(x.reshape(num_tokens, -1), bias), 1
         if state is None:
             raise RuntimeError(

@@ -106,6 +106,7 @@ class MoeLoraModel(MoeLoraGeneration):
         """Take the mixture out, in place, and return the base with its own class."""
         eject(self)  # type: ignore[arg-type]
         self.config.__dict__.pop("keys_to_ignore_at_inference", None)
+        self.__dict__.pop("_hf_peft_config_loaded", None)
         self.__class__ = base_class(type(self))
         return self  # type: ignore[return-value]
 
@@ -248,6 +249,9 @@ def become(model: PreTrainedModel, public: type[MoeLoraModel]) -> Any:
     model.__class__ = class_for(public, type(model))
     known = getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"])
     model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*known, *OWN_OUTPUTS]))
+    if getattr(model, "is_quantized", False):
+        # What Trainer looks for before it trains on a quantised base: that adapters are attached.
+        model._hf_peft_config_loaded = True
     return model
 
 

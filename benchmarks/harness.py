@@ -1,0 +1,99 @@
+"""What every benchmark shares: the machine's line, timings taken in turns, and results as JSON and a table."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass
+class Timings:
+    """Seconds of each candidate, taken in turns: the i-th of all candidates lie beside each other in time."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """The median seconds of a candidate."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, reference: str) -> tuple[float, float, float]:
+        """(median, minimum, maximum) over rounds of the seconds of `name` over those of `reference`."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Timings:
+    """Call every candidate once a round, `rounds` times after `warmup` uncounted rounds."""
+    timings = Timings({name: [] for name in candidates})
+    for round_ in range(warmup + rounds):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if round_ >= warmup:
+                timings.seconds[name].append(elapsed)
+    return timings
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions, commit."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "moelora", "kernels", "benchmarks")),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def save(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json` with the machine, the settings and the rows; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    content = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; columns in the order of the first row that has them."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str:
+    result = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip()

@@ -1,0 +1,82 @@
+"""Mixtures on the tiny bases whose experts do something, and what tests read out of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bases import VOCAB, causal_base, classifier_base
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
+
+SCOPES = ROUTER_SCOPES
+LEVELS = ROUTING_LEVELS
+FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2}
+
+
+def into(base: PreTrainedModel, active: bool = True, **fields: Any) -> Any:
+    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is new."""
+    classifier = type(base).__name__.endswith("ForSequenceClassification")
+    public = MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
+    torch.manual_seed(1)
+    model = public.from_base(base, MoeLoraConfig(**{**FIELDS, **fields})).eval()
+    return activate(model) if active else model
+
+
+def causal(name: str = "llama", active: bool = True, **fields: Any) -> Any:
+    """A mixture in the tiny causal language model `name`."""
+    return into(causal_base(name), active, **fields)
+
+
+def classifier(name: str = "bert", active: bool = True, **fields: Any) -> Any:
+    """A mixture in the tiny sequence classifier `name`."""
+    return into(classifier_base(name), active, **fields)
+
+
+@torch.no_grad()
+def activate(model: Any, seed: int = 2, std: float = 0.3) -> Any:
+    """Draw every B, so that which experts act shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for site in model.moelora.sites.values():
+        for linear in site.linears:
+            linear.lora_B.copy_(torch.randn(linear.lora_B.stacked().shape, generator=generator) * std)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 10, seed: int = 3) -> Tensor:
+    """Random token ids `[batch, length]`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def prompt_mask(ids: Tensor, length: int) -> Tensor:
+    """True on the first `length` tokens of each row."""
+    return (torch.arange(ids.shape[1]) < length).expand_as(ids)
+
+
+def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Rows of different lengths as one batch, padded on the left with token 0."""
+    width = max(len(row) for row in rows)
+    pad = [(width - len(row), 0) for row in rows]
+    return {
+        "input_ids": torch.stack([nn.functional.pad(row, p) for row, p in zip(rows, pad)]),
+        "attention_mask": torch.stack([nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]),
+    }
+
+
+def adapted(model: Any) -> dict[str, tuple[Any, int]]:
+    """Each adapted linear's site and its number there, by the linear's name."""
+    return {name: (site, i) for site in model.moelora.sites.values() for i, name in enumerate(site.names)}
+
+
+def factors(model: Any, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """PEFT's (lora_A `[r, d_in]`, lora_B `[d_out, r]`) of one expert, by the linear's name."""
+    found = {}
+    for name, (site, i) in adapted(model).items():
+        a = site.lora_A.stacked()[site.lora_A.expert_rows(expert)[i]]
+        b = site.linears[i].lora_B.stacked()[site.linears[i].lora_B.expert_rows(expert)[0]]
+        found[name] = (a.detach(), b.detach().T)
+    return found
