@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -90,7 +91,8 @@ class MoeLoraConfig(PreTrainedConfig):
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         if self.expert_names is None:
-            self.expert_names = [f"expert_{e}" for e in range(int(self.num_experts))]
+            _check_integer("num_experts", self.num_experts, 1)
+            self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
         self.validate()
 
     def validate(self) -> None:
@@ -100,6 +102,7 @@ class MoeLoraConfig(PreTrainedConfig):
             ("num_experts_per_tok", 1),
             ("router_layer", 0),
             ("router_prefix_tokens", 1),
+            ("format_version", 0),
         ):
             _check_integer(name, getattr(self, name), low)
         if self.num_experts_per_tok > self.num_experts:
@@ -120,11 +123,14 @@ class MoeLoraConfig(PreTrainedConfig):
             "expert_target_loss_coef",
         ):
             _check_number(name, getattr(self, name), 0.0, math.inf)
+        for name in ("use_rslora", "norm_topk_prob"):
+            _check_flag(name, getattr(self, name))
         _check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
         _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
         _check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
         self._check_router()
         self._check_names()
+        self._check_targets()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -158,20 +164,42 @@ class MoeLoraConfig(PreTrainedConfig):
     def _check_router(self) -> None:
         from .routers import ROUTERS
 
-        if self.router not in ROUTERS:
+        if not isinstance(self.router, str) or self.router not in ROUTERS:
             raise ValueError(
                 f"router={self.router!r} is not registered. The routers are: {', '.join(sorted(ROUTERS))}. "
                 "A new one is a class with @register_router(name)."
             )
 
     def _check_names(self) -> None:
-        names = self.expert_names or []
+        names = _string_list("expert_names", self.expert_names)
         if len(names) != self.num_experts or len(set(names)) != len(names):
             raise ValueError(
                 f"expert_names={names} must be {self.num_experts} different names (num_experts={self.num_experts})."
             )
-        if not all(isinstance(n, str) and n for n in names):
-            raise TypeError(f"expert_names={names} must be non-empty strings.")
+        self.expert_names = names
+
+    def _check_targets(self) -> None:
+        """The fields that PEFT matches; what may be a set or tuple there becomes a list, which JSON can hold."""
+        targets, layers = self.target_modules, self.layers_to_transform
+        if isinstance(targets, str):
+            _check_regex("target_modules", targets)
+        elif targets is not None:
+            self.target_modules = _string_list("target_modules", targets)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
+        if layers is not None:
+            numbers = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
+            if not numbers:
+                raise ValueError("layers_to_transform is empty: give layer numbers, or None for all layers.")
+            for number in numbers:
+                _check_integer("layers_to_transform", number, 0)
+            self.layers_to_transform = layers if isinstance(layers, int) else sorted(numbers)
+        if self.sites is not None and not (
+            isinstance(self.sites, list)
+            and self.sites
+            and all(isinstance(site, list) and _string_list("sites", site) for site in self.sites)
+        ):
+            raise TypeError(f"sites={self.sites!r}: expected lists of module names; leave it to save_pretrained.")
 
 
 def _check_integer(name: str, value, low: int) -> None:
@@ -190,6 +218,31 @@ def _check_number(name: str, value, low: float, high: float, open_low=False, ope
     if not (inside and math.isfinite(value)):
         brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
         raise ValueError(f"{name}={value} is out of range; expected a finite number in {brackets}.")
+
+
+def _check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected True or False.")
+
+
+def _check_regex(name: str, value: str) -> None:
+    if not value:
+        raise ValueError(f"{name} is empty: give module names, a regex, 'all-linear', or None for the default.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{name}={value!r} is no valid regular expression ({error}); for one module name, write a list."
+        ) from error
+
+
+def _string_list(name: str, value, may_be_empty: bool = False) -> list[str]:
+    """`value` as a list of strings; a lone string is refused, since iterating it gives letters."""
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
+        raise TypeError(f"{name}={value!r}: expected a list of non-empty strings.")
+    if not value and not may_be_empty:
+        raise ValueError(f"{name} is empty: name at least one, or leave it out for the default.")
+    return sorted(value) if isinstance(value, set) else list(value)
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:

@@ -105,7 +105,15 @@ def _checked(router_mask: Tensor, state: ForwardState) -> Tensor:
             "(or shorter: what follows is no prompt)."
         )
     mask = torch.nn.functional.pad(router_mask.bool(), (0, state.length - router_mask.shape[1]))
-    return mask if state.token_mask is None else mask & state.token_mask
+    if state.token_mask is not None:
+        mask = mask & state.token_mask
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"router_mask marks no attended token in row {', '.join(map(str, empty))}: each row needs a prompt of "
+            "one token at least. Leave such rows out, or mark their first tokens."
+        )
+    return mask
 
 
 def _check_carried(state: ForwardState) -> None:

@@ -96,18 +96,18 @@ class _Expand(torch.autograd.Function):
         need_h, need_B, need_weights, need_out = ctx.needs_input_grad[:4]
         products = PRODUCTS[plan.path]
         scale = products.scale(weights, ctx.scaling, plan)
-        gate = products.spread(weights * scale, offsets, plan)
+        gate = weights * scale
         flat = dy.reshape(plan.num_tokens, dy.shape[-1])
         dh = dB = dweights = None
         if need_h or need_weights:
             (u,) = products.down(flat, lora_B.to(dy.dtype), (offsets,), plan)
             if need_h:
-                dh = (u * gate).to(h.dtype)
+                dh = products.weighted(u, gate, offsets, plan).to(h.dtype)
             if need_weights:
                 terms = u.to(weights.dtype) * h
                 dweights = products.collect(terms, offsets, plan) * scale
         if need_B:
-            gated = (h * gate).to(dy.dtype)
+            gated = products.weighted(h, gate, offsets, plan).to(dy.dtype)
             dB = products.outer((gated,), flat, (offsets,), plan).to(lora_B.dtype)
         return dh, dB, dweights, dy if need_out else None, None, None, None, None
 
@@ -126,7 +126,7 @@ def _expand(
     products = PRODUCTS[plan.path]
     dtype = h.dtype if out is None else out.dtype
     scaled = weights * products.scale(weights, scaling, plan)
-    gated = (h * products.spread(scaled, rank_offsets, plan)).to(dtype)
+    gated = products.weighted(h, scaled, rank_offsets, plan).to(dtype)
     flat = None if out is None else out.reshape(plan.num_tokens, out.shape[-1])
     y = products.up((gated,), lora_B.to(dtype), (rank_offsets,), plan, flat, inplace)
     if out is None:

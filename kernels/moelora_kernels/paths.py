@@ -26,17 +26,17 @@ class Dense:
         return _scale(weights, scaling)
 
     @staticmethod
-    def spread(weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
-        """weights as [T, R]: the weight of each rank's expert."""
+    def weighted(h: Tensor, weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """h with each rank times the weight of its expert, [T, R]."""
         rank = uniform_rank(offsets)
-        if rank is not None:
-            weights = weights.repeat_interleave(rank, dim=1)
-        else:
+        if rank is None:
             columns = zip(weights.split(1, dim=1), _ranks(offsets), strict=True)
             weights = torch.cat([column.expand(-1, rank) for column, rank in columns], dim=1)
-        if plan.tokens_per_row == 1:
-            return weights
-        return weights.repeat_interleave(plan.tokens_per_row, dim=0)
+            if plan.tokens_per_row != 1:
+                weights = weights.repeat_interleave(plan.tokens_per_row, dim=0)
+            return h * weights
+        blocks = h.view(plan.rows, plan.tokens_per_row, plan.num_experts, rank)
+        return (blocks * weights[:, None, :, None]).view(h.shape)
 
     @staticmethod
     def collect(terms: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
@@ -81,9 +81,9 @@ class Slots:
         return scale if isinstance(scale, float) else scale[plan.slot_experts]
 
     @staticmethod
-    def spread(weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
-        """weights as [rows, 1, K, 1]."""
-        return weights[:, None, :, None]
+    def weighted(h: Tensor, weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
+        """h with each slot times its weight."""
+        return h * weights[:, None, :, None]
 
     @staticmethod
     def collect(terms: Tensor, offsets: Offsets, plan: Plan) -> Tensor:
@@ -149,8 +149,8 @@ class Sequence(Slots):
     @staticmethod
     def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
         """h_l = x F_lᵀ of each row's experts."""
-        index, padding = _row_rows(site, plan)
-        h = torch.bmm(_rows(x, plan), _gather(factor, index).mT)
+        chosen, padding = _gather(factor, site, plan)
+        h = torch.bmm(_rows(x, plan), chosen.mT)
         return _split(h if padding is None else h.masked_fill(padding[:, None], 0.0), site, plan)
 
     @staticmethod
@@ -159,7 +159,7 @@ class Sequence(Slots):
         out: Tensor | None = None, inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """out + Σ_l h_l F_l of each row's experts."""
-        chosen = _gather(factor, _row_rows(site, plan)[0])
+        chosen, _ = _gather(factor, site, plan)
         h = _join([h.flatten(2) for h in hs])
         if out is None:
             return torch.bmm(h, chosen).flatten(0, 1)
@@ -238,9 +238,20 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
     return x.view(plan.rows, plan.tokens_per_row, x.shape[1])
 
 
-def _gather(factor: Tensor, index: Tensor) -> Tensor:
-    """The rows of F that each routing row needs: [rows, n, d]."""
-    return factor.index_select(0, index.view(-1)).view(*index.shape, factor.shape[1])
+def _gather(factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """The rows of F that each routing row needs, [rows, n, d], and where they pad."""
+    rank = uniform_rank(site[0])
+    if rank and site.count(site[0]) == len(site):
+        # Equal ranks: whole blocks of rows, one index each.
+        blocks = plan.slot_experts
+        if len(site) > 1:
+            firsts = torch.arange(0, len(site) * plan.num_experts, plan.num_experts, device=factor.device)
+            blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
+        width = factor.shape[1]
+        chosen = factor.view(-1, rank * width).index_select(0, blocks.view(-1))
+        return chosen.view(plan.rows, -1, width), None
+    index, padding = _row_rows(site, plan)
+    return factor.index_select(0, index.view(-1)).view(*index.shape, factor.shape[1]), padding
 
 
 def _row_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:

@@ -89,17 +89,21 @@ def build_plan(
         _check_ids(expert_ids, num_experts)
     empty = expert_ids < 0
     slot_experts = expert_ids.masked_fill(empty, 0)
+    weights = expert_weights.masked_fill(empty, 0.0)
     if path == "dense":
-        weights = _dense_gate(expert_ids, expert_weights, num_experts)
-    else:
-        weights = expert_weights.masked_fill(empty, 0.0)
+        weights = _dense_gate(slot_experts, weights, num_experts)
     return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts)
 
 
 def _dense_gate(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """gate [rows, E]: Σ_k weights[:, k] · [ids[:, k] = e]; a sum, because scatter_add is atomic."""
-    chosen = ids.unsqueeze(-1) == torch.arange(num_experts, device=ids.device)
-    return torch.where(chosen, weights.unsqueeze(-1), 0.0).sum(1)
+    """gate [rows, E]: Σ_k weights[:, k] · [ids[:, k] = e], slot after slot.
+
+    A single scatter would add an expert's duplicates by atomics on a GPU, in no fixed order.
+    """
+    gate = weights.new_zeros(ids.shape[0], num_experts)
+    for slot in range(ids.shape[1]):
+        gate = gate.scatter_add(1, ids[:, slot : slot + 1], weights[:, slot : slot + 1])
+    return gate
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

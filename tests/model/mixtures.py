@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from bases import VOCAB, causal_base, classifier_base
+from bases import CAUSAL, UNHEARD_OF, VOCAB, causal_base, classifier_base
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
 from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.experts import Factor
 
 SCOPES = ROUTER_SCOPES
 LEVELS = ROUTING_LEVELS
-FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2}
+ALL_CAUSAL = [*CAUSAL, *UNHEARD_OF]
+FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2, "target_modules": "all-linear"}
+# The router losses off, so that what a router learns comes through its weights.
+NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 
 def into(base: PreTrainedModel, active: bool = True, **fields: Any) -> Any:
@@ -72,11 +77,12 @@ def adapted(model: Any) -> dict[str, tuple[Any, int]]:
     return {name: (site, i) for site in model.moelora.sites.values() for i, name in enumerate(site.names)}
 
 
-def factors(model: Any, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """PEFT's (lora_A `[r, d_in]`, lora_B `[d_out, r]`) of one expert, by the linear's name."""
+def factors(
+    model: Any, expert: int, of: Callable[[Factor], Tensor] = Factor.stacked
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """One expert's A `[r, d_in]` and B `[d_out, r]`, PEFT's shapes, by the linear's name; `of` gives the stack."""
     found = {}
     for name, (site, i) in adapted(model).items():
-        a = site.lora_A.stacked()[site.lora_A.expert_rows(expert)[i]]
-        b = site.linears[i].lora_B.stacked()[site.linears[i].lora_B.expert_rows(expert)[0]]
-        found[name] = (a.detach(), b.detach().T)
-    return found
+        a, b = site.lora_A, site.linears[i].lora_B
+        found[name] = (of(a)[a.expert_rows(expert)[i]], of(b)[b.expert_rows(expert)[0]].T)
+    return {name: (a.detach(), b.detach()) for name, (a, b) in found.items()}
