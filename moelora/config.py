@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -81,11 +83,17 @@ class MoeLoraConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
     base_folder: str | None = None
+    base_subfolder: str | None = None
     sites: list[list[str]] | None = None
 
     def __post_init__(self, **kwargs):
-        own = [f.name for f in fields(type(self)) if f.name in type(self).__annotations__]
+        own = self.field_names()
         unknown = sorted(set(kwargs) - _INHERITED_KEYWORDS)
+        if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This configuration has format version {self.format_version}; this moelora reads up to "
+                f"{FORMAT_VERSION}: upgrade moelora."
+            )
         if unknown:
             raise ValueError(f"MoeLoraConfig has no field {unknown}. Its fields are: {', '.join(own)}.")
         kwargs.pop("model_type", None)
@@ -131,6 +139,25 @@ class MoeLoraConfig(PreTrainedConfig):
         self._check_router()
         self._check_names()
         self._check_targets()
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields that are not inherited from `PreTrainedConfig`."""
+        return [f.name for f in fields(cls) if f.name in MoeLoraConfig.__annotations__]
+
+    def own_fields(self) -> dict[str, Any]:
+        """What is saved: these fields alone, since the inherited ones come and go with transformers' versions."""
+        everything = self.to_dict()
+        kept = ("model_type", "transformers_version", *self.field_names())
+        return {name: everything[name] for name in kept if name in everything}
+
+    def without_base(self) -> MoeLoraConfig:
+        """A copy that says nothing about a base, for use with any."""
+        made = copy.deepcopy(self)
+        for name in self.field_names():
+            if name.startswith("base_") or name == "sites":
+                setattr(made, name, None)
+        return made
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -199,7 +226,9 @@ class MoeLoraConfig(PreTrainedConfig):
             and self.sites
             and all(isinstance(site, list) and _string_list("sites", site) for site in self.sites)
         ):
-            raise TypeError(f"sites={self.sites!r}: expected lists of module names; leave it to save_pretrained.")
+            raise TypeError(
+                f"sites={self.sites!r}: expected lists of module names; leave it to save_pretrained."
+            )
 
 
 def _check_integer(name: str, value, low: int) -> None:
@@ -227,7 +256,9 @@ def _check_flag(name: str, value) -> None:
 
 def _check_regex(name: str, value: str) -> None:
     if not value:
-        raise ValueError(f"{name} is empty: give module names, a regex, 'all-linear', or None for the default.")
+        raise ValueError(
+            f"{name} is empty: give module names, a regex, 'all-linear', or None for the default."
+        )
     try:
         re.compile(value)
     except re.error as error:

@@ -18,8 +18,9 @@ SAMPLED_VALUES = 8
 def fingerprint(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Any]:
     """Shapes by name, and a few values of a few tensors, of the base inside `model`, without the keys `excluded`."""
     tensors = _base_tensors(model, excluded)
-    shapes = {name: list(t.shape) for name, t in tensors.items()}
-    return {"shapes": shapes, "sample": _sample(tensors)}
+    sample = _sample(tensors)
+    dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name in sample}
+    return {"shapes": _shapes(tensors), "sample": sample, "dtypes": dtypes}
 
 
 def digest(print_: Mapping[str, Any]) -> str:
@@ -30,7 +31,7 @@ def digest(print_: Mapping[str, Any]) -> str:
 def differences(saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]) -> list[str]:
     """What differs between the base that was saved and the one in `model`, in words; empty where nothing does."""
     tensors = _base_tensors(model, excluded)
-    shapes = {name: list(t.shape) for name, t in tensors.items()}
+    shapes = _shapes(tensors)
     found = []
     for title, names in (
         ("weights it lacks", sorted(set(saved["shapes"]) - set(shapes))),
@@ -41,21 +42,22 @@ def differences(saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iter
                 f"{title}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
             )
     for name, shape in saved["shapes"].items():
-        if name in shapes and shapes[name] != shape:
+        if name in shapes and None not in (shape, shapes[name]) and shapes[name] != shape:
             found.append(f"{name} is {shapes[name]}, was {shape}")
-    return found[:8] or _value_differences(saved["sample"], tensors)
+    return found[:8] or _value_differences(saved, tensors)
 
 
-def _value_differences(saved: Mapping[str, list[float]], tensors: Mapping[str, Tensor]) -> list[str]:
+def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Sampled tensors whose values changed by more than loading in another floating dtype explains."""
     changed = []
-    for name, values in saved.items():
+    for name, values in saved["sample"].items():
         tensor = tensors[name]
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
         now, then = torch.tensor(_values(tensor)), torch.tensor(values)
-        tolerance = 0.0 if tensor.dtype in (torch.float32, torch.float64) else 1e-2
-        # A sample saved from 16 bits compares exactly with the same numbers in fp32, and nearly the other way.
+        dtypes = (tensor.dtype, getattr(torch, saved["dtypes"][name]))
+        # Through 16 bits, then or now, the same weights come out nearly the same.
+        tolerance = 0.0 if all(dtype in (torch.float32, torch.float64) for dtype in dtypes) else 1e-2
         if now.shape != then.shape or not torch.allclose(now, then, rtol=tolerance, atol=tolerance * 1e-2):
             changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
     return changed[:4]
@@ -64,6 +66,11 @@ def _value_differences(saved: Mapping[str, list[float]], tensors: Mapping[str, T
 def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Tensor]:
     skip = set(excluded)
     return {n: p for n, p in model.named_parameters() if not n.startswith("moelora.") and n not in skip}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
+    """Shapes by name; None for what is quantised, whose storage may have any."""
+    return {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,15 +15,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from . import checkpoint
+from . import checkpoint, restore
 from .checkpointing import RoutedCheckpoint
+from .classes import base_class, become, rebuild, revert
 from .config import MoeLoraConfig
-from .forward import OWN_INPUTS, OWN_OUTPUTS, run_forward
 from .generation import MoeLoraGeneration
 from .mixture import Mixture
 from .observe import RoutingReport
 from .routers import Routing
-from .sites import eject, inject
+from .sites import eject, inject, undone_on_error
+from .targets import has_peft_layers
 
 
 class MoeLoraModel(MoeLoraGeneration):
@@ -49,6 +48,7 @@ class MoeLoraModel(MoeLoraGeneration):
         config = MoeLoraConfig() if config is None else config
         if not isinstance(config, MoeLoraConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
+        config = config.without_base()
         config.validate()
         if isinstance(base, PreTrainedModel):
             if kwargs:
@@ -57,6 +57,8 @@ class MoeLoraModel(MoeLoraGeneration):
                 )
             model = base
         elif isinstance(base, str) or hasattr(base, "__fspath__"):
+            kwargs["revision"] = config.base_revision = restore.commit_of(base, kwargs)
+            config.base_subfolder = kwargs.get("subfolder")
             model = cls.auto_class.from_pretrained(base, **kwargs)
         else:
             raise TypeError(
@@ -64,26 +66,43 @@ class MoeLoraModel(MoeLoraGeneration):
                 "(of a PeftModel, pass model.merge_and_unload() or model.unload())."
             )
         cls._check_base(model)
-        inject(model, config, cls.is_classifier)
-        return become(model, cls)
+        return cls.put_into(model, config)
+
+    @classmethod
+    def put_into(
+        cls, model: PreTrainedModel, config: MoeLoraConfig, then: Callable[[Any], None] | None = None
+    ) -> Any:
+        """Make `model` one with a mixture, in place, and do `then` with it; undo all of it if that fails."""
+        with undone_on_error(model):
+            inject(model, config, cls.is_classifier)
+            made = become(model, cls)
+            if then is not None:
+                then(made)
+        return made
 
     @classmethod
     def from_pretrained(cls, folder: str, *args, config: MoeLoraConfig | None = None, **kwargs) -> Any:
         """Load a folder (or hub repository) written by `save_pretrained`: the base, then the experts.
 
         base: a folder, id or loaded model to use instead of the one that the checkpoint names.
+        num_experts_per_tok and what else leaves the tensors' meaning alone: instead of what was saved.
         allow_base_mismatch: take a base whose weights are not the ones the experts were trained on.
         Other keywords go to the base's `from_pretrained`.
 
         Raises:
             ValueError: no such checkpoint, a damaged or newer one, or another base, with what differs.
         """
-        return checkpoint.load(cls, folder, config, **kwargs)
+        return restore.load(cls, folder, config, **kwargs)
 
     @classmethod
     def _check_base(cls, model: PreTrainedModel) -> None:
         if isinstance(model, MoeLoraModel):
             raise ValueError("The base holds a mixture already; take it out with model.unload() first.")
+        if has_peft_layers(model):
+            raise ValueError(
+                f"This {type(model).__name__} has PEFT adapters inside: merge or unload them first "
+                "(PeftModel.merge_and_unload(), PeftModel.unload(); model.delete_adapter(name))."
+            )
         classifier = type(model).__name__ in CLASSIFIERS.values() or type(model).__name__.endswith(
             "ForSequenceClassification"
         )
@@ -105,10 +124,7 @@ class MoeLoraModel(MoeLoraGeneration):
     def unload(self) -> PreTrainedModel:
         """Take the mixture out, in place, and return the base with its own class."""
         eject(self)  # type: ignore[arg-type]
-        self.config.__dict__.pop("keys_to_ignore_at_inference", None)
-        self.__dict__.pop("_hf_peft_config_loaded", None)
-        self.__class__ = base_class(type(self))
-        return self  # type: ignore[return-value]
+        return revert(self)
 
     def freeze_experts(self, names: Iterable[str] | str) -> None:
         """Freeze these experts: no gradient, no optimizer state, no weight decay. Call before making the optimizer."""
@@ -151,7 +167,8 @@ class MoeLoraModel(MoeLoraGeneration):
         Atomic: until the last file is in place the folder holds the checkpoint that was there before.
 
         Raises:
-            OSError: the folder cannot be written; what was there is left as it was.
+            OSError: the folder cannot be written; the checkpoint that was there is left as it was.
+            ValueError, TypeError: the folder is the base's own, or a keyword that does not exist.
         """
         if is_main_process:
             checkpoint.save(self, folder, state_dict=state_dict, save_base=save_base, **kwargs)
@@ -198,7 +215,7 @@ class MoeLoraModel(MoeLoraGeneration):
         return base_class(type(self)).__name__
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (base_class(type(self)), _public_class(type(self))), self.__dict__
+        return rebuild, type(self).__bases__, self.__dict__
 
 
 class MoeLoraForCausalLM(MoeLoraModel):
@@ -218,52 +235,3 @@ class MoeLoraForSequenceClassification(MoeLoraModel):
 
     auto_class = AutoModelForSequenceClassification
     is_classifier = True
-
-
-@functools.cache
-def class_for(public: type[MoeLoraModel], base: type[PreTrainedModel]) -> type:
-    """The class of models of class `base` with a mixture inside."""
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS]
-    keywords = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-
-    def forward(self, *args, **kwargs):
-        return run_forward(self, base.forward, args, kwargs)
-
-    forward.__doc__ = base.forward.__doc__
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p for p in parameters if p.kind is not p.VAR_KEYWORD] + ours + keywords
-    )
-    namespace = {
-        "forward": forward,
-        "config_class": base.config_class,
-        "__module__": __name__,
-        "__doc__": public.__doc__,
-    }
-    return type(f"MoeLora{base.__name__}", (public, base), namespace)
-
-
-def become(model: PreTrainedModel, public: type[MoeLoraModel]) -> Any:
-    """Give `model`, which holds a mixture, the class that uses it."""
-    model.__class__ = class_for(public, type(model))
-    known = getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"])
-    model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*known, *OWN_OUTPUTS]))
-    if getattr(model, "is_quantized", False):
-        # What Trainer looks for before it trains on a quantised base: that adapters are attached.
-        model._hf_peft_config_loaded = True
-    return model
-
-
-def base_class(cls: type) -> type[PreTrainedModel]:
-    """The base's class of a class made by `class_for`."""
-    return cls.__bases__[1]
-
-
-def _public_class(cls: type) -> type[MoeLoraModel]:
-    return cls.__bases__[0]
-
-
-def _rebuild(base: type[PreTrainedModel], public: type[MoeLoraModel]) -> Any:
-    cls = class_for(public, base)
-    return cls.__new__(cls)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .config import MoeLoraConfig
 from .mixture import LayerRouting, Mixture, MoeLoraLinear, Site
-from .targets import features, find_targets, modules_to_save
+from .targets import decoder_layer, features, find_targets, layer_number, saved_modules
 
 NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 
@@ -33,15 +33,15 @@ def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = 
     mixture = Mixture(config)
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
+    else:
+        _check_sites(model, config.sites)
     model.requires_grad_(False)
-    for name in modules_to_save(model, config, is_classifier):
-        for path, module in model.named_modules():
-            if path == name or path.endswith("." + name):
-                module.requires_grad_(True)
+    for _, module in saved_modules(model, config, is_classifier):
+        module.requires_grad_(True)
     _add_routers(model, mixture)
     for names in config.sites:
         _add_site(model, mixture, names)
-    mixture.finish(model.device)
+    mixture.finish(next(mixture.sites.parameters()).device)
     model.moelora = mixture  # type: ignore[assignment]
     return mixture
 
@@ -53,7 +53,26 @@ def eject(model: PreTrainedModel) -> None:
             for key in [k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    del model.moelora
+    model._modules.pop("moelora", None)
+
+
+@contextmanager
+def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """If what is done to `model` inside fails, give it back as it was: class, hooks, what trains."""
+    cls, attributes = type(model), dict(model.__dict__)
+    settings = dict(model.config.__dict__)
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        eject(model)
+        model.__class__ = cls
+        for owner, before in ((model, attributes), (model.config, settings)):
+            owner.__dict__.clear()
+            owner.__dict__.update(before)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+        raise
 
 
 def find_sites(
@@ -85,30 +104,35 @@ def find_sites(
     return list(groups.values())
 
 
+def _check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
+    """Raise ValueError where a checkpoint's sites name what `model` has not."""
+    modules = dict(model.named_modules())
+    for name in (name for names in sites for name in names):
+        if name not in modules or features(modules[name]) is None:
+            raise ValueError(
+                f"The checkpoint's experts belong to {name!r}, which is no linear of this {type(model).__name__}."
+            )
+
+
 def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The first input of each target that a forward pass of two tokens calls.
 
     Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator without a
-    fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the weights are real.
+    fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the weights are real; so
+    is a base that accelerate moves between devices, whose hooks know no fake weights.
     """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
-            _forward_two_tokens(model)
-    except Exception:
-        if model.device.type == "meta":
-            raise
-        with _recording(model, targets) as inputs:
-            _forward_two_tokens(model)
+    dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not dispatched:
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
+                _forward_two_tokens(model)
+            return inputs
+        except Exception:
+            if model.device.type == "meta":
+                raise
+    with _recording(model, targets) as inputs:
+        _forward_two_tokens(model)
     return inputs
-
-
-def decoder_layer(model: nn.Module, name: str) -> str | None:
-    """The path of the outermost numbered block around module `name`, or None outside of any."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        if parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-            return ".".join(parts[: i + 1])
-    return None
 
 
 @contextmanager
@@ -141,7 +165,7 @@ class _Recorder:
 
 
 def _forward_two_tokens(model: PreTrainedModel) -> None:
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=_device_of(model))
     parameters = inspect.signature(model.forward).parameters
     keywords = {"use_cache": False} if "use_cache" in parameters else {}
     if "decoder_input_ids" in parameters:
@@ -157,13 +181,9 @@ def _why_not(name: str, inputs: dict[str, Tensor], layer: str | None, config: Mo
         return None
     if layer is None:
         return f"it lies outside of the decoder layers, which router_scope={config.router_scope!r} routes"
-    if config.router_scope == "model" and _layer_number(layer) < config.router_layer:
+    if config.router_scope == "model" and (layer_number(layer) or 0) < config.router_layer:
         return f"it lies before router_layer={config.router_layer}, whose input the model's router reads"
     return None
-
-
-def _layer_number(layer: str) -> int:
-    return int(layer.rpartition(".")[2])
 
 
 def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
@@ -180,8 +200,7 @@ def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
         assert layer is not None
         module = model.get_submodule(layer)
         hidden = model.config.get_text_config().hidden_size
-        device = next(module.parameters()).device
-        index = mixture.add_router(layer, hidden, device=device)
+        index = mixture.add_router(layer, hidden, device=_device_of(module))
         module.register_forward_pre_hook(LayerRouting(mixture, index), with_kwargs=True)
 
 
@@ -192,9 +211,19 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     weight = next(linears[0].parameters())
     # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays float64.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=weight.device, dtype=dtype)  # type: ignore[arg-type]
+    device = _device_of(linears[0])
+    site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
     if mixture.config.router_scope in ("site", "projection"):
-        site.router_index = mixture.add_router(names[0], site.in_features, device=weight.device)
+        site.router_index = mixture.add_router(names[0], site.in_features, device=device)
     mixture.sites[names[0].replace(".", "-")] = site
     for linear, hook in zip(linears, site.linears):
         linear.register_forward_hook(hook)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes: its weights' device, or the one that accelerate brings offloaded weights to."""
+    for part in module.modules():
+        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return next(module.parameters()).device

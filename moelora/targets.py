@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 
 import peft
 from peft.tuners.tuners_utils import (
     SEQ_CLS_HEAD_NAMES,
+    BaseTunerLayer,
     _check_lora_target_modules_mamba,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
@@ -29,8 +31,10 @@ def find_targets(
     Raises:
         ValueError: nothing matches (with the nearest names), or a named module is no linear.
     """
-    named = config.target_modules is not None and config.target_modules != ALL_LINEAR
     targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = ALL_LINEAR
+    named = targets is not None and targets != ALL_LINEAR
     if targets is None:
         targets = PEFT_TARGETS.get(model.config.model_type, ALL_LINEAR)
     lora = peft.LoraConfig(
@@ -41,9 +45,10 @@ def find_targets(
     )
     found = _match(model, lora, refuse=named)
     if targets == ALL_LINEAR and config.layers_to_transform is not None:
-        # PEFT refuses layers_to_transform beside a shorthand; by now the shorthand is a list of names.
-        lora.layers_to_transform = config.layers_to_transform
-        found = {n: m for n, m in found.items() if check_target_module_exists(_suffixes(lora, n), n)}
+        # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they say.
+        layers = config.layers_to_transform
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        found = {n: m for n, m in found.items() if layer_number(decoder_layer(model, n)) in wanted}
     if not found:
         raise ValueError(_nothing_matched(model, config))
     return found, named
@@ -57,11 +62,44 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return (d_in, d_out) if d_in is not None and d_out is not None else None
 
 
+def decoder_layer(model: nn.Module, name: str) -> str | None:
+    """The path of the outermost numbered block around module `name`, or None outside of any."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return None
+
+
+def layer_number(layer: str | None) -> int | None:
+    """The number at the end of a decoder layer's path; None outside of any."""
+    return None if layer is None else int(layer.rpartition(".")[2])
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into `model`."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def modules_to_save(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> list[str]:
     """The base's modules that train and are saved with the experts: the configured ones, else a classifier's head."""
     if config.modules_to_save is not None:
         return list(config.modules_to_save)
     return [n for n in SEQ_CLS_HEAD_NAMES if is_classifier and hasattr(model, n)]
+
+
+def saved_modules(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` that `modules_to_save` names, whole or by the end of their path; ValueError for none."""
+    for name in modules_to_save(model, config, is_classifier):
+        found = [(p, m) for p, m in model.named_modules() if p == name or p.endswith("." + name)]
+        if not found:
+            raise ValueError(
+                f"modules_to_save names {name!r}, which matches no module of {type(model).__name__}. Its parts are "
+                f"called: {', '.join(n for n, _ in model.named_children())}."
+            )
+        yield from found
 
 
 def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[str, nn.Module]:
@@ -86,12 +124,6 @@ def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[
             continue
         found[name] = module
     return found
-
-
-def _suffixes(lora: peft.LoraConfig, name: str) -> peft.LoraConfig:
-    """`lora` with `name` as a suffix pattern, the form in which PEFT looks at layer numbers."""
-    lora.target_modules = {name.rpartition(".")[2]}
-    return lora
 
 
 def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:

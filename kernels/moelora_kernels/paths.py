@@ -5,16 +5,21 @@ Shrink is `down` and expand is `up`; the backward pass of each is the other one 
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .plan import Plan
-
-Offsets = tuple[int, ...]
-Site = tuple[Offsets, ...]
+from .rank_rows import (
+    Offsets,
+    Site,
+    max_rank,
+    rank_bags,
+    ranks_of,
+    slot_rows,
+    token_rows,
+    uniform_rank,
+)
 
 
 class Dense:
@@ -30,7 +35,7 @@ class Dense:
         """h with each rank times the weight of its expert, [T, R]."""
         rank = uniform_rank(offsets)
         if rank is None:
-            columns = zip(weights.split(1, dim=1), _ranks(offsets), strict=True)
+            columns = zip(weights.split(1, dim=1), ranks_of(offsets), strict=True)
             weights = torch.cat([column.expand(-1, rank) for column, rank in columns], dim=1)
             if plan.tokens_per_row != 1:
                 weights = weights.repeat_interleave(plan.tokens_per_row, dim=0)
@@ -46,7 +51,7 @@ class Dense:
         rank = uniform_rank(offsets)
         if rank is not None:
             return terms.view(plan.rows, plan.num_experts, rank).sum(2)
-        return torch.stack([part.sum(1) for part in terms.split(_ranks(offsets), dim=1)], dim=1)
+        return torch.stack([part.sum(1) for part in terms.split(ranks_of(offsets), dim=1)], dim=1)
 
     @staticmethod
     def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
@@ -101,15 +106,15 @@ class Grouped(Slots):
     @staticmethod
     def down(x: Tensor, factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
         """h_l[t, k, j] = ⟨x[t], F_l[row j of the slot's expert]⟩."""
-        index, padding = _token_rows(site, plan)
+        index, padding = token_rows(site, plan)
         if index.numel() == 0:
             return _split(x.new_zeros(index.shape), site, plan)
         tokens, width = index.shape
         firsts = torch.arange(0, tokens * width, width, device=x.device)
-        token = torch.arange(tokens, device=x.device).repeat_interleave(width)
-        # the gradient of a bag's weights is this product: y = Σ w F[index], so dw = ⟨dy, F[index]⟩
+        bags = torch.arange(tokens, device=x.device).repeat_interleave(width)
+        # This product is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
         h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x, factor, index.view(-1), firsts, token, 0
+            x.contiguous(), factor.contiguous(), index.view(-1), firsts, bags, 0
         ).view(index.shape)
         return _split(h if padding is None else h.masked_fill(padding, 0.0), site, plan)
 
@@ -119,11 +124,11 @@ class Grouped(Slots):
         out: Tensor | None = None, inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """out[t] + Σ_{l,k,j} h_l[t, k, j] F_l[row j of the slot's expert]."""
-        index, _ = _token_rows(site, plan)
-        weights = _join([h.reshape(plan.num_tokens, -1) for h in hs]) if index.numel() else None
-        if weights is None:
+        index, _ = token_rows(site, plan)
+        if index.numel() == 0:
             added = factor.new_zeros(plan.num_tokens, factor.shape[1])
         else:
+            weights = _join([h.reshape(plan.num_tokens, -1) for h in hs])
             added = embedding_bag(index, factor, mode="sum", per_sample_weights=weights)
         if out is None:
             return added
@@ -132,15 +137,11 @@ class Grouped(Slots):
     @staticmethod
     def outer(hs: tuple[Tensor, ...], x: Tensor, site: Site, plan: Plan) -> Tensor:
         """Σ_{slots of expert e} h_l[t, k, j] x[t] for each row j of each expert, [Σ_l R_l, d]."""
-        parts = []
-        for h, offsets in zip(hs, site, strict=True):
-            if h.numel() == 0 or offsets[-1] == 0:
-                parts.append(x.new_zeros(offsets[-1], x.shape[1]))
-                continue
-            tokens, weights, firsts = _rank_bags(h, offsets, plan)
-            bags = embedding_bag(tokens, x, firsts, mode="sum", per_sample_weights=weights)
-            parts.append(bags)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        tokens, weights, firsts = rank_bags(hs, site, plan)
+        if tokens.numel() == 0 or x.numel() == 0:
+            return x.new_zeros(len(firsts), x.shape[1])
+        x = x.contiguous()
+        return embedding_bag(tokens, x, firsts, mode="sum", per_sample_weights=weights)
 
 
 class Sequence(Slots):
@@ -182,29 +183,11 @@ class Sequence(Slots):
             if uniform_rank(offsets) is not None:
                 parts.append(blocks.flatten(0, 1))
             else:
-                parts += [block[:r] for block, r in zip(blocks, _ranks(offsets), strict=True)]
+                parts += [block[:r] for block, r in zip(blocks, ranks_of(offsets), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 PRODUCTS = {"dense": Dense, "grouped": Grouped, "sequence": Sequence}
-
-
-def uniform_rank(offsets: Offsets) -> int | None:
-    """The rank of every expert, or None if ranks differ."""
-    total, experts = offsets[-1], len(offsets) - 1
-    if total == 0:
-        return 0
-    rank = total // experts
-    return rank if rank and offsets == tuple(range(0, total + 1, rank)) else None
-
-
-def _max_rank(offsets: Offsets) -> int:
-    rank = uniform_rank(offsets)
-    return max(_ranks(offsets)) if rank is None else rank
-
-
-def _ranks(offsets: Offsets) -> list[int]:
-    return [stop - start for start, stop in pairwise(offsets)]
 
 
 def _scale(weights: Tensor, scaling: tuple[float, ...]) -> Tensor | float:
@@ -214,23 +197,17 @@ def _scale(weights: Tensor, scaling: tuple[float, ...]) -> Tensor | float:
     return weights.new_tensor(scaling)
 
 
-def _bounds(offsets: Offsets, device: torch.device) -> Tensor:
-    """offsets as a tensor [E + 1], without a copy from the host where ranks are alike."""
-    rank = uniform_rank(offsets)
-    if rank is None or rank == 0:
-        return torch.tensor(offsets, device=device)
-    return torch.arange(0, offsets[-1] + 1, rank, device=device)
-
-
 def _join(hs: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return hs[0] if len(hs) == 1 else torch.cat(list(hs), dim=-1)
 
 
 def _split(h: Tensor, site: Site, plan: Plan) -> tuple[Tensor, ...]:
     """h of all linears [..., Σ_l K·max rank_l] as one [rows, tokens_per_row, K, max rank] each."""
-    ranks = [_max_rank(offsets) for offsets in site]
     shape = (plan.rows, plan.tokens_per_row, plan.num_slots)
-    parts = h.split([plan.num_slots * rank for rank in ranks], dim=-1)
+    ranks = [max_rank(offsets) for offsets in site]
+    if len(ranks) == 1:
+        return (h.view(*shape, ranks[0]),)
+    parts = h.split_with_sizes([plan.num_slots * rank for rank in ranks], dim=-1)
     return tuple(part.view(*shape, rank) for part, rank in zip(parts, ranks, strict=True))
 
 
@@ -239,78 +216,16 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _gather(factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """The rows of F that each routing row needs, [rows, n, d], and where they pad."""
-    rank = uniform_rank(site[0])
-    if rank and site.count(site[0]) == len(site):
-        # Equal ranks: whole blocks of rows, one index each.
-        blocks = plan.slot_experts
-        if len(site) > 1:
-            firsts = torch.arange(0, len(site) * plan.num_experts, plan.num_experts, device=factor.device)
-            blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
-        width = factor.shape[1]
-        chosen = factor.view(-1, rank * width).index_select(0, blocks.view(-1))
-        return chosen.view(plan.rows, -1, width), None
-    index, padding = _row_rows(site, plan)
-    return factor.index_select(0, index.view(-1)).view(*index.shape, factor.shape[1]), padding
-
-
-def _row_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """Which rows of F each routing row needs, [rows, Σ_l K·max rank_l], and where they pad."""
-    ids = plan.slot_experts.unsqueeze(-1)
-    parts, paddings, first = [], [], 0
-    for offsets in site:
-        rank = uniform_rank(offsets)
-        columns = torch.arange(_max_rank(offsets), device=ids.device)
-        if rank is not None:
-            index = torch.add(columns + first if first else columns, ids, alpha=rank)
-            padding = None
-        else:
-            bounds = _bounds(offsets, ids.device)
-            index = bounds[ids] + columns
-            padding = (index >= bounds[ids + 1]).flatten(1)
-            index = index.clamp(max=offsets[-1] - 1) + first
-        parts.append(index.flatten(1))
-        paddings.append(padding)
-        first += offsets[-1]
-    if all(padding is None for padding in paddings):
-        return _join(parts), None
-    masks = [torch.zeros_like(i, dtype=torch.bool) if p is None else p
-             for i, p in zip(parts, paddings, strict=True)]  # fmt: skip
-    return _join(parts), _join(masks)
-
-
-def _token_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """As `_row_rows`, for each token."""
-    index, padding = _row_rows(site, plan)
-    if plan.tokens_per_row == 1:
-        return index, padding
-    return (
-        index.repeat_interleave(plan.tokens_per_row, dim=0),
-        None if padding is None else padding.repeat_interleave(plan.tokens_per_row, dim=0),
-    )
-
-
-def _rank_bags(h: Tensor, offsets: Offsets, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of the R rows of one linear's F: its tokens, their h, and the bag's first entry.
-
-    The bag of row j of expert e holds the n_e slots of e, at Σ_{i<e} n_i r_i + j n_e.
-    """
-    order, experts, starts = plan.sorted_slots
-    bounds = _bounds(offsets, h.device)
-    ranks, counts = bounds.diff(), starts.diff()
-    base = (ranks * counts).cumsum(0) - ranks * counts
-    owner = torch.arange(len(ranks), device=h.device)
-    owner = owner.repeat_interleave(ranks, output_size=offsets[-1])
-    rows = torch.arange(offsets[-1], device=h.device) - bounds[owner]
-    firsts = base[owner] + rows * counts[owner]
-
-    columns = torch.arange(h.shape[-1], device=h.device)
-    slot = torch.arange(len(order), device=h.device) + (base - starts[:-1])[experts]
-    place = torch.addcmul(slot[:, None], columns, counts[experts, None])
-    if uniform_rank(offsets) is None:
-        place = place.masked_fill(columns >= ranks[experts, None], h.numel())
-    # one entry more, where the padding goes; it and what is unused follow the last bag with h = 0
-    weights, tokens = h.new_zeros(h.numel() + 1), order.new_zeros(h.numel() + 1)
-    weights[place] = h.reshape(len(order), -1)[order]
-    tokens[place] = (order // plan.num_slots)[:, None].expand_as(place)
-    return tokens[:-1], weights[:-1], firsts
+    """The rows of F that each routing row needs, [rows, Σ_l K·max rank_l, d], and where they pad."""
+    rank, width = uniform_rank(site[0]), factor.shape[1]
+    needed = plan.num_slots * sum(max_rank(offsets) for offsets in site)
+    if not (rank and width and site.count(site[0]) == len(site)):
+        index, padding = slot_rows(site, plan)
+        return factor.index_select(0, index.view(-1)).view(plan.rows, needed, width), padding
+    blocks = plan.slot_experts  # equal ranks: one index for each block of rows
+    if len(site) > 1:
+        count = len(site) * plan.num_experts
+        linears = torch.arange(0, count, plan.num_experts, device=blocks.device)
+        blocks = blocks[:, None] + linears[:, None]
+    chosen = factor.reshape(-1, rank * width).index_select(0, blocks.view(-1))
+    return chosen.view(plan.rows, needed, width), None

@@ -1,0 +1,108 @@
+"""Gradient checkpointing, both kinds, gives the gradients of none: router losses, shared routings and counts too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier
+from training.runs import LOSSES, assert_same, batch, classes, gradients, gradients_of, open_window, rows_of, train
+
+KINDS = {"reentrant": True, "non_reentrant": False}
+CHECKPOINTING = [n for n in ALL_CAUSAL if causal(n, active=False).supports_gradient_checkpointing]
+# The first step of a run, twice: recomputing in fp32 gives the same bits, up to sums in another order.
+FP32 = 1e-5
+
+
+def _checkpointed(model, kind):
+    model.gradient_checkpointing_enable({"use_reentrant": KINDS[kind]})
+    assert model.is_gradient_checkpointing
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_checkpointing_has_the_gradients_of_none(level, scope, kind):
+    model = causal(routing_level=level, router_scope=scope, **LOSSES)
+    inputs = {**batch(), "expert_targets": torch.tensor([0, 1, 2, -100])}
+    expected = gradients(model, **inputs)
+    counts = model.moelora.load.current.clone()
+    assert_same(gradients(_checkpointed(model, kind), **inputs), expected, FP32)
+    assert torch.equal(model.moelora.load.current, counts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_draws_the_same_jitter_and_dropout(kind):
+    model = causal("gpt2", router_jitter_noise=0.3, lora_dropout=0.3, **LOSSES)
+    expected = gradients(model, **batch())
+    assert_same(gradients(_checkpointed(model, kind), **batch()), expected, FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_checkpointed_classifier_has_the_gradients_of_none(level, kind):
+    model = classifier("bert", routing_level=level, **LOSSES)
+    expected = gradients(model, **classes())
+    assert_same(gradients(_checkpointed(model, kind), **classes()), expected, FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_every_trainable_parameter_gets_its_gradient(name, kind):
+    """Over frozen embeddings, where reentrant checkpointing drops a first layer whose input needs no gradient."""
+    model = causal(name, **LOSSES)
+    expected = gradients(model, **batch())
+    assert all(g.abs().max() > 0 for g in expected.values())
+    assert_same(gradients(_checkpointed(model, kind), **batch()), expected, FP32)
+
+
+def test_nearly_every_base_can_be_checkpointed():
+    assert len(CHECKPOINTING) >= len(ALL_CAUSAL) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_forward_passes_before_the_backward_keep_their_own_routings(kind):
+    """Each recomputation sees its own forward's state, not the last one's."""
+    first, second = batch(), batch(rows=2, length=7, seed=9)
+    model = causal(routing_level="sequence", router_scope="layer", **LOSSES)
+
+    def both(model):
+        open_window(model)
+        model.train().zero_grad()
+        losses = [model(**inputs).loss for inputs in (first, second)]
+        (losses[0] + 3 * losses[1]).backward()
+        return gradients_of(model)
+
+    assert_same(both(_checkpointed(causal(routing_level="sequence", router_scope="layer", **LOSSES), kind)), both(model), FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainer_checkpoints_and_accumulates(kind, tmp_path):
+    def run(**settings):
+        model = causal(router_scope="layer", **LOSSES)
+        open_window(model)
+        settings = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 2, **settings}
+        return train(model, rows_of(batch(8)), tmp_path, per_device_train_batch_size=2, **settings)
+
+    plain = run()
+    found = run(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": KINDS[kind]})
+    for gradient, expected in zip(found.gradients, plain.gradients):
+        assert_same(gradient, expected, 1e-4)  # two steps in fp32
+    assert all(torch.equal(a, b) for a, b in zip(found.current, plain.current))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_keeps_fewer_tensors(kind):
+    """What autograd saves between forward and backward, in bytes: the point of it all."""
+
+    def saved(model):
+        seen = {}
+        keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model.train()(**batch(rows=8, length=32)).loss
+        assert loss.requires_grad
+        return sum(seen.values())
+
+    model = causal(**LOSSES)
+    plain = saved(model)
+    assert saved(_checkpointed(model, kind)) < 0.6 * plain
