@@ -22,6 +22,7 @@ class ExpertLoad(nn.Module):
     current: Tensor
     previous: Tensor
     bias: Tensor
+    seen: Tensor | None
 
     def __init__(self, config: MoeLoraConfig, num_routers: int, device: torch.device):
         super().__init__()
@@ -30,25 +31,30 @@ class ExpertLoad(nn.Module):
         self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("bias", torch.zeros(shape, device=device))
-        self._seen_version: int | None = None
+        # The values of a router's parameter at the last training forward; a buffer, so that it moves along.
+        self.register_buffer("seen", None, persistent=False)
 
+    @torch.no_grad()
     def begin_forward(self, parameter: nn.Parameter) -> None:
         """Start a new window if an optimizer step lies between the last training forward and this one.
 
-        It does where `parameter`, a router's, has no gradient (the loop cleared it) or was written to.
+        It does where `parameter`, a router's, has no gradient (the loop cleared it) or other values than then.
         """
-        version = parameter._version
-        if parameter.grad is None or version != self._seen_version:
-            self._roll()
-        self._seen_version = version
+        if parameter.grad is None or self.seen is None or self.seen.shape != parameter.shape:
+            self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
+        else:
+            # Not by the tensor's version, which fused optimizers leave as it is; and without asking the device.
+            self._roll((parameter != self.seen).any().to(self.current.device))
+        self.seen = parameter.detach().clone()
 
-    @torch.no_grad()
-    def _roll(self) -> None:
-        self.previous.copy_(self.current)
-        self.current.zero_()
+    def _roll(self, stepped: Tensor) -> None:
+        """Close the window where `stepped` (0-dim) is true."""
+        self.previous.copy_(torch.where(stepped, self.current, self.previous))
+        self.current.masked_fill_(stepped, 0)
         if self.update_rate:
             counts = self.previous.to(self.bias.dtype)
-            self.bias += self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
+            step = self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
+            self.bias += torch.where(stepped, step, 0.0)
 
     def end_forward(self, counts: dict[int, Tensor]) -> None:
         """Add one forward pass's counts `[E]` by router, summed over all processes."""

@@ -68,13 +68,13 @@ def save(
         (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
         if model.can_generate():
             model.generation_config.save_pretrained(staging)
+        safetensors.torch.save_file(tensors, staging / SAFE_WEIGHTS_NAME, metadata=metadata)
         if save_base and not (folder / config.base_folder).is_dir():
             with as_base(model) as base:
                 base.save_pretrained(
                     staging / "base", **{k: v for k, v in kwargs.items() if k in BASE_KEYWORDS}
                 )
             os.replace(staging / "base", folder / config.base_folder)
-        safetensors.torch.save_file(tensors, staging / SAFE_WEIGHTS_NAME, metadata=metadata)
         # From the first of these on the new checkpoint is the one that loads; the rest is for people, and tidying up.
         for name in (SAFE_WEIGHTS_NAME, GENERATION_CONFIG_NAME, CONFIG_NAME):
             if (staging / name).is_file():

@@ -169,7 +169,8 @@ def _changes(
     else:
         beside = _beside(source, saved)
         asked = {n: getattr(given, n) for n in own if getattr(given, n) != getattr(beside, n)}
-        for name in {f.name for f in fields(given)} - set(own) - {"transformers_version", "architectures"}:
+        inherited = {f.name for f in fields(given)} | {"output_attentions"}
+        for name in inherited - {*own, "transformers_version", "architectures"}:
             if getattr(given, name) != getattr(beside, name):
                 kwargs.setdefault(name, getattr(given, name))
         if given._attn_implementation is not None:

@@ -39,8 +39,14 @@ class MoeLoraCallback(TrainerCallback):
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
         # 1 when even, E when one expert takes all: the worst router and the mean one.
         peak = shares.max(1).values * shares.shape[1]
-        logs["expert_peak_load"] = round(float(peak.max()), 4)
-        logs["expert_mean_peak_load"] = round(float(peak.mean()), 4)
+        found = {
+            "expert_peak_load": round(float(peak.max()), 4),
+            "expert_mean_peak_load": round(float(peak.mean()), 4),
+        }
+        logs.update(found)
+        # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls its callbacks.
+        if state.log_history:
+            state.log_history[-1].update(found)
 
 
 def _unwrapped(model: Any) -> MoeLoraModel:

@@ -37,10 +37,11 @@ def shrink(
             f" {lora_A.shape[-1]} features (lora_A's): flatten x, or build the plan for this x"
         )
     _check_factor("lora_A", lora_A, rank_offsets, plan, x)
-    dtype = _compute_dtype(x)
-    x = x.reshape(plan.num_tokens, x.shape[-1]).to(dtype)
-    if not torch.is_autocast_enabled(x.device.type):
+    x = x.reshape(plan.num_tokens, x.shape[-1])
+    if not _autocasts(x.device.type):
         return module.shrink(x, lora_A, rank_offsets, plan)
+    if x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         return module.shrink(x, lora_A, rank_offsets, plan)
 
@@ -73,7 +74,7 @@ def expand(
         )
     if out is not None:
         _check_out(out, lora_B.shape[1], plan, h)
-    if not torch.is_autocast_enabled(h.device.type):
+    if not _autocasts(h.device.type):
         return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
     with torch.autocast(h.device.type, enabled=False):
         return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
@@ -121,11 +122,9 @@ def _backend(name: str | None) -> ModuleType:
     return module
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of h: x's, or autocast's where autocast would cast x."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on; it is unknown to some devices, as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_factor(
@@ -139,10 +138,11 @@ def _check_factor(
         )
     rows = 0
     for offsets in rank_offsets:
-        if len(offsets) != plan.num_experts + 1 or offsets[0] != 0:
+        if len(offsets) != plan.num_experts + 1 or offsets[0] != 0 or sorted(offsets) != [*offsets]:
             raise ValueError(
                 f"rank_offsets of a linear is {offsets}, expected {plan.num_experts + 1} ints from"
-                " 0 (the plan's num_experts + 1): pass the running sums of the experts' ranks"
+                " 0 on, never falling (the plan's num_experts + 1): pass the running sums of the"
+                " experts' ranks"
             )
         rows += offsets[-1]
     if factor.dim() != 2 or factor.shape[0] != rows:

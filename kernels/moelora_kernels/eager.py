@@ -38,7 +38,7 @@ def expand(
     inplace: bool = False,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e; h as `shrink` gives it, lora_B [R, d_out], out [..., d_out]."""
-    inputs = (h, lora_B, plan.weights, out)
+    inputs = (out, h, lora_B, plan.weights)
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Expand.apply(*inputs, rank_offsets, scaling, plan, inplace)
@@ -68,15 +68,18 @@ class _Shrink(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """y = out + (g·s·h) B; u = dy Bᵀ, dg = s⟨u, h⟩, dh = g·s·u, dB = (g·s·h)ᵀ dy, dout = dy."""
+    """y = out + (g·s·h) B; u = dy Bᵀ, dg = s⟨u, h⟩, dh = g·s·u, dB = (g·s·h)ᵀ dy, dout = dy.
+
+    out comes first: of a view written in place, autograd takes the first gradient for its own.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        out: Tensor | None,
         h: Tensor,
         lora_B: Tensor,
         weights: Tensor,
-        out: Tensor | None,
         rank_offsets: Offsets,
         scaling: tuple[float, ...],
         plan: Plan,
@@ -86,14 +89,14 @@ class _Expand(torch.autograd.Function):
         ctx.rank_offsets, ctx.scaling, ctx.plan = rank_offsets, scaling, plan
         if inplace:
             ctx.mark_dirty(out)
-        return _expand(h, lora_B, weights, out, rank_offsets, scaling, plan, inplace)
+        return _expand(out, h, lora_B, weights, rank_offsets, scaling, plan, inplace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         h, lora_B, weights = ctx.saved_tensors
         offsets, plan = ctx.rank_offsets, ctx.plan
-        need_h, need_B, need_weights, need_out = ctx.needs_input_grad[:4]
+        need_out, need_h, need_B, need_weights = ctx.needs_input_grad[:4]
         products = PRODUCTS[plan.path]
         scale = products.scale(weights, ctx.scaling, plan)
         gate = weights * scale
@@ -109,14 +112,14 @@ class _Expand(torch.autograd.Function):
         if need_B:
             gated = products.weighted(h, gate, offsets, plan).to(dy.dtype)
             dB = products.outer((gated,), flat, (offsets,), plan).to(lora_B.dtype)
-        return dh, dB, dweights, dy if need_out else None, None, None, None, None
+        return dy if need_out else None, dh, dB, dweights, None, None, None, None
 
 
 def _expand(
+    out: Tensor | None,
     h: Tensor,
     lora_B: Tensor,
     weights: Tensor,
-    out: Tensor | None,
     rank_offsets: Offsets,
     scaling: tuple[float, ...],
     plan: Plan,

@@ -83,7 +83,7 @@ class Slots:
     def scale(weights: Tensor, scaling: tuple[float, ...], plan: Plan) -> Tensor | float:
         """s_e in a form that multiplies weights."""
         scale = _scale(weights, scaling)
-        return scale if isinstance(scale, float) else scale[plan.slot_experts]
+        return scale[plan.slot_experts] if isinstance(scale, Tensor) else scale
 
     @staticmethod
     def weighted(h: Tensor, weights: Tensor, offsets: Offsets, plan: Plan) -> Tensor:

@@ -141,7 +141,8 @@ def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_ro
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:
     """Raise for an id that names no expert; waits for the device."""
-    if ids.numel() and not -1 <= (low := int(ids.min())) <= (high := int(ids.max())) < num_experts:
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
+    if low < -1 or high >= num_experts:
         raise ValueError(
             f"expert_ids has values in {low}..{high}, expected -1 (no expert) to {num_experts - 1}:"
             " check the router's number of experts"

@@ -62,7 +62,8 @@ def expand(
     """y = out + Σ_e gate[:, e] · s_e · h_e B_e; h [T, R], lora_B [R, d_out], never in place."""
     dtype = h.dtype if out is None else out.dtype
     gate = _gate(plan)
-    y = h.new_zeros(len(h), lora_B.shape[1]) if out is None else out.reshape(len(h), -1)
+    shape = (len(h), lora_B.shape[1])
+    y = h.new_zeros(shape) if out is None else out.reshape(shape)
     for expert, scale in enumerate(scaling):
         rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
         gated = (h[:, rows] * gate[:, expert, None] * scale).to(dtype)

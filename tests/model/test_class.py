@@ -14,7 +14,7 @@ from bases import CLASSIFIERS, causal_base, classifier_base
 from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier, into, tokens
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from moelora import MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora import ROUTERS, MoeLoraForCausalLM, MoeLoraForSequenceClassification
 
 CASES = [(n, causal_base, MoeLoraForCausalLM) for n in ALL_CAUSAL]
 CASES += [(n, classifier_base, MoeLoraForSequenceClassification) for n in CLASSIFIERS]
@@ -23,14 +23,18 @@ CASES += [(n, classifier_base, MoeLoraForSequenceClassification) for n in CLASSI
 @pytest.mark.parametrize("name,make,public", CASES)
 def test_the_model_is_an_instance_of_its_base_s_class(name, make, public):
     base = make(name)
-    cls, flags = type(base), {n: getattr(base, n) for n in dir(type(base)) if n.startswith("_supports_")}
+    cls, supported = type(base), [n for n in dir(type(base)) if n.startswith("_supports_")]
     model = into(base)
     assert isinstance(model, cls) and isinstance(model, public)
     assert model._get_name() == cls.__name__
     assert model.config_class is cls.config_class and isinstance(model.config, cls.config_class)
-    assert {n: getattr(model, n) for n in flags} == flags
-    for same in ("_no_split_modules", "_tied_weights_keys", "base_model_prefix", "main_input_name"):
-        assert getattr(model, same) == getattr(make(name), same)
+    assert not {n for n in vars(type(model)) if n.startswith("_supports_")}, "all inherited"
+    fresh, same = (
+        make(name),
+        ("_no_split_modules", "_tied_weights_keys", "base_model_prefix", "main_input_name"),
+    )
+    for attribute in [n for n in supported if not callable(getattr(cls, n))] + list(same):
+        assert getattr(model, attribute) == getattr(fresh, attribute)
 
 
 @pytest.mark.parametrize("name,make,public", CASES)
@@ -113,7 +117,9 @@ def test_copies_are_whole_and_their_own(copied, name, scope):
     with torch.no_grad():
         for parameter in twin.moelora.parameters():
             parameter.zero_()
-    assert not torch.allclose(twin(tokens()).logits, logits, atol=1e-3), "the copy computes with its own experts"
+    assert not torch.allclose(twin(tokens()).logits, logits, atol=1e-3), (
+        "the copy computes with its own experts"
+    )
     assert torch.equal(model(tokens()).logits, logits), "and the first one with its own"
     shared = {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
     assert not shared
@@ -140,7 +146,7 @@ def test_resized_embeddings_keep_the_experts_working(name):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("router", ["top_k"])
+@pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_peft_on_top_adapts_the_base_s_linears_and_no_router(router, level):
     model = causal(router=router, routing_level=level, num_experts=4)
     logits = model(tokens()).logits

@@ -10,7 +10,12 @@ from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, activate, factors, into, 
 
 # The same sums in another order, through two layers: about a hundred units in the last place of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
-MIXED_RANKS = dict(num_experts=3, r=[2, 4, 8], lora_alpha=[4, 4, 24], expert_names=["math", "code", "law"])
+MIXED_RANKS = {
+    "num_experts": 3,
+    "r": [2, 4, 8],
+    "lora_alpha": [4, 4, 24],
+    "expert_names": ["math", "code", "law"],
+}
 
 
 def _causal_batch():
@@ -143,7 +148,9 @@ def test_a_forced_expert_is_its_peft_adapter(expert, level):
         logits = model(tokens()).logits
     expected = _twin(causal_base(), model, {expert: 1.0})(tokens()).logits
     _assert_near(logits, expected)
-    assert not torch.allclose(model(tokens()).logits, expected, atol=1e-3), "outside, the router chooses again"
+    assert not torch.allclose(model(tokens()).logits, expected, atol=1e-3), (
+        "outside, the router chooses again"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
@@ -160,12 +167,14 @@ def test_a_weighted_pair_is_the_base_plus_both_adapters(name, scope):
 def test_forced_experts_generate_and_the_router_takes_over_again_after_an_error():
     model = into(causal_base(), **MIXED_RANKS)
     twin = _twin(causal_base(), model, {1: 1.0, 0: 1.0})
-    settings = dict(max_new_tokens=5, do_sample=False)
+    settings = {"max_new_tokens": 5, "do_sample": False}
     free = model(tokens()).logits
     with pytest.raises(KeyError), model.use_experts(["code", "math"]):
         with model.use_experts("law"):
             pass
-        assert torch.equal(model.generate(tokens(), **settings), twin.generate(input_ids=tokens(), **settings))
+        assert torch.equal(
+            model.generate(tokens(), **settings), twin.generate(input_ids=tokens(), **settings)
+        )
         raise KeyError
     assert torch.equal(model(tokens()).logits, free)
     with pytest.raises(ValueError, match="math, code, law"), model.use_experts("maths"):

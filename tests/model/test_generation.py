@@ -9,10 +9,10 @@ from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, into, left_padded
 
 PROMPT, NEW = 7, 5
 # One length for all, so that rows can be compared; the pad token is never asked for.
-GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
-WITH_LOGITS = dict(return_dict_in_generate=True, output_logits=True)
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 # fp32 sums over another number of tokens at a time.
-CLOSE = dict(rtol=1e-4, atol=2e-5)
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def _prompt_end(model, sequences):
@@ -183,6 +183,23 @@ def test_generations_of_different_sizes_leave_nothing_behind():
     assert all(site._shrunk is None for site in model.moelora.sites.values())
 
 
+def test_a_forward_that_breaks_off_leaves_nothing_behind():
+    model = causal()
+    expected = model(tokens()).logits
+    keys = model.model.layers[0].self_attn.k_proj
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        handle = keys.register_forward_pre_hook(stop)
+        model(tokens())
+    handle.remove()
+    assert model.moelora.state is None
+    assert all(site._shrunk is None for site in model.moelora.sites.values())
+    assert torch.equal(model(tokens()).logits, expected)
+
+
 def test_a_loop_can_carry_two_generations_by_turns():
     model = causal(routing_level="sequence")
     a, b = tokens(2, PROMPT + NEW, seed=8), tokens(3, PROMPT + NEW, seed=9)
@@ -226,10 +243,9 @@ def test_a_prompt_in_chunks_is_refused_at_sequence_level_alone():
 def test_going_on_with_a_cache_takes_the_prompt_s_routing():
     model = causal(routing_level="sequence")
     ids = tokens(2, PROMPT + 2)
-    fresh = lambda: model(ids[:, :PROMPT], use_cache=True)  # noqa: E731
+    first, second = (model(ids[:, :PROMPT], use_cache=True) for _ in range(2))
     with pytest.raises(ValueError, match="expert_routing=outputs.expert_routing"):
-        model.generate(ids, past_key_values=fresh().past_key_values, **GREEDY)
-    first = fresh()
+        model.generate(ids, past_key_values=second.past_key_values, **GREEDY)
     went_on = model.generate(
         ids, past_key_values=first.past_key_values, expert_routing=first.expert_routing, **GREEDY
     )

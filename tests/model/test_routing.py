@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bases import CLASSIFIERS, causal_base, classifier_base
+from bases import CLASSIFIERS, causal_base
 from model.mixtures import (
     ALL_CAUSAL,
     LEVELS,
@@ -21,9 +21,9 @@ from model.mixtures import (
 from torch import nn
 
 from moelora import ROUTERS, MoeLoraForCausalLM, Router, Routing, register_router
-from moelora.sites import decoder_layer
+from moelora.targets import decoder_layer
 
-MIXED = dict(num_experts=4, r=[1, 2, 3, 6], lora_alpha=[2, 8, 3, 6])
+MIXED = {"num_experts": 4, "r": [1, 2, 3, 6], "lora_alpha": [2, 8, 3, 6]}
 
 
 def _captured(model, inputs):
@@ -32,7 +32,9 @@ def _captured(model, inputs):
     handles = []
     for name in adapted(model):
         module = model.get_submodule(name)
-        handles.append(module.register_forward_hook(lambda m, a, out, n=name: written.update({n: out.clone()})))
+        handles.append(
+            module.register_forward_hook(lambda m, a, out, n=name: written.update({n: out.clone()}))
+        )
         handles.append(module.register_forward_pre_hook(lambda m, a, n=name: read.update({n: a[0].clone()})))
         layer = decoder_layer(model, name)
         handles.append(
@@ -106,10 +108,10 @@ def test_every_linear_puts_out_what_a_loop_over_tokens_and_experts_does(name, sc
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(num_experts_per_tok=1),
-        dict(num_experts_per_tok=3, norm_topk_prob=False),
-        dict(num_experts_per_tok=4),
-        dict(num_experts=40, num_experts_per_tok=2, use_rslora=True),
+        {"num_experts_per_tok": 1},
+        {"num_experts_per_tok": 3, "norm_topk_prob": False},
+        {"num_experts_per_tok": 4},
+        {"num_experts": 40, "num_experts_per_tok": 2, "use_rslora": True},
     ],
     ids=["top-1", "top-3 not renormalised", "all experts", "many experts: the grouped path"],
 )
@@ -228,7 +230,7 @@ def test_a_router_of_ones_own_trains_generates_and_reloads(own_routers, level, t
     outputs = model(tokens(), output_expert_routing=True)
     empty = torch.cat([r.expert_ids.reshape(-1) for r in outputs.expert_routing]) == -1
     assert 0 < int(empty.sum()) < empty.numel(), "some slots are empty, and some are not"
-    settings = dict(max_new_tokens=4, do_sample=False)
+    settings = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(
         model.generate(tokens(), **settings), model.generate(tokens(), use_cache=False, **settings)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def router_losses(
         row = config.router_aux_loss_coef * config.num_experts * (probabilities * share).sum(1)
         row = row + config.router_z_loss_coef * torch.exp(scores).sum(1).log() ** 2
         if targets is not None:
-            expert = targets.reshape(-1) if targets.numel() == len(row) else targets.repeat_interleave(mask.shape[1])
+            each = len(row) // targets.numel()
+            expert = targets.reshape(-1).repeat_interleave(each)
             picked = probabilities.gather(1, expert.clamp(min=0)[:, None])[:, 0]
             row = row - config.expert_target_loss_coef * torch.where(expert < 0, 0.0, picked.log())
         total = total + (row * weight).sum() / (weight.sum() if items is None else items)
@@ -171,7 +172,9 @@ class Recorder(TrainerCallback):
         self.previous.append(model.moelora.load.previous.clone())
 
 
-def trainer(model: Any, data: list | None, folder: Path, callbacks: Sequence = (), **settings: Any) -> Trainer:
+def trainer(
+    model: Any, data: list | None, folder: Path, callbacks: Sequence = (), **settings: Any
+) -> Trainer:
     """A stock Trainer on the CPU that logs to nobody; what it gets beside `args` is split off `settings`."""
     others = ("eval_dataset", "data_collator", "compute_metrics", "compute_loss_func", "optimizers")
     given = {name: settings.pop(name) for name in others if name in settings}
@@ -210,11 +213,13 @@ def step(model: Any, optimizer: torch.optim.Optimizer, set_to_none: bool = True,
     return outputs
 
 
-def random_batches(count: int, rows: int = 4, length: int = 12, low: int = 3):
+def random_batches(
+    count: int, rows: int = 4, length: int = 12, seed: int = 11
+) -> Iterator[dict[str, Tensor]]:
     """Batches of random tokens, each its own labels."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        ids = torch.randint(low, VOCAB, (rows, length), generator=generator)
+        ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
         yield {"input_ids": ids, "labels": ids.clone()}
 
 

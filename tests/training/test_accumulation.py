@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from model.mixtures import LEVELS, causal, classifier
+from bases import causal_base
+from model.mixtures import LEVELS, causal, classifier, into
 from training.runs import (
     LOSSES,
+    NO_LOSSES,
     assert_same,
     batch,
     classes,
@@ -131,50 +133,61 @@ def test_evaluation_between_steps_does_not_roll_the_window(tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def _skewed(**fields):
-    """A mixture whose routers prefer expert 0 for nearly every token, whatever it is, and what trains them."""
-    model = causal(num_experts_per_tok=1, **fields).train()
+def _trained(**fields):
+    """Routers that preferred expert 0 nearly everywhere, trained on random tokens with the losses of `fields`."""
+    model = into(causal_base(num_hidden_layers=1), num_experts_per_tok=1, **{**NO_LOSSES, **fields}).train()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for layer in model.model.layers:
-            # A direction that all tokens share: without it a linear router cannot prefer one expert.
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight.mul_(0.5 + torch.rand(32, generator=generator))
+        layer = model.model.layers[0]
+        # A direction that all tokens share: without it a linear router cannot prefer one expert.
         model.model.embed_tokens.weight.add_(0.02)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.mul_(0.5 + torch.rand(32, generator=generator))
         for router in model.moelora.routers.values():
             router.weight[0] += 0.15
-    return model, torch.optim.AdamW(model.moelora.routers.parameters(), lr=3e-3)
-
-
-def _peak_load(model):
-    """The largest expert's share, mean over routers, of the last step."""
-    current = model.moelora.load.current
-    return float((current.max(1).values / current.sum(1)).mean())
-
-
-def _trained(steps=60, **fields):
-    model, optimizer = _skewed(**{"router_aux_loss_coef": 0.0, "router_z_loss_coef": 1e-9, **fields})
-    for inputs in random_batches(steps):
+    optimizer = torch.optim.AdamW(model.moelora.routers.parameters(), lr=3e-3)
+    for inputs in random_batches(40):
         step(model, optimizer, **inputs)
     return model
 
 
-def test_the_balancing_loss_evens_the_load():
-    without, balanced = _peak_load(_trained()), _peak_load(_trained(router_aux_loss_coef=1.0))
-    assert without > 0.45
-    assert balanced < without - 0.1
+def _peak_load(model):
+    """The largest expert's share on fresh tokens, mean over routers."""
+    inputs = next(random_batches(1, rows=8, seed=12))
+    return float(model.eval().route(input_ids=inputs["input_ids"]).by_router.max(1).values.mean())
 
 
-def test_the_selection_bias_evens_the_load_and_moves_against_it():
-    model = _trained(router_bias_update_rate=0.01)
-    assert _peak_load(model) < _peak_load(_trained()) - 0.1
-    load = model.moelora.load
+def _size(model):
+    """How far the logits are from costing nothing."""
+    routing = model.eval()(**batch(), output_expert_routing=True).expert_routing
+    return float(torch.stack([r.logits.logsumexp(-1).abs().mean() for r in routing]).mean())
+
+
+@pytest.fixture(scope="module")
+def unbalanced():
+    """The router losses off: what the others must do better than."""
+    return _trained()
+
+
+def test_the_balancing_loss_evens_the_load(unbalanced):
+    assert _peak_load(unbalanced) > 0.45
+    assert _peak_load(_trained(router_aux_loss_coef=1.0)) < _peak_load(unbalanced) - 0.1
+
+
+def test_the_selection_bias_evens_the_load_and_moves_against_it(unbalanced):
+    model = _trained(router_bias_update_rate=0.02)
+    assert _peak_load(model) < _peak_load(unbalanced) - 0.1
+    load = model.train().moelora.load
     before = load.bias.clone()
     model.zero_grad()
     model(**batch())
     mean = load.previous.double().mean(1, keepdim=True)
     assert (load.bias > before)[load.previous < mean].all()
     assert (load.bias < before)[load.previous > mean].all()
+
+
+def test_the_z_loss_shrinks_the_logits(unbalanced):
+    assert _size(_trained(router_z_loss_coef=1.0)) < 0.5 * _size(unbalanced)
 
 
 def test_the_selection_bias_changes_the_choice_and_not_the_weights():
@@ -186,19 +199,10 @@ def test_the_selection_bias_changes_the_choice_and_not_the_weights():
     torch.testing.assert_close(routing.expert_weights, chosen / chosen.sum(1, keepdim=True))
 
 
-def test_the_z_loss_shrinks_the_logits():
-    def size(model):
-        outputs = model.eval()(**batch(), output_expert_routing=True)
-        return float(torch.stack([r.logits.logsumexp(-1).abs().mean() for r in outputs.expert_routing]).mean())
-
-    assert size(_trained(router_z_loss_coef=1.0)) < 0.5 * size(_trained())
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_expert_targets_teach_the_router(level):
     """Sequences of low tokens belong to expert 3, of high tokens to expert 1."""
-    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "expert_target_loss_coef": 1.0}
-    model = causal(routing_level=level, num_experts_per_tok=1, **fields).train()
+    model = into(causal_base(num_hidden_layers=1), routing_level=level, **NO_LOSSES).train()
     optimizer = torch.optim.AdamW(model.moelora.routers.parameters(), lr=0.02)
     generator = torch.Generator().manual_seed(6)
     for _ in range(50):
@@ -208,7 +212,7 @@ def test_expert_targets_teach_the_router(level):
         step(model, optimizer, input_ids=ids, labels=labels, expert_targets=torch.tensor([3, 3, 1, 1]))
     report = model.eval().route(input_ids=ids)
     assert report.top_experts() == ["expert_3", "expert_3", "expert_1", "expert_1"]
-    assert float(report.by_sequence[0, 3]) > 0.8
+    assert float(report.by_sequence[0, 3]) > 0.45  # of two experts a token
 
 
 def test_frozen_routers_count_and_cost_nothing():

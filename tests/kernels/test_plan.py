@@ -1,0 +1,98 @@
+"""The plan: the rule of paths, the gates, the sorted slots, and no wait for the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from moelora_kernels import PATHS, build_plan, choose_path, expand, shrink
+from torch import Tensor
+
+from tests.kernels.cases import Case, make
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens_per_row", "num_experts", "num_slots", "path"),
+    [
+        (1, 1, 8, 2, "sequence"),  # decode
+        (4, 1, 8, 2, "sequence"),  # decode of a small batch gathers 8 blocks of 8
+        (8, 1, 8, 2, "dense"),  # decode of a larger one would gather 16
+        (8, 128, 8, 2, "sequence"),  # one choice for a long sequence
+        (512, 2, 8, 2, "dense"),  # one choice for a short sequence does not pay
+        (1024, 1, 8, 2, "dense"),
+        (1024, 1, 9, 2, "grouped"),
+        (1024, 1, 1024, 2, "grouped"),
+        (33, 1, 1024, 2, "grouped"),  # 66 blocks are too many to copy
+        (0, 1, 8, 2, "sequence"),
+    ],
+)
+def test_the_rule(
+    rows: int, tokens_per_row: int, num_experts: int, num_slots: int, path: str
+) -> None:
+    assert choose_path(rows, tokens_per_row, num_experts, num_slots, 16 * num_experts) == path
+
+
+def test_dense_gate_adds_duplicates() -> None:
+    ids = torch.tensor([[0, 2], [1, 1], [-1, 0], [-1, -1]])
+    weights = torch.tensor([[0.25, 0.5], [0.25, 0.5], [torch.nan, 2.0], [1.0, torch.inf]])
+    plan = build_plan(ids, weights, 3, total_rank=3, path="dense")
+    gate = [[0.25, 0.0, 0.5], [0.0, 0.75, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert plan.weights.tolist() == gate
+
+
+@given(data=st.data())
+def test_sorted_slots(data: st.DataObject) -> None:
+    bounds = [(0, 5), (0, 3), (0, 3), (1, 6)]
+    rows, per_row, slots, experts = (data.draw(st.integers(*bound)) for bound in bounds)
+    size = rows * slots
+    values = data.draw(st.lists(st.integers(-1, experts - 1), min_size=size, max_size=size))
+    ids = torch.tensor(values, dtype=torch.int64).view(rows, slots)
+    plan = build_plan(
+        ids, torch.ones(rows, slots), experts, total_rank=1, tokens_per_row=per_row, path="grouped"
+    )
+    order, sorted_experts, starts = plan.sorted_slots
+    of_slot = ids.clamp(min=0).repeat_interleave(per_row, dim=0).flatten()
+    assert order.sort()[0].tolist() == list(range(plan.num_tokens * slots))
+    assert sorted_experts.tolist() == of_slot[order].tolist()
+    for expert in range(experts):
+        segment = order[starts[expert] : starts[expert + 1]].tolist()
+        assert segment == (of_slot == expert).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_other_weights_in_the_same_plan(path: str) -> None:
+    """As reentrant checkpointing needs it: the gradient goes to the weights that were put in."""
+    case = Case(rows=5, tokens_per_row=2)
+    ids, inputs = make(case, torch.float64)
+    x, lora_A, lora_B, weights, _ = inputs.values()
+    assert x is not None and lora_A is not None and lora_B is not None and weights is not None
+    plan = build_plan(ids, weights.requires_grad_(), 3, total_rank=12, tokens_per_row=2, path=path)
+    other = (2 * plan.weights.detach()).requires_grad_()
+
+    def y(weights: Tensor) -> Tensor:
+        changed = replace(plan, weights=weights)
+        (h,) = shrink(x, lora_A, (case.offsets,), changed)
+        return expand(h, lora_B, case.offsets, case.scales, changed)
+
+    twice = y(other)
+    torch.testing.assert_close(twice, 2 * y(plan.weights))
+    twice.sum().backward()
+    assert other.grad is not None and other.grad.abs().sum() > 0 and weights.grad is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 0, 3)], ids=str)
+def test_never_waits_for_the_device(path: str, ranks: tuple[int, ...]) -> None:
+    """A meta tensor has no values: reading one, or a shape that depends on one, raises."""
+    case = Case(rows=6, tokens_per_row=2, ranks=ranks)
+    ids, inputs = make(case, torch.float32)
+    leaves = [t.to("meta").requires_grad_() for t in inputs.values() if t is not None]
+    x, lora_A, lora_B, weights, out = leaves
+    plan = build_plan(ids.to("meta"), weights, 3, total_rank=4, tokens_per_row=2, path=path)
+    (h,) = shrink(x, lora_A, (case.offsets,), plan)
+    y = expand(h, lora_B, case.offsets, (1.0, 2.0, 3.0), plan, out)
+    grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
+    assert y.shape == out.shape and [g.shape for g in grads] == [t.shape for t in leaves]
