@@ -1,6 +1,6 @@
 """Decoding on CPU with the KV cache: tokens a second of the base, PEFT's LoRA, a mixture, and PEFT's X-LoRA, in turns.
 
-    python -m benchmarks.bench_generation
+python -m benchmarks.bench_generation
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def measure(settings: argparse.Namespace, batch: int) -> list[dict]:
         candidates[f"{name}, prompt"] = decoding(model, batch, settings.prompt, 1)
     timings = in_turns(candidates, settings.rounds)
     decode = Timings(
-        {n: [a - b for a, b in zip(timings.seconds[n], timings.seconds[f"{n}, prompt"], strict=True)] for n in models}
+        {
+            n: [a - b for a, b in zip(timings.seconds[n], timings.seconds[f"{n}, prompt"], strict=True)]
+            for n in models
+        }
     )
     tokens = batch * (settings.new_tokens - 1)
     rows = []

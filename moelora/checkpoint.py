@@ -1,8 +1,8 @@
 """Saving: safetensors only, atomic, with a reference to the base or the base itself.
 
-`model.safetensors` holds the trained tensors and, in its header, the configuration and the base's fingerprint:
-replacing that one file is what makes a save happen. `config.json` repeats the configuration for people and for
-the Auto classes. The base, with `save_base`, lies in a folder named by its fingerprint.
+`model.safetensors` holds the trained tensors and, in its header, the configuration and the base's
+fingerprint: replacing that one file is what makes a save happen. `config.json` repeats the configuration for
+people and for the Auto classes. The base, with `save_base`, lies in a folder named by its fingerprint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IDLE_KEYWORDS = frozenset({"safe_serialization", "save_function", "save_peft_for
 
 
 def trained_keys(model: Any) -> list[str]:
-    """The state dict's keys that a checkpoint holds: the mixture's, and those of the base's trained modules."""
+    """The state dict's keys that a checkpoint holds: the mixture's, and the base's trained modules'."""
     trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(PREFIX)}
     for name, module in saved_modules(model, model.moelora_config, model.is_classifier):
         # Also where the user froze it after training it.
@@ -59,8 +59,7 @@ def save(
     tensors = {k: state_dict[k].detach().cpu().contiguous() for k in keys}
     print_ = fingerprint(model, keys)
     config = describe(model, folder)
-    if save_base:
-        config.base_folder = f"base-{digest(print_)}"
+    config.base_folder = f"base-{digest(print_)}" if save_base else None
     text = json.dumps(config.own_fields(), indent=2) + "\n"
     metadata = {"format": "pt", "moelora_config": text, "base": json.dumps(print_)}
     with _errors_naming(folder), _staging(folder) as staging:
@@ -75,7 +74,7 @@ def save(
                     staging / "base", **{k: v for k, v in kwargs.items() if k in BASE_KEYWORDS}
                 )
             os.replace(staging / "base", folder / config.base_folder)
-        # From the first of these on the new checkpoint is the one that loads; the rest is for people, and tidying up.
+        # From the first of these on the new checkpoint is the one that loads; what follows is for people.
         for name in (SAFE_WEIGHTS_NAME, GENERATION_CONFIG_NAME, CONFIG_NAME):
             if (staging / name).is_file():
                 _put(staging / name, folder / name)
@@ -131,8 +130,8 @@ def _local_base(model: Any) -> Path | None:
 def _check_keywords(kwargs: Mapping[str, Any]) -> None:
     if kwargs.pop("push_to_hub", False):  # type: ignore[attr-defined]
         raise ValueError(
-            "save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id), or save (with "
-            "save_base=True where the base is no public model) and upload the folder with `hf upload`."
+            "save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id), or save "
+            "(with save_base=True where the base is no public model) and upload the folder with `hf upload`."
         )
     unknown = sorted(set(kwargs) - BASE_KEYWORDS - IDLE_KEYWORDS)
     if unknown:
@@ -145,8 +144,8 @@ def _check_keywords(kwargs: Mapping[str, Any]) -> None:
 def _check_not_the_base(model: Any, folder: Path, save_base: bool) -> None:
     if not save_base and _local_base(model) == folder.resolve():
         raise ValueError(
-            f"{folder} holds the base itself: saving there would overwrite the weights that the checkpoint refers "
-            "to. Save into another folder, or with save_base=True."
+            f"{folder} holds the base itself: saving there would overwrite the weights that the checkpoint "
+            "refers to. Save into another folder, or with save_base=True."
         )
 
 

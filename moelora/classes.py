@@ -73,12 +73,12 @@ def base_class(cls: type) -> type[PreTrainedModel]:
 def rebuild(public: type, base: type[PreTrainedModel]) -> Any:
     """An empty model of the class for `base`: what unpickling and copying begin with."""
     cls = class_for(public, base)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _reroute(model: PreTrainedModel) -> None:
     """Let a model that accelerate dispatched call its new class's forward: it keeps the old one on the instance."""
     if "_old_forward" in model.__dict__:
         forward = types.MethodType(type(model).forward, model)
-        model._old_forward = forward
+        model.__dict__["_old_forward"] = forward
         functools.update_wrapper(model.forward, forward)  # type: ignore[arg-type]

@@ -17,11 +17,20 @@ ROUTER_SCOPES = ("projection", "site", "layer", "model")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
 
 # What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
-_INHERITED_KEYWORDS = frozenset(
-    "name_or_path attn_implementation experts_implementation output_attentions torch_dtype model_type "
-    "num_labels _commit_hash _attn_implementation_internal _experts_implementation_internal "
-    "_name_or_path _output_attentions".split()
-)
+_INHERITED_KEYWORDS = {
+    "name_or_path",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "torch_dtype",
+    "model_type",
+    "num_labels",
+    "_commit_hash",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "_output_attentions",
+}
 
 
 class MoeLoraConfig(PreTrainedConfig):
@@ -146,7 +155,7 @@ class MoeLoraConfig(PreTrainedConfig):
         return [f.name for f in fields(cls) if f.name in MoeLoraConfig.__annotations__]
 
     def own_fields(self) -> dict[str, Any]:
-        """What is saved: these fields alone, since the inherited ones come and go with transformers' versions."""
+        """What is saved: these fields alone; the inherited ones come and go with transformers' versions."""
         everything = self.to_dict()
         kept = ("model_type", "transformers_version", *self.field_names())
         return {name: everything[name] for name in kept if name in everything}
@@ -201,12 +210,13 @@ class MoeLoraConfig(PreTrainedConfig):
         names = _string_list("expert_names", self.expert_names)
         if len(names) != self.num_experts or len(set(names)) != len(names):
             raise ValueError(
-                f"expert_names={names} must be {self.num_experts} different names (num_experts={self.num_experts})."
+                f"expert_names={names} must be {self.num_experts} different names "
+                f"(num_experts={self.num_experts})."
             )
         self.expert_names = names
 
     def _check_targets(self) -> None:
-        """The fields that PEFT matches; what may be a set or tuple there becomes a list, which JSON can hold."""
+        """The fields that PEFT matches; what is a set or tuple becomes a list, which JSON can hold."""
         targets, layers = self.target_modules, self.layers_to_transform
         if isinstance(targets, str):
             _check_regex("target_modules", targets)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from moelora_kernels import Plan, build_plan, expand, shrink
+from torch import Tensor, nn
 
 from .balance import ExpertLoad
 from .config import MoeLoraConfig
@@ -26,6 +26,8 @@ from .state import ForwardState
 
 class MoeLoraLinear(nn.Module):
     """The experts of one linear: its `lora_B` `[R, d_out]`, and the forward hook that adds them to its output."""
+
+    site: Site
 
     def __init__(self, site: Site, index: int, out_features: int, **factory):
         super().__init__()
@@ -53,6 +55,8 @@ class Site(nn.Module):
     lora_A: `[L · R, d_in]`, linear after linear, in each expert after expert.
     """
 
+    mixture: Mixture
+
     def __init__(
         self, mixture: Mixture, names: list[str], layer: str | None, linears: list[tuple[int, int]], **factory
     ):
@@ -77,7 +81,7 @@ class Site(nn.Module):
         self.linears = nn.ModuleList(
             MoeLoraLinear(self, i, out_features, **factory) for i, (_, out_features) in enumerate(linears)
         )
-        self._shrunk: tuple[Tensor, list, Plan] | None = None
+        self._shrunk: tuple[Tensor, list[Any], Plan] | None = None
 
     def rank_space(self, x: Tensor, index: int) -> tuple[Tensor, Plan]:
         """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first linear asks."""
@@ -89,7 +93,7 @@ class Site(nn.Module):
             self._shrunk = shrunk = (x, list(hs), plan)
         h = shrunk[1][index]
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
-        shrunk[1][index] = None
+        shrunk[1][index] = None  # type: ignore[call-overload]
         if all(other is None for other in shrunk[1]):
             self._shrunk = None
         return h, shrunk[2]
@@ -101,6 +105,8 @@ class Site(nn.Module):
 
 class LayerRouting(nn.Module):
     """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or the model's) sites."""
+
+    mixture: Mixture
 
     def __init__(self, mixture: Mixture, router_index: int):
         super().__init__()
@@ -158,7 +164,7 @@ class Mixture(nn.Module):
                 yield state
         finally:
             for site in self.sites.values():
-                site.forget()
+                site.forget()  # type: ignore[operator]
 
     @contextmanager
     def resumed(self, state: ForwardState) -> Iterator[None]:

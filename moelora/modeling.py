@@ -95,6 +95,12 @@ class MoeLoraModel(MoeLoraGeneration):
         return restore.load(cls, folder, config, **kwargs)
 
     @classmethod
+    def _from_config(cls, config: Any, **kwargs) -> Any:
+        if not issubclass(cls, PreTrainedModel):
+            raise ValueError(f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base.")
+        return super()._from_config(config, **kwargs)  # type: ignore[misc]
+
+    @classmethod
     def _check_base(cls, model: PreTrainedModel) -> None:
         if isinstance(model, MoeLoraModel):
             raise ValueError("The base holds a mixture already; take it out with model.unload() first.")

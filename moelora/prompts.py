@@ -71,17 +71,16 @@ def _refuse_unknowable(
             "expert_routing=outputs.expert_routing of the prompt's forward (generate() does this by itself)."
         )
     positions = kwargs.get("position_ids")
-    if (
-        in_training
-        and isinstance(positions, Tensor)
-        and positions.dim() == 2
-        and positions.shape[1] == state.length
-    ):
-        if bool(((positions[:, 1:] == 0) & (positions[:, :-1] > 0)).any()):
-            raise ValueError(
-                "These rows are packed (position_ids start again inside a row), so a row has no single prompt: "
-                "use routing_level='token', or one sequence a row."
-            )
+    if in_training and isinstance(positions, Tensor) and _start_again(positions):
+        raise ValueError(
+            "These rows are packed (position_ids start again inside a row), so a row has no single prompt: "
+            "use routing_level='token', or one sequence a row."
+        )
+
+
+def _start_again(positions: Tensor) -> bool:
+    """Whether position_ids `[…, length]` fall back to 0 inside a row."""
+    return bool(((positions[..., 1:] == 0) & (positions[..., :-1] > 0)).any())
 
 
 def _cached_tokens(kwargs: dict[str, Any]) -> bool:
@@ -121,5 +120,5 @@ def _check_carried(state: ForwardState) -> None:
     rows = state.carried[0].expert_ids.shape[0] if state.carried else 0
     if rows != state.batch:
         raise ValueError(
-            f"expert_routing has {rows} rows for a batch of {state.batch}; pass the routing of these sequences' prompts."
+            f"expert_routing has {rows} rows for a batch of {state.batch}; pass the routing of their prompts."
         )

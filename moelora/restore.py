@@ -1,4 +1,4 @@
-"""Loading a checkpoint: read and check everything, load the base, put the experts in; on an error nothing is changed."""
+"""Loading a checkpoint: read and check everything, load the base, put the experts in, or change nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .checkpoint import PREFIX, trained_keys
 from .config import FORMAT_VERSION, MoeLoraConfig
@@ -71,7 +71,7 @@ class Source:
 
 
 def commit_of(base: str | Path, kwargs: Mapping[str, Any]) -> str | None:
-    """The commit of the hub repository `base` that the keywords mean; what they say where that is not known."""
+    """The commit of the hub repository `base` that the keywords mean; what they say where it is not known."""
     revision = kwargs.get("revision")
     if Path(base).is_dir():
         return revision
@@ -106,11 +106,9 @@ def load(cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | No
     found = differences(print_, model, [k for k in tensors if not k.startswith(PREFIX)])
     if found and not allow_mismatch:
         raise ValueError(
-            f"The base ({model.config._name_or_path or type(model).__name__}) is not the one that {folder} was "
-            f"trained on ({saved.base_model_name_or_path}): "
-            + "; ".join(found)
-            + ". Pass base=… with the right "
-            "one, or allow_base_mismatch=True to load the experts onto this one all the same."
+            f"The base ({model.config._name_or_path or type(model).__name__}) is not the one that {folder} "
+            f"was trained on ({saved.base_model_name_or_path}): {'; '.join(found)}. Pass base=… with the "
+            "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
         )
 
     def restore(restored: Any) -> None:
@@ -135,7 +133,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - a file is no dict  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or cut short ({error}): copy it again, or use an older checkpoint."
@@ -151,7 +149,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
     version = written.get("format_version", 0)
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}; this moelora reads up to {FORMAT_VERSION}: upgrade moelora."
+            f"{path} has format version {version}; this moelora reads up to {FORMAT_VERSION}: "
+            "upgrade moelora."
         )
     return tensors, MoeLoraConfig.from_dict(written), print_
 
@@ -178,14 +177,14 @@ def _changes(
     fixed = sorted(name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name))
     if fixed:
         raise ValueError(
-            f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and routers in it were "
-            f"trained with what it says. These can: {', '.join(CHANGEABLE)}."
+            f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and routers in it "
+            f"were trained with what it says. These can: {', '.join(CHANGEABLE)}."
         )
     return {name: value for name, value in asked.items() if name in CHANGEABLE}
 
 
 def _beside(source: Source, saved: MoeLoraConfig) -> MoeLoraConfig:
-    """The configuration in config.json, which differs from `saved` where a save was cut off or a person edited it."""
+    """The configuration in config.json; not `saved` where a save was cut off, or a person edited it."""
     path = source.file(CONFIG_NAME)
     try:
         return saved if path is None else MoeLoraConfig.from_json_file(path)
@@ -227,7 +226,8 @@ def _load_base(
         architecture = AutoConfig.from_pretrained(where, **found_by, **trust)
     except OSError as error:
         raise OSError(
-            f"The base of {source.name}, {where}, cannot be loaded ({error}). Pass base=… with where it is now."
+            f"The base of {source.name}, {where}, cannot be loaded ({error}). "
+            "Pass base=… with where it is now."
         ) from error
     if not allow_mismatch:
         _check_architecture(architecture.model_type, where, source, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,8 @@ def _check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
     for name in (name for names in sites for name in names):
         if name not in modules or features(modules[name]) is None:
             raise ValueError(
-                f"The checkpoint's experts belong to {name!r}, which is no linear of this {type(model).__name__}."
+                f"The checkpoint's experts belong to {name!r}, which is no linear of this "
+                f"{type(model).__name__}."
             )
 
 
@@ -167,7 +169,7 @@ class _Recorder:
 def _forward_two_tokens(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device=_device_of(model))
     parameters = inspect.signature(model.forward).parameters
-    keywords = {"use_cache": False} if "use_cache" in parameters else {}
+    keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if "decoder_input_ids" in parameters:
         keywords["decoder_input_ids"] = ids
     model(input_ids=ids, **keywords)

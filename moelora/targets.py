@@ -1,19 +1,20 @@
-"""Which modules of a base are adapted: PEFT's tables and PEFT's matching rules, and errors that say the nearest names."""
+"""Which modules of a base are adapted: PEFT's tables and matching rules, and errors with the nearest names."""
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator
 
 import peft
 from peft.tuners.tuners_utils import (
-    SEQ_CLS_HEAD_NAMES,
     BaseTunerLayer,
     _check_lora_target_modules_mamba,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,7 +59,10 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         return None
-    d_in, d_out = _get_in_out_features(module)
+    with warnings.catch_warnings():
+        # PEFT warns where it answers None, which the caller handles.
+        warnings.simplefilter("ignore", UserWarning)
+        d_in, d_out = _get_in_out_features(module)
     return (d_in, d_out) if d_in is not None and d_out is not None else None
 
 
@@ -91,13 +95,13 @@ def modules_to_save(model: PreTrainedModel, config: MoeLoraConfig, is_classifier
 def saved_modules(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` that `modules_to_save` names, whole or by the end of their path; ValueError for none."""
+    """The modules that `modules_to_save` names, whole or by the end of their path; ValueError for none."""
     for name in modules_to_save(model, config, is_classifier):
         found = [(p, m) for p, m in model.named_modules() if p == name or p.endswith("." + name)]
         if not found:
             raise ValueError(
-                f"modules_to_save names {name!r}, which matches no module of {type(model).__name__}. Its parts are "
-                f"called: {', '.join(n for n, _ in model.named_children())}."
+                f"modules_to_save names {name!r}, which matches no module of {type(model).__name__}. "
+                f"Its parts are called: {', '.join(n for n, _ in model.named_children())}."
             )
         yield from found
 

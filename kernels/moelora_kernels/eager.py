@@ -14,9 +14,7 @@ from .plan import Plan
 Offsets = tuple[int, ...]
 
 
-def shrink(
-    x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan
-) -> tuple[Tensor, ...]:
+def shrink(x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l of the site, of the experts that the path computes.
 
     x [T, d_in], lora_A [Σ_l R_l, d_in]. h_l: dense [T, R_l]; grouped and sequence
@@ -37,7 +35,7 @@ def expand(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """y = out + Σ_e w_e · s_e · h_e B_e; h as `shrink` gives it, lora_B [R, d_out], out [..., d_out]."""
+    """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
     inputs = (out, h, lora_B, plan.weights)
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

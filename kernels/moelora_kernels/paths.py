@@ -77,7 +77,7 @@ class Dense:
 
 
 class Slots:
-    """h [rows, tokens_per_row, K, max rank], 0 in the padding of smaller ranks; weights [rows, K]."""
+    """h [rows, tokens_per_row, K, max rank], 0 where smaller ranks pad; weights [rows, K]."""
 
     @staticmethod
     def scale(weights: Tensor, scaling: tuple[float, ...], plan: Plan) -> Tensor | float:
@@ -112,7 +112,7 @@ class Grouped(Slots):
         tokens, width = index.shape
         firsts = torch.arange(0, tokens * width, width, device=x.device)
         bags = torch.arange(tokens, device=x.device).repeat_interleave(width)
-        # This product is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
+        # This is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
         h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x.contiguous(), factor.contiguous(), index.view(-1), firsts, bags, 0
         ).view(index.shape)
@@ -216,7 +216,7 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _gather(factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """The rows of F that each routing row needs, [rows, Σ_l K·max rank_l, d], and where they pad."""
+    """The rows of F for each routing row, [rows, Σ_l K·max rank_l, d], and where they pad."""
     rank, width = uniform_rank(site[0]), factor.shape[1]
     needed = plan.num_slots * sum(max_rank(offsets) for offsets in site)
     if not (rank and width and site.count(site[0]) == len(site)):

@@ -49,9 +49,7 @@ class Plan:
         return order, experts, torch.searchsorted(experts, bounds)
 
 
-def choose_path(
-    rows: int, tokens_per_row: int, num_experts: int, num_slots: int, total_rank: int
-) -> str:
+def choose_path(rows: int, tokens_per_row: int, num_experts: int, num_slots: int, total_rank: int) -> str:
     """The path, by the first rule that matches; K = num_slots.
 
     1. sequence: a row has 16 tokens or more, which pay for gathering its experts' factors; or all

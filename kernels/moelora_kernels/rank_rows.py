@@ -60,9 +60,7 @@ def token_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
     return index, padding
 
 
-def rank_bags(
-    hs: tuple[Tensor, ...], site: Site, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def rank_bags(hs: tuple[Tensor, ...], site: Site, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of the site's F its tokens and their h, row after row, and where each begins.
 
     h_l [rows, tokens_per_row, K, max rank_l].
@@ -77,7 +75,7 @@ def rank_bags(
 
 
 def _linear_bags(h: Tensor, offsets: Offsets, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """`rank_bags` of one linear: row j of expert e has its n_e slots from Σ_{i<e} n_i r_i + j n_e on."""
+    """`rank_bags` of one linear: row j of expert e begins at Σ_{i<e} n_i r_i + j n_e."""
     order, experts, starts = plan.sorted_slots
     bounds = _bounds(offsets, h.device)
     ranks, counts = bounds.diff(), starts.diff()

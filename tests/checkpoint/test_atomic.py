@@ -1,4 +1,4 @@
-"""A save that is cut off, anywhere and for any reason, leaves a whole checkpoint: the old one or the new one."""
+"""A save that is cut off, anywhere and for any reason, leaves a whole checkpoint, the old or the new one."""
 
 import os
 import resource

@@ -170,5 +170,7 @@ def test_load_state_dict_forgives_the_base_and_nothing_of_the_experts(folder):
             model.load_state_dict({**held, A_KEY: held[A_KEY].T}, strict=strict)
     with pytest.raises(RuntimeError, match=r"lacks: \['elsewhere'\]"):
         model.load_state_dict({**held, "elsewhere": torch.zeros(1)})
-    assert model.load_state_dict({**held, "elsewhere": torch.zeros(1)}, strict=False).unexpected_keys == ["elsewhere"]
+    assert model.load_state_dict({**held, "elsewhere": torch.zeros(1)}, strict=False).unexpected_keys == [
+        "elsewhere"
+    ]
     assert same(model, load(folder)), "a refused state dict was loaded in part"

@@ -12,7 +12,9 @@ from moelora.fingerprint import differences, digest, fingerprint
 def test_a_base_of_another_architecture_is_named(tmp_path):
     saved(tmp_path)
     for base in (causal_base("gpt2"), str(write_base(tmp_path / "gpt2", "gpt2"))):
-        with pytest.raises(ValueError, match="is a 'gpt2' model; the experts in .* 'llama'.*LlamaForCausalLM"):
+        with pytest.raises(
+            ValueError, match=r"is a 'gpt2' model; the experts in .* 'llama'.*LlamaForCausalLM"
+        ):
             load(tmp_path / "experts", base=base)
     with pytest.raises(ValueError, match=r"no linear of this GPT2LMHeadModel"):
         load(tmp_path / "experts", base=causal_base("gpt2"), allow_base_mismatch=True)
@@ -94,6 +96,11 @@ def test_what_training_changes_is_no_part_of_the_fingerprint():
 
 
 def test_the_digest_tells_bases_and_dtypes_apart():
-    bases = [causal_base(), causal_base(seed=7), causal_base(hidden_size=48), causal_base().to(torch.bfloat16)]
+    bases = [
+        causal_base(),
+        causal_base(seed=7),
+        causal_base(hidden_size=48),
+        causal_base().to(torch.bfloat16),
+    ]
     assert len({digest(fingerprint(base, ())) for base in bases}) == len(bases)
     assert digest(fingerprint(causal_base(), ())) == digest(fingerprint(causal_base(), ()))

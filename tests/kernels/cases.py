@@ -23,7 +23,7 @@ BACKENDS_AND_PATHS = list(product(BACKENDS, PATHS))
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; ids: "random" (with -1), "none" (all -1), "one" (expert 0), "twice" (duplicates)."""
+    """One shape; ids: "random" (with -1), "none" (all -1), "one" (expert 0), "twice" (the last)."""
 
     rows: int = 6
     tokens_per_row: int = 1
@@ -121,9 +121,7 @@ def expected(case: Case, ids: Tensor, inputs: dict[str, Tensor | None]) -> dict[
     return run(function, doubles)
 
 
-def assert_close(
-    actual: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def assert_close(actual: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Each tensor within the dtype's tolerance of the reference, and finite where it is."""
     assert actual.keys() == reference.keys()
     for name, wanted in reference.items():

@@ -70,4 +70,3 @@ def test_ids_are_not_read_unless_asked() -> None:
     build_plan(far, GOOD["expert_weights"], 2, total_rank=4, path="grouped")
     with pytest.raises(ValueError, match="values in 9"):
         build_plan(far, GOOD["expert_weights"], 2, total_rank=4, validate=True)
-

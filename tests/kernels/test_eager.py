@@ -172,9 +172,7 @@ def test_the_same_bits_again(backend: str, path: str) -> None:
 def test_strided_inputs(backend: str, path: str) -> None:
     case = CASES["rows of several tokens"]
     ids, inputs = make(case, torch.float64)
-    strided = {
-        name: None if t is None else t.T.contiguous().T for name, t in inputs.items()
-    }  # fmt: skip
+    strided = {n: None if t is None else t.T.contiguous().T for n, t in inputs.items()}
     actual = run(mixture(case, ids, path=path, backend=backend), strided)
     assert_close(actual, expected(case, ids, inputs), torch.float64)
     x = inputs["x"]
@@ -217,7 +215,9 @@ def test_eager_in_place_uses_the_memory_of_out(path: str) -> None:
     assert x is not None and lora_A is not None and lora_B is not None and weights is not None
     plan = build_plan(ids, weights, 3, total_rank=12, path=path)
     (h,) = shrink(x, lora_A, (case.offsets,), plan)
-    assert expand(h, lora_B, case.offsets, case.scales, plan, out, inplace=True) is out
+    assert out is not None
+    for own in (out, out.requires_grad_() * 1):  # without and with gradients
+        assert expand(h, lora_B, case.offsets, case.scales, plan, own, inplace=True) is own
     strided = torch.zeros(case.d_out, len(x)).T  # cannot be flattened: the copy is returned
     y = expand(h, lora_B, case.offsets, case.scales, plan, strided, inplace=True)
     fresh = expand(h, lora_B, case.offsets, case.scales, plan)

@@ -35,9 +35,8 @@ def test_nothing_larger_than_x_and_out_is_made(path: str) -> None:
     ids, inputs = make(CASE, torch.float32)
     leaves = {n: t.requires_grad_() for n, t in inputs.items() if t is not None}
     with LargestTensor() as largest:
-        plan = build_plan(
-            ids, leaves["weights"], 4, total_rank=16, tokens_per_row=32, path=path
-        )  # fmt: skip
+        weights = leaves["weights"]
+        plan = build_plan(ids, weights, 4, total_rank=16, tokens_per_row=32, path=path)
         (h,) = shrink(leaves["x"], leaves["lora_A"], (CASE.offsets,), plan)
         y = expand(h, leaves["lora_B"], CASE.offsets, CASE.scales, plan, leaves["out"])
         y.backward(torch.ones_like(y))
@@ -65,10 +64,9 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
 
 def test_h_is_of_rank_size() -> None:
     ids, inputs = make(CASE, torch.float32)
-    assert inputs["x"] is not None and inputs["lora_A"] is not None and inputs["weights"] is not None
+    x, lora_A, _, weights, _ = inputs.values()
+    assert x is not None and lora_A is not None and weights is not None
     for path, per_token in {"dense": 16, "grouped": 12, "sequence": 12}.items():
-        plan = build_plan(
-            ids, inputs["weights"], 4, total_rank=16, tokens_per_row=32, path=path
-        )  # fmt: skip
-        (h,) = shrink(inputs["x"], inputs["lora_A"], (CASE.offsets,), plan)
+        plan = build_plan(ids, weights, 4, total_rank=16, tokens_per_row=32, path=path)
+        (h,) = shrink(x, lora_A, (CASE.offsets,), plan)
         assert h.numel() == TOKENS * per_token

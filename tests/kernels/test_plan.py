@@ -29,9 +29,7 @@ from tests.kernels.cases import Case, make
         (0, 1, 8, 2, "sequence"),
     ],
 )
-def test_the_rule(
-    rows: int, tokens_per_row: int, num_experts: int, num_slots: int, path: str
-) -> None:
+def test_the_rule(rows: int, tokens_per_row: int, num_experts: int, num_slots: int, path: str) -> None:
     assert choose_path(rows, tokens_per_row, num_experts, num_slots, 16 * num_experts) == path
 
 

@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+import moelora_kernels
 import peft
 import pytest
 import torch
@@ -15,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
 import moelora
-import moelora_kernels
 from moelora import MoeLoraConfig
 from moelora.sites import find_sites
 

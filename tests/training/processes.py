@@ -1,4 +1,4 @@
-"""Training runs that the data-parallel tests do alone and in two processes; a module, so that a spawned one finds them."""
+"""Training runs of the data-parallel tests, alone or as one of two processes, which import them from here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run_case(name: str, world: int, folder: Path) -> dict[str, Any]:
 
 
 def run_static_graph(rank: int, world: int) -> dict[str, Any]:
-    """Two passes under plain DDP with a static graph (bare in a world of one): the outputs and the gradients."""
+    """Two passes under plain DDP with a static graph (bare in a world of one): outputs and gradients."""
     model = causal(**LOSSES).double().train()
     open_window(model)
     wrapped = DistributedDataParallel(model, static_graph=True) if world > 1 else model

@@ -1,4 +1,4 @@
-"""What the training tests share: batches, gradients, the router losses by the book, and runs of the Trainer."""
+"""What the training tests share: batches, gradients, the router losses by the book, Trainer runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 2e-6
 
 
 def batch(rows: int = 4, length: int = 10, padding: int = 0, side: str = "right", seed: int = 3) -> dict:
-    """Rows of different lengths and prompts, padded to `length + padding`; a row's labels begin after its prompt."""
+    """Rows of different lengths, padded to `length + padding`; labels follow a prompt."""
     ids = tokens(rows, length, seed=seed)
     mask, labels = torch.ones_like(ids), ids.clone()
     for i in range(rows):
@@ -48,7 +48,7 @@ def classes(rows: int = 4) -> dict:
 
 
 def open_window(model: Any, seed: int = 5) -> Tensor:
-    """Pretend that an optimizer step came before, with unequal loads; returns its fractions `[num_routers, E]`.
+    """Pretend that a step with unequal loads came before; returns its fractions `[num_routers, E]`.
 
     Without one the fractions are equal and the balancing loss is a constant.
     """
@@ -137,7 +137,7 @@ def by_the_book(model: Any, inputs: dict, fractions: Tensor, targets: Tensor | N
 def router_losses(
     model: Any, logits: Sequence[Tensor], inputs: dict, fractions: Tensor, targets: Tensor | None
 ) -> Tensor:
-    """Σ over routers and rows of weight · (aux + z + target loss) / (denominator · routers), straight from DESIGN."""
+    """Σ over routers and rows of weight · (aux + z + target loss) / (denominator · routers)."""
     config = model.moelora_config
     mask = inputs["attention_mask"].double()
     total = torch.zeros((), dtype=logits[0].dtype)
@@ -178,20 +178,20 @@ def trainer(
     """A stock Trainer on the CPU that logs to nobody; what it gets beside `args` is split off `settings`."""
     others = ("eval_dataset", "data_collator", "compute_metrics", "compute_loss_func", "optimizers")
     given = {name: settings.pop(name) for name in others if name in settings}
-    defaults = dict(
-        output_dir=str(folder),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        max_steps=2,
-        seed=7,
-    )
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_steps": 2,
+        "seed": 7,
+    }
     args = TrainingArguments(**{**defaults, **settings})
     return Trainer(model, args, train_dataset=data, callbacks=list(callbacks), **given)
 

@@ -107,7 +107,7 @@ def test_the_window_rolls_once_a_step_however_the_loop_clears_gradients(kind, se
     optimizer = OPTIMIZERS[kind](model.parameters())
     load, inputs = model.moelora.load, batch()
     choices = 2 * int(inputs["attention_mask"].sum())
-    for steps in range(3):
+    for _ in range(3):
         optimizer.zero_grad(set_to_none=set_to_none)
         before = load.current.clone()
         for micro_batches in (1, 2):
@@ -134,7 +134,7 @@ def test_evaluation_between_steps_does_not_roll_the_window(tmp_path):
 
 
 def _trained(**fields):
-    """Routers that preferred expert 0 nearly everywhere, trained on random tokens with the losses of `fields`."""
+    """Routers that preferred expert 0 nearly everywhere, trained on random tokens."""
     model = into(causal_base(num_hidden_layers=1), num_experts_per_tok=1, **{**NO_LOSSES, **fields}).train()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Frozen experts keep their bits under weight decay; freezing changes neither the function nor the checkpoint."""
+"""Frozen experts keep their bits under weight decay; freezing changes no logit and no checkpoint."""
 
 from __future__ import annotations
 

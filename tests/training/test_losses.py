@@ -1,4 +1,4 @@
-"""The router losses' gradient is the one of CE + losses by plain autograd, whatever the loop does to the loss."""
+"""The router losses' gradient is that of CE + losses by plain autograd, however the loop treats the loss."""
 
 from __future__ import annotations
 

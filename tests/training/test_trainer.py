@@ -122,22 +122,20 @@ class _Snapshots(TrainerCallback):
 
 def test_load_best_model_at_end_brings_the_best_weights_back(tmp_path):
     scores, snapshots = iter([1.0, 9.0, 3.0, 2.0]), _Snapshots()
-    settings = dict(
-        max_steps=4,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
+    settings = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+    }
     data, model = rows_of(batch(8)), causal(**LOSSES)
-    run = trainer(
-        model, data, tmp_path, [snapshots], eval_dataset=data,
-        compute_metrics=lambda _: {"score": next(scores)}, **settings,
-    )  # fmt: skip
+    scored = {"eval_dataset": data, "compute_metrics": lambda _: {"score": next(scores)}}
+    run = trainer(model, data, tmp_path, [snapshots], **scored, **settings)
     run.train()
     assert run.state.best_global_step == 2
     assert_bits(bits(model), snapshots.bits[2])
@@ -158,14 +156,14 @@ RUNS = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", RUNS)
 def test_stopping_and_resuming_gives_the_bits_of_an_uninterrupted_run(kind, checkpointing, tmp_path):
-    settings = dict(
-        save_strategy="steps",
-        save_steps=2,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        gradient_checkpointing=checkpointing,
-        lr_scheduler_type="cosine",
-    )
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": checkpointing,
+        "lr_scheduler_type": "cosine",
+    }
     data = rows_of(batch(12))
 
     def run(folder, stop=None, resume=None):
