@@ -68,7 +68,7 @@ def save(
         if model.can_generate():
             model.generation_config.save_pretrained(staging)
         safetensors.torch.save_file(tensors, staging / SAFE_WEIGHTS_NAME, metadata=metadata)
-        if save_base and not (folder / config.base_folder).is_dir():
+        if config.base_folder and not (folder / config.base_folder).is_dir():
             with as_base(model) as base:
                 base.save_pretrained(
                     staging / "base", **{k: v for k, v in kwargs.items() if k in BASE_KEYWORDS}

@@ -69,7 +69,7 @@ CASES = {
 }
 
 
-def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, dict[str, Tensor | None]]:
+def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """expert_ids, and the five inputs that take gradients, the weights in fp32 or fp64."""
     torch.manual_seed(seed)
     experts, shape = len(case.ranks), (case.rows, case.num_slots)
@@ -86,7 +86,7 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, dict[st
     }
 
 
-def run(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def run(function: Callable[..., Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
     """y and the gradient of every input, for a fixed dy."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if t is not None}
     y = function(**{**inputs, **leaves})
@@ -108,7 +108,7 @@ def mixture(case: Case, ids: Tensor, **options: Any) -> Callable[..., Tensor]:
     return function
 
 
-def expected(case: Case, ids: Tensor, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def expected(case: Case, ids: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """What the specification gives in float64."""
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Any) -> Tensor:

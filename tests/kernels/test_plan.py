@@ -66,7 +66,6 @@ def test_other_weights_in_the_same_plan(path: str) -> None:
     case = Case(rows=5, tokens_per_row=2)
     ids, inputs = make(case, torch.float64)
     x, lora_A, lora_B, weights, _ = inputs.values()
-    assert x is not None and lora_A is not None and lora_B is not None and weights is not None
     plan = build_plan(ids, weights.requires_grad_(), 3, total_rank=12, tokens_per_row=2, path=path)
     other = (2 * plan.weights.detach()).requires_grad_()
 

@@ -13,7 +13,6 @@ from tests.kernels.cases import CASES, Case, expected, make
 def test_is_the_sum_of_each_tokens_own_updates(case: Case) -> None:
     ids, inputs = make(case, torch.float64)
     x, lora_A, lora_B, weights, out = inputs.values()
-    assert x is not None and lora_A is not None and lora_B is not None and weights is not None
     updates = _updates(case, lora_A, lora_B)
     y = torch.zeros(len(x), case.d_out, dtype=x.dtype) if out is None else out.clone()
     for token in range(len(x)):
@@ -28,7 +27,6 @@ def test_a_fixed_mixture_is_one_lora() -> None:
     case = Case(rows=5, ranks=(2, 3), num_slots=2, scaling=(1.0, 1.0))
     _, inputs = make(case, torch.float64)
     x, lora_A, lora_B, weights, out = inputs.values()
-    assert x is not None and lora_A is not None and lora_B is not None and weights is not None
     ids = torch.tensor([[0, 1]]).expand(5, 2)
     ones = {**inputs, "weights": torch.ones_like(weights)}
     torch.testing.assert_close(expected(case, ids, ones)["y"], out + x @ lora_A.T @ lora_B)

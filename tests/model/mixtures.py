@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,28 @@ FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2, "
 NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 
-def into(base: PreTrainedModel, active: bool = True, **fields: Any) -> Any:
-    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is new."""
+# The probe is most of the time that making a tiny mixture takes, and answers the same for the same configurations.
+_FOUND: dict[tuple, list[list[str]]] = {}
+
+
+def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fields: Any) -> Any:
+    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is new.
+
+    probe: find the sites in this very base, as `from_base` does; else a base of this kind was probed once.
+    """
     classifier = type(base).__name__.endswith("ForSequenceClassification")
     public = MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
+    config = MoeLoraConfig(**{**FIELDS, **fields})
+    key = (public, base.config.to_json_string(), config.router_scope, config.router_layer)
+    key += (str(config.target_modules), str(config.layers_to_transform))
     torch.manual_seed(1)
-    model = public.from_base(base, MoeLoraConfig(**{**FIELDS, **fields})).eval()
-    return activate(model) if active else model
+    if probe or key not in _FOUND:
+        model = public.from_base(base, config)
+        _FOUND[key] = model.moelora_config.sites
+    else:
+        config.sites = copy.deepcopy(_FOUND[key])
+        model = public.put_into(base, config)
+    return activate(model.eval()) if active else model.eval()
 
 
 def causal(name: str = "llama", active: bool = True, **fields: Any) -> Any:
@@ -80,7 +96,7 @@ def adapted(model: Any) -> dict[str, tuple[Any, int]]:
 def factors(
     model: Any, expert: int, of: Callable[[Factor], Tensor] = Factor.stacked
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """One expert's A `[r, d_in]` and B `[d_out, r]`, PEFT's shapes, by the linear's name; `of` gives the stack."""
+    """One expert's A `[r, d_in]` and B `[d_out, r]` by the linear's name; `of` gives the stack."""
     found = {}
     for name, (site, i) in adapted(model).items():
         a, b = site.lora_A, site.linears[i].lora_B

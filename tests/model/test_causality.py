@@ -185,7 +185,7 @@ def test_a_filled_cache_without_the_prompt_s_routing_is_refused():
     model = _sequence_model()
     prefix = model(tokens(2, 6), use_cache=True)
     for more in ({}, {"router_mask": torch.ones(2, 1)}):
-        with pytest.raises(ValueError, match="expert_routing=outputs.expert_routing"):
+        with pytest.raises(ValueError, match=r"expert_routing=outputs\.expert_routing"):
             model(tokens(2, 1), past_key_values=prefix.past_key_values, **more)
     model(tokens(2, 1), past_key_values=prefix.past_key_values, expert_routing=prefix.expert_routing)
 

@@ -76,7 +76,7 @@ def _state(model):
 def test_unload_gives_the_base_back(name, scope, level):
     base = classifier_base(name) if name in CLASSIFIERS and name != "llama" else causal_base(name)
     before, logits = _state(base), base(tokens()).logits
-    model = into(base, router_scope=scope, routing_level=level)
+    model = into(base, probe=True, router_scope=scope, routing_level=level)
     assert not torch.allclose(model(tokens()).logits, logits, atol=1e-3)
     assert model.unload() is base
     assert _state(base) == before

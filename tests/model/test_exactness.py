@@ -1,4 +1,4 @@
-"""A new mixture is its base, bit for bit; one expert is PEFT's LoRA; forced experts are their adapters' sum."""
+"""A new mixture is its base, bit for bit; one expert is PEFT's LoRA; forced experts are adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from bases import CLASSIFIERS, causal_base, classifier_base
 from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, activate, factors, into, left_padded, tokens
 
-# The same sums in another order, through two layers: about a hundred units in the last place of the largest value.
+# The same sums in another order, through two layers: about a hundred units in the last place.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
 MIXED_RANKS = {
     "num_experts": 3,
@@ -78,7 +78,7 @@ def test_new_mixture_in_a_bf16_base_is_the_base_and_keeps_fp32_masters(name, lev
 
 
 def _twin(base, model, experts):
-    """PEFT's LoRA on `base` with the `experts` (expert: weight) of `model` all active, and its adapters' names."""
+    """PEFT's LoRA on `base` with the `experts` (expert: weight) of `model`, all of them active."""
     config = model.moelora_config
     alphas = config._per_expert("lora_alpha")
     twin = None

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from bases import CAUSAL, CLASSIFIERS, UNHEARD_OF, causal_base, classifier_base
-from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, adapted, causal, into, tokens
+from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, adapted, into, tokens
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
@@ -28,6 +28,11 @@ def _sites(base, classifier=False, **fields):
     unadapted = {}
     config = MoeLoraConfig(**{"target_modules": "all-linear", **fields})
     return find_sites(base, config, classifier, unadapted), unadapted
+
+
+def _probed(name="llama", **fields):
+    """A mixture whose sites were found in its own base."""
+    return into(causal_base(name), probe=True, **fields)
 
 
 def _first_layer(sites):
@@ -81,9 +86,9 @@ def test_a_module_that_is_never_called_is_refused_by_name_and_reported_under_a_s
     message = "dt_proj.*its forward is not called|dt_proj.*is incompatible"
     for named in (["dt_proj"], ["x_proj", "dt_proj"], r".*\.(x_proj|dt_proj)"):
         with pytest.raises(ValueError, match=message):
-            causal("mamba", target_modules=named)
+            _probed("mamba", target_modules=named)
     for shorthand in ("all-linear", None):
-        model = causal("mamba", target_modules=shorthand)
+        model = _probed("mamba", target_modules=shorthand)
         assert set(model.moelora.unadapted) == {f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)}
         assert not any("dt_proj" in n or "out_proj" in n for n in adapted(model))
 
@@ -115,28 +120,28 @@ def test_targets_are_the_modules_that_peft_adapts(name, wanted):
     fields = WANTED[wanted] if isinstance(WANTED[wanted], dict) else WANTED[wanted](ends)
     expected = _peft_adapts(causal_base(name), **fields)
     assert expected
-    assert set(adapted(causal(name, **fields))) == expected
+    assert set(adapted(_probed(name, **fields))) == expected
 
 
 @pytest.mark.parametrize("name", ALL_CAUSAL)
 def test_default_targets_are_the_names_in_peft_s_table_and_else_all_linears(name):
     names = PEFT_TARGETS.get(causal_base(name).config.model_type, "all-linear")
-    # PEFT itself stops at a base whose experts it would rather adapt as parameters, or that has what it refuses.
+    # The names, not None: PEFT stops at a base of whose experts it would rather adapt the parameters.
     by_peft = (
         {"target_modules": names}
         if name not in REFUSED_BY_PEFT
         else {"target_modules": ["in_proj", "x_proj"]}
     )
-    assert set(adapted(causal(name, target_modules=None))) == _peft_adapts(causal_base(name), **by_peft)
+    assert set(adapted(_probed(name, target_modules=None))) == _peft_adapts(causal_base(name), **by_peft)
 
 
 def test_all_linear_can_be_cut_to_some_layers():
-    assert {n.split(".")[2] for n in adapted(causal(layers_to_transform=[1]))} == {"1"}
+    assert {n.split(".")[2] for n in adapted(_probed(layers_to_transform=[1]))} == {"1"}
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_s_head_trains_and_carries_no_experts(name):
-    model = into(classifier_base(name))
+    model = into(classifier_base(name), probe=True)
     heads = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora.")}
     assert heads and not {n.rpartition(".")[0] for n in heads} & set(adapted(model))
 
@@ -153,7 +158,7 @@ def test_modules_outside_of_the_layers(scope):
     found = {n.rpartition(".")[2] for site in sites for n in site}
     if scope in ("site", "projection"):
         assert outside <= found and not unadapted
-        into(base, router_scope=scope)(tokens())
+        into(base, probe=True, router_scope=scope)(tokens())
         return
     assert not outside & found
     assert {n.rpartition(".")[2] for n in unadapted} == outside
@@ -163,7 +168,7 @@ def test_modules_outside_of_the_layers(scope):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_model_scope_has_experts_in_its_router_s_layer_and_after(level):
-    model = causal(router_scope="model", router_layer=1, routing_level=level)
+    model = _probed(router_scope="model", router_layer=1, routing_level=level)
     assert {n.split(".")[2] for n in adapted(model)} == {"1"}
     assert {n.split(".")[2] for n in model.moelora.unadapted} == {"0"}
     assert list(model.moelora.routers) == ["model-layers-1"]
@@ -173,7 +178,7 @@ def test_model_scope_has_experts_in_its_router_s_layer_and_after(level):
     h = read[0].mean(1) if level == "sequence" else read[0].reshape(8, -1)
     torch.testing.assert_close(routing.logits, h @ model.moelora.routers["model-layers-1"].weight.T)
     with pytest.raises(ValueError, match="before router_layer=1"):
-        causal(router_scope="model", router_layer=1, target_modules=r".*layers\.0\..*q_proj")
+        _probed(router_scope="model", router_layer=1, target_modules=r".*layers\.0\..*q_proj")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "mixtral"])
