@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -126,7 +127,7 @@ def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[
     dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
     if not dispatched:
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
+            with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
                 _forward_two_tokens(model)
             return inputs
         except Exception:
@@ -135,6 +136,17 @@ def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[
     with _recording(model, targets) as inputs:
         _forward_two_tokens(model)
     return inputs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operator without a fake implementation, which is met below."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager
