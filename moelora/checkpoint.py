@@ -59,7 +59,9 @@ def save(
     tensors = {k: state_dict[k].detach().cpu().contiguous() for k in keys}
     print_ = fingerprint(model, keys)
     config = describe(model, folder)
-    config.base_folder = f"base-{digest(print_)}" if save_base else None
+    if save_base:
+        # Else it is None, or where this model's base lies in this folder already.
+        config.base_folder = f"base-{digest(print_)}"
     text = json.dumps(config.own_fields(), indent=2) + "\n"
     metadata = {"format": "pt", "moelora_config": text, "base": json.dumps(print_)}
     with _errors_naming(folder), _staging(folder) as staging:

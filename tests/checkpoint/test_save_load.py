@@ -121,11 +121,13 @@ def test_load_keywords_reach_the_base(tmp_path):
     saved(tmp_path)
     folder = tmp_path / "experts"
     model = load(
-        folder, attn_implementation="eager", dtype=torch.bfloat16, device_map="cpu", output_attentions=True
+        folder, attn_implementation="eager", dtype=torch.bfloat16, device_map="cpu", output_hidden_states=True
     )
     assert model.config._attn_implementation == "eager"
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert model.config.output_attentions
+    assert model.config.output_hidden_states
+    assert load(folder).config._attn_implementation != "eager"
+    assert load(folder, output_attentions=True).config.output_attentions
     assert {p.dtype for p in model.moelora.parameters()} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
 

@@ -68,7 +68,10 @@ def test_every_trainable_parameter_gets_its_gradient(name, kind):
     model = causal(name, **LOSSES)
     expected = gradients(model, **batch())
     assert all(g.abs().max() > 0 for g in expected.values())
-    assert_same(gradients(_checkpointed(model, kind), **batch()), expected, FP32)
+    _checkpointed(model, kind)
+    # Newer versions of transformers make the embeddings' output need a gradient, which hides the trap.
+    model.disable_input_require_grads()
+    assert_same(gradients(model, **batch()), expected, FP32)
 
 
 def test_nearly_every_base_can_be_checkpointed():
