@@ -81,26 +81,28 @@ class Site(nn.Module):
         self.linears = nn.ModuleList(
             MoeLoraLinear(self, i, out_features, **factory) for i, (_, out_features) in enumerate(linears)
         )
-        self._shrunk: tuple[Tensor, list[Any], Plan] | None = None
+        # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan], or empty.
+        self._shrunk: list[Any] = []
 
     def rank_space(self, x: Tensor, index: int) -> tuple[Tensor, Plan]:
         """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first linear asks."""
         shrunk = self._shrunk
-        if shrunk is None or shrunk[0] is not x or shrunk[1][index] is None:
+        if not shrunk or shrunk[0] is not x or shrunk[1][index] is None:
             plan = self.mixture.plan_for(self, x)
             inputs = x if self.dropout is None else self.dropout(x)
             hs = shrink(inputs, self.lora_A.stacked(), self.rank_offsets, plan)
-            self._shrunk = shrunk = (x, list(hs), plan)
-        h = shrunk[1][index]
+            shrunk[:] = (x, list(hs), plan)
+        _, hs, plan = shrunk
+        h = hs[index]
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
-        shrunk[1][index] = None  # type: ignore[call-overload]
-        if all(other is None for other in shrunk[1]):
-            self._shrunk = None
-        return h, shrunk[2]
+        hs[index] = None
+        if not any(other is not None for other in hs):
+            shrunk.clear()
+        return h, plan
 
     def forget(self) -> None:
         """Drop what a forward pass left behind where not every linear was called."""
-        self._shrunk = None
+        self._shrunk.clear()
 
 
 class LayerRouting(nn.Module):

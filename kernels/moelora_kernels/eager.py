@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import inference
 from .paths import PRODUCTS
 from .plan import Plan
 
@@ -22,6 +23,8 @@ def shrink(x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: P
     """
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
         return _Shrink.apply(x, lora_A, rank_offsets, plan)
+    if inference.applies(rank_offsets, plan):
+        return inference.shrink(x, lora_A, rank_offsets, plan)
     return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
 
 
@@ -40,6 +43,8 @@ def expand(
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Expand.apply(*inputs, rank_offsets, scaling, plan, inplace)
+    if inference.applies((rank_offsets,), plan):
+        return inference.expand(h, lora_B, scaling, plan, out, inplace)
     return _expand(*inputs, rank_offsets, scaling, plan, inplace)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Plan:
     expert_ids [rows, K] int64, -1 = no expert in this slot.
     weights, fp32 or fp64, differentiable: dense [rows, E]; grouped and sequence [rows, K].
     slot_experts [rows, K]: expert_ids with 0 in place of -1, where the weight is 0.
+    memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins a new one.
     """
 
     path: str
@@ -27,6 +29,7 @@ class Plan:
     expert_ids: Tensor
     weights: Tensor
     slot_experts: Tensor
+    memo: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
