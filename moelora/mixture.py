@@ -44,9 +44,8 @@ class MoeLoraLinear(nn.Module):
         h, plan = self.site.rank_space(args[0], self.index)
         # A linear with a bias hands out a view, whose history autograd cannot rebase onto a Function of several inputs.
         inplace = not (torch.is_grad_enabled() and output._is_view())
-        return expand(
-            h, self.lora_B.stacked(), self.rank_offsets, self.scaling, plan, output, inplace=inplace
-        )
+        factor, offsets, scaling = self.lora_B.stacked(), self.rank_offsets, self.scaling
+        return expand(h, factor, offsets, scaling, plan, output, inplace=inplace, checked=True)
 
 
 class Site(nn.Module):
@@ -90,7 +89,7 @@ class Site(nn.Module):
         if not shrunk or shrunk[0] is not x or shrunk[1][index] is None:
             plan = self.mixture.plan_for(self, x)
             inputs = x if self.dropout is None else self.dropout(x)
-            hs = shrink(inputs, self.lora_A.stacked(), self.rank_offsets, plan)
+            hs = shrink(inputs, self.lora_A.stacked(), self.rank_offsets, plan, checked=True)
             shrunk[:] = (x, list(hs), plan)
         _, hs, plan = shrunk
         h = hs[index]
@@ -152,6 +151,7 @@ class Mixture(nn.Module):
     def finish(self, device: torch.device) -> None:
         """Make the expert load's buffers, once all routers are there."""
         self.load = ExpertLoad(self.config, len(self.routers), device)
+        self.fills_every_slot = all(router.fills_every_slot for router in self.routers.values())
         self._router_list: tuple[Router, ...] = tuple(self.routers.values())  # type: ignore[arg-type]
 
     def router_weight(self) -> nn.Parameter | None:
@@ -216,6 +216,7 @@ class Mixture(nn.Module):
             self.num_experts,
             total_rank=self.total_rank,
             tokens_per_row=tokens_per_row,
+            complete=self.fills_every_slot and self.forced is None,
         )
         return routing, plan
 

@@ -53,7 +53,10 @@ class Router(nn.Module):
 
     A subclass implements `score`, and `select` where it chooses otherwise. Parameters are bare
     `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
+    fills_every_slot: it never leaves a slot empty (−1), which spares every plan to look.
     """
+
+    fills_every_slot = False
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__()
@@ -102,6 +105,8 @@ class TopKRouter(Router):
 
     logits = x Wᵀ, W `[E, d]`.
     """
+
+    fills_every_slot = True
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__(config, in_features)

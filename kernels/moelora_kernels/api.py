@@ -21,22 +21,21 @@ def shrink(
     plan: Plan,
     *,
     backend: str | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l of a site, not yet weighted by the routing.
 
     x [..., d_in] of plan.num_tokens tokens, lora_A [Σ_l R_l, d_in], linear after linear;
     rank_offsets: for each linear its E + 1 offsets. Each h_l is in a form of the backend and the
     path: hand it to `expand` of the same ones, if you like after an elementwise φ with φ(0) = 0.
+    checked: the caller vouches for the arguments, as a model does for its own at every token.
 
     Raises: ValueError, TypeError for an argument that does not fit the others.
     """
     module = _backend(backend)
-    if not plan.num_tokens * x.shape[-1] == x.numel() or x.shape[-1] != lora_A.shape[-1]:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, expected {plan.num_tokens} tokens (the plan's) of"
-            f" {lora_A.shape[-1]} features (lora_A's): flatten x, or build the plan for this x"
-        )
-    _check_factor("lora_A", lora_A, rank_offsets, plan, x)
+    if not checked:
+        _check_x(x, lora_A, plan)
+        _check_factor("lora_A", lora_A, rank_offsets, plan, x)
     x = x.reshape(plan.num_tokens, x.shape[-1])
     if not _autocasts(x.device.type):
         return module.shrink(x, lora_A, rank_offsets, plan)
@@ -56,24 +55,22 @@ def expand(
     *,
     inplace: bool = False,
     backend: str | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e for one linear, in the dtype and shape of out.
 
     h from `shrink`, lora_B [R, d_out], rank_offsets: E + 1 ints, scaling: s_e of the E experts,
     out [..., d_out] of plan.num_tokens tokens, or None: y [T, d_out] of h's dtype. inplace allows
-    the backend to write into out; use only what is returned.
+    the backend to write into out; use only what is returned. checked as in `shrink`.
 
     Raises: ValueError, TypeError for an argument that does not fit the others.
     """
     module = _backend(backend)
-    _check_factor("lora_B", lora_B, (rank_offsets,), plan, h)
-    if len(scaling) != plan.num_experts:
-        raise ValueError(
-            f"scaling has {len(scaling)} values, expected one for each of the"
-            f" {plan.num_experts} experts: pass lora_alpha_e / r_e of every expert"
-        )
-    if out is not None:
-        _check_out(out, lora_B.shape[1], plan, h)
+    if not checked:
+        _check_factor("lora_B", lora_B, (rank_offsets,), plan, h)
+        _check_scaling(scaling, plan)
+        if out is not None:
+            _check_out(out, lora_B.shape[1], plan, h)
     if not _autocasts(h.device.type):
         return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
     with torch.autocast(h.device.type, enabled=False):
@@ -125,6 +122,24 @@ def _backend(name: str | None) -> ModuleType:
 def _autocasts(device_type: str) -> bool:
     """Whether autocast is on; it is unknown to some devices, as meta."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_x(x: Tensor, lora_A: Tensor, plan: Plan) -> None:
+    """Raise unless x has the plan's tokens and lora_A's features."""
+    if plan.num_tokens * x.shape[-1] != x.numel() or x.shape[-1] != lora_A.shape[-1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, expected {plan.num_tokens} tokens (the plan's) of"
+            f" {lora_A.shape[-1]} features (lora_A's): flatten x, or build the plan for this x"
+        )
+
+
+def _check_scaling(scaling: tuple[float, ...], plan: Plan) -> None:
+    """Raise unless there is a scaling for each expert."""
+    if len(scaling) != plan.num_experts:
+        raise ValueError(
+            f"scaling has {len(scaling)} values, expected one for each of the"
+            f" {plan.num_experts} experts: pass lora_alpha_e / r_e of every expert"
+        )
 
 
 def _check_factor(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .plan import Plan
 from .rank_rows import uniform_rank
@@ -17,22 +18,30 @@ Offsets = tuple[int, ...]
 
 def applies(site: tuple[Offsets, ...], plan: Plan) -> bool:
     """Whether the two functions below do what the general ones do, for this site and plan."""
-    if plan.path == "grouped" or plan.num_tokens == 0 or (plan.path == "sequence" and plan.tokens_per_row != 1):
+    if (
+        plan.path == "grouped"
+        or plan.num_tokens == 0
+        or (plan.path == "sequence" and plan.tokens_per_row != 1)
+    ):
         return False
-    return bool(uniform_rank(site[0])) and all(offsets == site[0] for offsets in site[1:])
+    return bool(uniform_rank(site[0])) and site.count(site[0]) == len(site)
 
 
 def shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: Plan) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l, x [T, d_in]; the same forms as `eager.shrink`."""
-    total = site[0][-1]
+    if lora_A.dtype != x.dtype:
+        lora_A = lora_A.to(x.dtype)
     if plan.path == "dense":
-        h = torch.mm(x, lora_A.to(x.dtype).T)
-        return (h,) if len(site) == 1 else h.split(total, dim=1)
-    rank = total // plan.num_experts
-    slots, rows = plan.num_slots, plan.rows
+        h = linear(x, lora_A)
+        return (h,) if len(site) == 1 else h.split(site[0][-1], dim=1)
+    rank, slots, rows = site[0][-1] // plan.num_experts, plan.num_slots, plan.rows
     blocks = lora_A.reshape(-1, rank * x.shape[1]).index_select(0, _blocks(plan, len(site)))
-    chosen = blocks.view(rows, len(site) * slots * rank, x.shape[1]).to(x.dtype)
-    h = torch.bmm(chosen, x.unsqueeze(2))
+    if rows == 1:
+        h = linear(x, blocks.view(-1, x.shape[1]))
+    else:
+        h = torch.bmm(blocks.view(rows, -1, x.shape[1]), x.unsqueeze(2))
+    if len(site) == 1:
+        return (h.view(rows, 1, slots, rank),)
     return h.view(rows, len(site), 1, slots, rank).unbind(1)
 
 
@@ -45,29 +54,31 @@ def expand(
     inplace: bool,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e for one linear; the same as `eager.expand`."""
-    dtype = h.dtype if out is None else out.dtype
-    width = lora_B.shape[1]
-    rank = lora_B.shape[0] // plan.num_experts
-    gated = (h.reshape(plan.num_tokens, -1) * _gate(plan, rank, scaling)).to(dtype)
+    dtype, width = h.dtype if out is None else out.dtype, lora_B.shape[1]
+    rank, tokens = lora_B.shape[0] // plan.num_experts, plan.num_tokens
+    gate = _gate(plan, scaling)
+    gated = (h if h.dim() == 4 else h.view(plan.rows, -1, plan.num_experts, rank)) * gate
+    if gated.dtype != dtype:
+        gated = gated.to(dtype)
+    if lora_B.dtype != dtype:
+        lora_B = lora_B.to(dtype)
     if out is None:
-        out, inplace = gated.new_zeros(plan.num_tokens, width), True
-    flat = out.view(plan.num_tokens, width) if inplace else out.reshape(plan.num_tokens, width).clone()
+        out, inplace = gated.new_zeros(tokens, width), True
+    flat = out.view(tokens, width) if inplace else out.reshape(tokens, width).clone()
     if plan.path == "dense":
-        flat.addmm_(gated, lora_B.to(dtype))
+        flat.addmm_(gated.view(tokens, -1), lora_B)
     else:
-        blocks = lora_B.reshape(-1, rank * width).index_select(0, _blocks(plan, 1)).to(dtype)
-        if plan.rows == 1:
-            flat.addmm_(gated, blocks.view(-1, width))
+        blocks = lora_B.reshape(-1, rank * width).index_select(0, _blocks(plan, 1))
+        if tokens == 1:
+            flat.addmm_(gated.view(1, -1), blocks.view(-1, width))
         else:
-            chosen = blocks.view(plan.rows, -1, width)
-            flat.unsqueeze(1).baddbmm_(gated.unsqueeze(1), chosen)
+            flat.unsqueeze(1).baddbmm_(gated.view(tokens, 1, -1), blocks.view(tokens, -1, width))
     return out if inplace else flat.view(out.shape)
 
 
-def _gate(plan: Plan, rank: int, scaling: tuple[float, ...]) -> Tensor:
-    """w_e · s_e for each column of h: dense [T, R], sequence [T, K·rank]; kept on the plan."""
-    key = ("gate", rank, scaling)
-    gate = plan.memo.get(key)
+def _gate(plan: Plan, scaling: tuple[float, ...]) -> Tensor:
+    """w_e · s_e: dense [rows, 1, E, 1] for h as [rows, tokens, E, rank], sequence [T, 1, K, 1]; kept on the plan."""
+    gate = plan.memo.get(scaling)
     if gate is None:
         weights = plan.weights
         if scaling.count(scaling[0]) == len(scaling):
@@ -75,21 +86,18 @@ def _gate(plan: Plan, rank: int, scaling: tuple[float, ...]) -> Tensor:
         else:
             scale = weights.new_tensor(scaling)
             weights = weights * (scale if plan.path == "dense" else scale[plan.slot_experts])
-        gate = weights.unsqueeze(2).expand(-1, -1, rank).reshape(plan.rows, -1)
-        if plan.tokens_per_row != 1:
-            gate = gate.repeat_interleave(plan.tokens_per_row, dim=0)
-        plan.memo[key] = gate
+        gate = weights.view(plan.rows, 1, -1, 1)
+        plan.memo[scaling] = gate
     return gate
 
 
 def _blocks(plan: Plan, linears: int) -> Tensor:
     """Which blocks of rows of a factor the rows chose, for each linear and slot: [rows · L · K]; kept on the plan."""
-    key = ("blocks", linears)
-    blocks = plan.memo.get(key)
+    blocks = plan.memo.get(linears)
     if blocks is None:
         blocks = plan.slot_experts
         if linears > 1:
             firsts = torch.arange(0, linears * plan.num_experts, plan.num_experts, device=blocks.device)
             blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
-        blocks = plan.memo[key] = blocks.reshape(-1)
+        blocks = plan.memo[linears] = blocks.view(-1)
     return blocks

@@ -77,12 +77,14 @@ def build_plan(
     tokens_per_row: int = 1,
     path: str | None = None,
     validate: bool = False,
+    complete: bool = False,
 ) -> Plan:
     """Turn a routing into a Plan, without waiting for the device.
 
     expert_ids [rows, K] int64, -1 = no expert; expert_weights [rows, K] fp32 or fp64, which take
     gradients through the plan; total_rank: the largest R of the linears that share the plan.
-    An expert named twice in a row counts with the sum of its weights.
+    An expert named twice in a row counts with the sum of its weights. complete: no slot is empty,
+    which spares looking for -1, as the built-in routers never leave one.
 
     Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
     waits for the device) ValueError for an id outside -1..num_experts - 1.
@@ -95,9 +97,11 @@ def build_plan(
         raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
     if validate:
         _check_ids(expert_ids, num_experts)
-    empty = expert_ids < 0
-    slot_experts = expert_ids.masked_fill(empty, 0)
-    weights = expert_weights.masked_fill(empty, 0.0)
+    slot_experts, weights = expert_ids, expert_weights
+    if not complete:
+        empty = expert_ids < 0
+        slot_experts = expert_ids.masked_fill(empty, 0)
+        weights = expert_weights.masked_fill(empty, 0.0)
     if path == "dense":
         weights = _dense_gate(slot_experts, weights, num_experts)
     return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts)

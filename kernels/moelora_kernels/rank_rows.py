@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ Offsets = tuple[int, ...]
 Site = tuple[Offsets, ...]
 
 
+@lru_cache(maxsize=256)
 def uniform_rank(offsets: Offsets) -> int | None:
     """The rank of every expert, or None if ranks differ."""
     total, experts = offsets[-1], len(offsets) - 1
