@@ -59,6 +59,8 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
         with_losses=_wants_losses(model, own, learning),
         keep_routings=bool(own["output_expert_routing"]) or config.routing_level == "sequence",
         carried=own["expert_routing"],
+        # Here, not where it is read: the backward pass may recompute after the forcing has ended.
+        forced=mixture.forced,
     )
     if config.routing_level == "sequence" and mixture.forced is None:
         prompt_and_labels(state, kwargs, own["router_mask"], config, model.is_classifier, learning)

@@ -216,7 +216,7 @@ class Mixture(nn.Module):
             self.num_experts,
             total_rank=self.total_rank,
             tokens_per_row=tokens_per_row,
-            complete=self.fills_every_slot and self.forced is None,
+            complete=self.fills_every_slot,
         )
         return routing, plan
 
@@ -230,7 +230,7 @@ class Mixture(nn.Module):
         """The routing of x and how many tokens each of its rows stands for."""
         router = self._router_list[index]
         num_tokens = leading.numel()
-        forced = self.forced if state is None or state.forced is None else state.forced
+        forced = self.forced if state is None else state.forced
         if forced is not None:
             ids = forced.expert_ids.to(x.device).expand(num_tokens, -1)
             return Routing(

@@ -130,3 +130,29 @@ def test_checkpointing_keeps_fewer_tensors(kind):
     model = causal(**LOSSES)
     plain = saved(model)
     assert saved(_checkpointed(model, kind)) < 0.6 * plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_recomputing_after_the_forcing_has_ended_still_forces(scope, kind):
+    model = causal(router_scope=scope, **LOSSES).train()
+    factors = [p for n, p in model.moelora.named_parameters() if "lora" in n]
+
+    def forced_gradients():
+        with model.use_experts({"expert_1": 0.5, "expert_2": 1.0}):
+            loss = model(**batch()).loss
+        return _accumulated(loss, factors)
+
+    expected = forced_gradients()
+    _checkpointed(model, kind)
+    for now, then in zip(forced_gradients(), expected, strict=True):
+        torch.testing.assert_close(now, then, rtol=FP32, atol=FP32)
+
+
+def _accumulated(loss, parameters):
+    """Gradients by `backward`, since reentrant checkpointing refuses `torch.autograd.grad`; none are left."""
+    loss.backward()
+    found = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
