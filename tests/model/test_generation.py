@@ -180,7 +180,7 @@ def test_generations_of_different_sizes_leave_nothing_behind():
         model.eval()(tokens(3, 6))
         assert torch.equal(model.generate(small, **GREEDY), expected[1])
     assert model.moelora.state is None
-    assert all(site._shrunk is None for site in model.moelora.sites.values())
+    assert all(not site._shrunk for site in model.moelora.sites.values())
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_behind():
@@ -196,7 +196,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_behind():
         model(tokens())
     handle.remove()
     assert model.moelora.state is None
-    assert all(site._shrunk is None for site in model.moelora.sites.values())
+    assert all(not site._shrunk for site in model.moelora.sites.values())
     assert torch.equal(model(tokens()).logits, expected)
 
 
