@@ -118,4 +118,5 @@ class TopKRouter(Router):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def score(self, x: Tensor) -> Tensor:
+        """x Wᵀ: x `[N, d]` → `[N, E]`."""
         return nn.functional.linear(x, self.weight.to(x.dtype))

@@ -19,6 +19,7 @@ class MoeLoraCallback(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs
     ) -> None:
+        """Read by how much the loop multiplies its loss before it calls backward."""
         mixture = _unwrapped(model).moelora
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -28,11 +29,13 @@ class MoeLoraCallback(TrainerCallback):
         mixture.loss_scale = scale
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
+        """Forget the scale: another loop may have another one."""
         _unwrapped(model).moelora.loss_scale = None
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: Any = None, logs: dict | None = None, **kwargs
     ) -> None:
+        """Add the experts' peak load, 1 where even: of the worst router, and the mean one's."""
         load = _unwrapped(model).moelora.load
         if logs is None or load is None or not bool(load.current.any()):
             return
