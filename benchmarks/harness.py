@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "moelora", "kernels", "benchmarks")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -96,6 +96,6 @@ def _processor() -> str:
 
 def _git(*words: str) -> str:
     result = subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False
     )
     return result.stdout.strip()

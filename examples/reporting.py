@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from finetuning import Corpus, Result
 
-console = Console()
+# Wide enough for the tables also where the output is no terminal, as in a log.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def headline(text: str) -> None:

@@ -53,7 +53,8 @@ class Router(nn.Module):
 
     A subclass implements `score`, and `select` where it chooses otherwise. Parameters are bare
     `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
-    fills_every_slot: it never leaves a slot empty (−1), which spares every plan to look.
+    fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which spares every
+    plan to look.
     """
 
     fills_every_slot = False

@@ -83,8 +83,8 @@ def build_plan(
 
     expert_ids [rows, K] int64, -1 = no expert; expert_weights [rows, K] fp32 or fp64, which take
     gradients through the plan; total_rank: the largest R of the linears that share the plan.
-    An expert named twice in a row counts with the sum of its weights. complete: no slot is empty,
-    which spares looking for -1, as the built-in routers never leave one.
+    An expert named twice in a row counts with the sum of its weights. complete: no slot is
+    empty and no row names an expert twice, as with a top-k; it spares looking for such.
 
     Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
     waits for the device) ValueError for an id outside -1..num_experts - 1.
@@ -102,7 +102,9 @@ def build_plan(
         empty = expert_ids < 0
         slot_experts = expert_ids.masked_fill(empty, 0)
         weights = expert_weights.masked_fill(empty, 0.0)
-    if path == "dense":
+    if path == "dense" and complete:
+        weights = weights.new_zeros(rows, num_experts).scatter(1, slot_experts, weights)
+    elif path == "dense":
         weights = _dense_gate(slot_experts, weights, num_experts)
     return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts)
 

@@ -93,3 +93,16 @@ def test_never_waits_for_the_device(path: str, ranks: tuple[int, ...]) -> None:
     y = expand(h, lora_B, case.offsets, (1.0, 2.0, 3.0), plan, out)
     grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
     assert y.shape == out.shape and [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_complete_routing_gives_the_plan_of_one_that_is_looked_through(path: str) -> None:
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(7)])
+    gradients = []
+    for complete in (False, True):
+        weights = torch.arange(14.0).view(7, 2).requires_grad_()
+        plan = build_plan(ids, weights, 5, total_rank=20, path=path, complete=complete)
+        (plan.weights * torch.arange(plan.weights.numel()).view_as(plan.weights)).sum().backward()
+        gradients.append((plan.weights.detach(), plan.slot_experts, weights.grad))
+    for looked, trusted in zip(*gradients, strict=True):
+        assert looked is not None and torch.equal(looked, trusted)
