@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from .classes import base_class
 from .config import MoeLoraConfig
 from .fingerprint import digest, fingerprint
 from .targets import saved_modules
@@ -111,7 +112,7 @@ def as_base(model: Any) -> Iterator[PreTrainedModel]:
     cls, mixture = type(model), model._modules.pop("moelora")
     ignored = model.config.__dict__.pop("keys_to_ignore_at_inference", None)
     attached = model.__dict__.pop("_hf_peft_config_loaded", None)
-    model.__class__ = cls.__bases__[1]
+    model.__class__ = base_class(cls)
     try:
         yield model
     finally:

@@ -42,7 +42,7 @@ class MoeLoraLinear(nn.Module):
     def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else has seen yet."""
         h, plan = self.site.rank_space(args[0], self.index)
-        # A linear with a bias hands out a view, whose history autograd cannot rebase onto a Function of several inputs.
+        # Where a linear with a bias hands out a view, writing into it would cost the backward pass a copy.
         inplace = not (torch.is_grad_enabled() and output._is_view())
         factor, offsets, scaling = self.lora_B.stacked(), self.rank_offsets, self.scaling
         return expand(h, factor, offsets, scaling, plan, output, inplace=inplace, checked=True)
@@ -203,8 +203,7 @@ class Mixture(nn.Module):
     def route(self, router_index: int, x: Tensor) -> tuple[Routing, Plan]:
         """Route x `[…, d]` with router `router_index`, attach the router losses, record, and plan."""
         state = self.state
-        leading = x.shape[:-1]
-        routing, tokens_per_row = self._choose(router_index, x, leading, state)
+        routing, tokens_per_row = self._choose(router_index, x, state)
         if state is not None:
             if state.with_losses:
                 routing = self._with_loss(router_index, routing, state)
@@ -216,7 +215,8 @@ class Mixture(nn.Module):
             self.num_experts,
             total_rank=self.total_rank,
             tokens_per_row=tokens_per_row,
-            complete=self.fills_every_slot,
+            # A routing that the caller hands over may have empty slots, whatever this router does.
+            complete=self.fills_every_slot and (state is None or state.carried is None),
         )
         return routing, plan
 
@@ -224,12 +224,10 @@ class Mixture(nn.Module):
         """`shared` with other plan weights: an explicit input of a checkpointed layer."""
         return shared[0], replace(shared[1], weights=weights)
 
-    def _choose(
-        self, index: int, x: Tensor, leading: torch.Size, state: ForwardState | None
-    ) -> tuple[Routing, int]:
+    def _choose(self, index: int, x: Tensor, state: ForwardState | None) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""
         router = self._router_list[index]
-        num_tokens = leading.numel()
+        num_tokens = x.shape[:-1].numel()
         forced = self.forced if state is None else state.forced
         if forced is not None:
             ids = forced.expert_ids.to(x.device).expand(num_tokens, -1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .paths import PRODUCTS
 from .plan import Plan
 from .rank_rows import uniform_rank
 
@@ -80,13 +81,8 @@ def _gate(plan: Plan, scaling: tuple[float, ...]) -> Tensor:
     """w_e · s_e: dense [rows, 1, E, 1] for h as [rows, tokens, E, rank], sequence [T, 1, K, 1]; kept on the plan."""
     gate = plan.memo.get(scaling)
     if gate is None:
-        weights = plan.weights
-        if scaling.count(scaling[0]) == len(scaling):
-            weights = weights * scaling[0]
-        else:
-            scale = weights.new_tensor(scaling)
-            weights = weights * (scale if plan.path == "dense" else scale[plan.slot_experts])
-        gate = weights.view(plan.rows, 1, -1, 1)
+        scale = PRODUCTS[plan.path].scale(plan.weights, scaling, plan)
+        gate = (plan.weights * scale).view(plan.rows, 1, -1, 1)
         plan.memo[scaling] = gate
     return gate
 

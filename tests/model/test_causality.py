@@ -195,3 +195,12 @@ def test_a_routing_of_other_sequences_is_refused():
     routing = tuple(Routing(*(t[:1] for t in r)) for r in model(tokens(2, 6)).expert_routing)
     with pytest.raises(ValueError, match="1 rows for a batch of 2"):
         model(tokens(2, 6), expert_routing=routing)
+
+
+@torch.no_grad()
+def test_a_handed_over_routing_may_have_empty_slots():
+    ids = tokens(2, LENGTH)
+    model = causal(routing_level="sequence")
+    routing = model(ids).expert_routing
+    empty = tuple(r._replace(expert_ids=torch.full_like(r.expert_ids, -1)) for r in routing)
+    assert torch.equal(model(ids, expert_routing=empty).logits, causal_base()(ids).logits)
