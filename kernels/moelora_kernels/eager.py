@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import inference
-from .paths import PRODUCTS
+from .paths import PRODUCTS, path_weights
 from .plan import Plan
 
 Offsets = tuple[int, ...]
@@ -39,7 +39,7 @@ def expand(
     inplace: bool = False,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
-    inputs = (out, h, lora_B, plan.weights)
+    inputs = (out, h, lora_B, path_weights(plan))
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Expand.apply(*inputs, rank_offsets, scaling, plan, inplace)

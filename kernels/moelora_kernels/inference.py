@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .paths import PRODUCTS
+from .paths import PRODUCTS, path_weights
 from .plan import Plan
 from .rank_rows import uniform_rank
 
@@ -81,8 +81,9 @@ def _gate(plan: Plan, scaling: tuple[float, ...]) -> Tensor:
     """w_e · s_e: dense [rows, 1, E, 1] for h as [rows, tokens, E, rank], sequence [T, 1, K, 1]; kept on the plan."""
     gate = plan.memo.get(scaling)
     if gate is None:
-        scale = PRODUCTS[plan.path].scale(plan.weights, scaling, plan)
-        gate = (plan.weights * scale).view(plan.rows, 1, -1, 1)
+        weights = path_weights(plan)
+        scale = PRODUCTS[plan.path].scale(weights, scaling, plan)
+        gate = (weights * scale).view(plan.rows, 1, -1, 1)
         plan.memo[scaling] = gate
     return gate
 

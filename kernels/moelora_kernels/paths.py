@@ -190,6 +190,11 @@ class Sequence(Slots):
 PRODUCTS = {"dense": Dense, "grouped": Grouped, "sequence": Sequence}
 
 
+def path_weights(plan: Plan) -> Tensor:
+    """The weights in the form of the path: dense [rows, E], else [rows, K]."""
+    return plan.gate if plan.path == "dense" else plan.weights
+
+
 def _scale(weights: Tensor, scaling: tuple[float, ...]) -> Tensor | float:
     """A float where all experts scale alike, else a tensor [E]."""
     if scaling.count(scaling[0]) == len(scaling):

@@ -17,8 +17,9 @@ class Plan:
     """A routing in the form of one path; built once, shared by all linears under one router.
 
     expert_ids [rows, K] int64, -1 = no expert in this slot.
-    weights, fp32 or fp64, differentiable: dense [rows, E]; grouped and sequence [rows, K].
-    slot_experts [rows, K]: expert_ids with 0 in place of -1, where the weight is 0.
+    weights [rows, K], fp32 or fp64, differentiable; 0 in an empty slot.
+    slot_experts [rows, K]: expert_ids with 0 in place of -1.
+    distinct: no slot is empty and no row names an expert twice.
     memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins a new one.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     expert_ids: Tensor
     weights: Tensor
     slot_experts: Tensor
+    distinct: bool = False
     memo: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -40,6 +42,20 @@ class Plan:
     def num_slots(self) -> int:
         """K, the experts that a row may choose."""
         return self.expert_ids.shape[1]
+
+    @cached_property
+    def gate(self) -> Tensor:
+        """[rows, E], differentiable: Σ_k weights[:, k] · [expert_ids[:, k] = e], slot after slot.
+
+        A single scatter would add an expert's duplicates by atomics on a GPU, in no fixed order.
+        """
+        gate = self.weights.new_zeros(self.rows, self.num_experts)
+        if self.distinct:
+            return gate.scatter(1, self.slot_experts, self.weights)
+        for slot in range(self.num_slots):
+            column = slice(slot, slot + 1)
+            gate = gate.scatter_add(1, self.slot_experts[:, column], self.weights[:, column])
+        return gate
 
     @cached_property
     def sorted_slots(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,22 +118,7 @@ def build_plan(
         empty = expert_ids < 0
         slot_experts = expert_ids.masked_fill(empty, 0)
         weights = expert_weights.masked_fill(empty, 0.0)
-    if path == "dense" and complete:
-        weights = weights.new_zeros(rows, num_experts).scatter(1, slot_experts, weights)
-    elif path == "dense":
-        weights = _dense_gate(slot_experts, weights, num_experts)
-    return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts)
-
-
-def _dense_gate(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """gate [rows, E]: Σ_k weights[:, k] · [ids[:, k] = e], slot after slot.
-
-    A single scatter would add an expert's duplicates by atomics on a GPU, in no fixed order.
-    """
-    gate = weights.new_zeros(ids.shape[0], num_experts)
-    for slot in range(ids.shape[1]):
-        gate = gate.scatter_add(1, ids[:, slot : slot + 1], weights[:, slot : slot + 1])
-    return gate
+    return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts, complete)
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

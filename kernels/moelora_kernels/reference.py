@@ -73,8 +73,6 @@ def expand(
 
 def _gate(plan: Plan) -> Tensor:
     """gate [T, E]: the weight of each expert for each token, from the plan of any path."""
-    gate = plan.weights
-    if plan.path != "dense":
-        gate = gate.new_zeros(plan.rows, plan.num_experts)
-        gate = gate.scatter_add(1, plan.expert_ids.clamp(min=0), plan.weights)
+    gate = plan.weights.new_zeros(plan.rows, plan.num_experts)
+    gate = gate.scatter_add(1, plan.expert_ids.clamp(min=0), plan.weights)
     return gate.repeat_interleave(plan.tokens_per_row, dim=0)

@@ -49,6 +49,7 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
     ids, inputs = make(CASE, dtype)
     leaves = {n: t.requires_grad_() for n, t in inputs.items() if t is not None}
     plan = build_plan(ids, leaves["weights"], 4, total_rank=16, tokens_per_row=32, path=path)
+    used = plan.gate if path == "dense" else plan.weights
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         (h,) = shrink(leaves["x"], leaves["lora_A"], (CASE.offsets,), plan)
         expand(h, leaves["lora_B"], CASE.offsets, CASE.scales, plan, leaves["out"])
-    wanted = (leaves["x"], leaves["lora_A"], h, leaves["lora_B"], plan.weights)
+    wanted = (leaves["x"], leaves["lora_A"], h, leaves["lora_B"], used)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in wanted]
 
 
