@@ -6,10 +6,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Small tensors on few cores: threads that wait for each other cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: test demo bench lint format clean
+.PHONY: test test-compiled test-interpreted demo bench gpu lint format clean
 
+# A process either compiles Triton's kernels or interprets them, so the tests run in two, side by side.
 test: $(VENV)/.dev lint
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted
+
+test-compiled: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-interpreted: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest tests/interpreted tests/kernels/test_backends.py
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(ARGS)

@@ -1,8 +1,7 @@
-"""The mixture inside a model: `Mixture` holds the sites and routers, `Site` shrinks once, `MoeLoraLinear` expands.
+"""The mixture inside a model: `Mixture` holds the sites and routers, routes, and plans.
 
-The base's own modules stay as they are, with their names and weights. Each adapted linear gets its
-`MoeLoraLinear` as a forward hook (a module, so that it copies and pickles), which adds the experts' part to the
-linear's fresh output; all parameters lie in one submodule of the model, `moelora`.
+The base's own modules stay as they are, with their names and weights; all parameters lie in one submodule of the
+model, `moelora`.
 """
 
 from __future__ import annotations
@@ -10,119 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from moelora_kernels import Plan, build_plan, expand, shrink
+from moelora_kernels import (
+    Plan,
+    Shape,
+    TopK,
+    build_decode_plan,
+    build_plan,
+    can_decode,
+    choose_backend,
+)
 from torch import Tensor, nn
 
 from .balance import ExpertLoad
 from .config import MoeLoraConfig
-from .experts import Factor, rank_offsets
+from .experts import Factor
+from .linears import Site
 from .losses import attach_loss, expert_target_loss, load_balancing_loss, z_loss
-from .routers import ROUTERS, Router, Routing
+from .routers import ROUTERS, Router, Routing, TopKRouter
 from .state import ForwardState
-
-
-class MoeLoraLinear(nn.Module):
-    """The experts of one linear: its `lora_B` `[R, d_out]`, and the forward hook that adds them to its output."""
-
-    site: Site
-
-    def __init__(self, site: Site, index: int, out_features: int, **factory):
-        super().__init__()
-        ranks = site.ranks
-        # Past nn.Module.__setattr__: the site owns this module, not the other way round.
-        object.__setattr__(self, "site", site)
-        self.index = index
-        self.rank_offsets = rank_offsets(ranks)
-        self.scaling = site.scaling
-        self.lora_B = Factor(ranks, range(len(ranks)), out_features, **factory)
-
-    def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else has seen yet."""
-        h, plan = self.site.rank_space(args[0], self.index)
-        # Where a linear with a bias hands out a view, writing into it would cost the backward pass a copy.
-        inplace = not (torch.is_grad_enabled() and output._is_view())
-        factor, offsets, scaling = self.lora_B.stacked(), self.rank_offsets, self.scaling
-        return expand(h, factor, offsets, scaling, plan, output, inplace=inplace, checked=True)
-
-
-class Site(nn.Module):
-    """The adapted linears of one decoder layer that read one tensor: a stacked `lora_A` and one shrink for all.
-
-    lora_A: `[L · R, d_in]`, linear after linear, in each expert after expert.
-    """
-
-    mixture: Mixture
-
-    def __init__(
-        self, mixture: Mixture, names: list[str], layer: str | None, linears: list[tuple[int, int]], **factory
-    ):
-        super().__init__()
-        config = mixture.config
-        object.__setattr__(self, "mixture", mixture)
-        self.names = names
-        self.layer = layer
-        self.ranks = config.ranks
-        self.scaling = config.scaling
-        self.in_features = linears[0][0]
-        self.rank_offsets = (rank_offsets(self.ranks),) * len(linears)
-        self.router_index = 0
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
-        self.lora_A = Factor(
-            self.ranks * len(linears),
-            list(range(len(self.ranks))) * len(linears),
-            self.in_features,
-            **factory,
-        )
-        self.lora_A.reset_kaiming()
-        self.linears = nn.ModuleList(
-            MoeLoraLinear(self, i, out_features, **factory) for i, (_, out_features) in enumerate(linears)
-        )
-        # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan], or empty.
-        self._shrunk: list[Any] = []
-
-    def rank_space(self, x: Tensor, index: int) -> tuple[Tensor, Plan]:
-        """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first linear asks."""
-        shrunk = self._shrunk
-        if not shrunk or shrunk[0] is not x or shrunk[1][index] is None:
-            plan = self.mixture.plan_for(self, x)
-            inputs = x if self.dropout is None else self.dropout(x)
-            hs = shrink(inputs, self.lora_A.stacked(), self.rank_offsets, plan, checked=True)
-            shrunk[:] = (x, list(hs), plan)
-        _, hs, plan = shrunk
-        h = hs[index]
-        # Handed out once: the last linear lets go of everything, and a second call computes anew.
-        hs[index] = None
-        if not any(other is not None for other in hs):
-            shrunk.clear()
-        return h, plan
-
-    def forget(self) -> None:
-        """Drop what a forward pass left behind where not every linear was called."""
-        self._shrunk.clear()
-
-
-class LayerRouting(nn.Module):
-    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or the model's) sites."""
-
-    mixture: Mixture
-
-    def __init__(self, mixture: Mixture, router_index: int):
-        super().__init__()
-        object.__setattr__(self, "mixture", mixture)
-        self.router_index = router_index
-
-    def forward(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.mixture.share(self.router_index, hidden)
 
 
 class Mixture(nn.Module):
     """All experts and routers of a model, and the state of the forward pass that is under way.
 
     sites: `Site`s by the name of their first linear; routers: `Router`s by what they route.
+    backend: the one of `moelora_kernels.BACKENDS` that computes; None lets its table choose. tiles: the tuned
+    tiles of this machine's GPU, by name. Both belong to the process, not to the model, and are not saved.
     """
 
     def __init__(self, config: MoeLoraConfig):
@@ -139,6 +53,8 @@ class Mixture(nn.Module):
         self.unadapted: dict[str, str] = {}
         self.state: ForwardState | None = None
         self.forced: Routing | None = None
+        self.backend: str | None = None
+        self.tiles = ""
         # d(backward)/d(loss) where no loss passes through the model; the Trainer callback keeps it right.
         self.loss_scale: float | None = None
 
@@ -184,7 +100,7 @@ class Mixture(nn.Module):
     def plan_for(self, site: Site, x: Tensor) -> Plan:
         """The plan of `site` for its input x `[…, d_in]`: its own router's, or the one its layer shares."""
         if self.own_routers:
-            return self.route(site.router_index, x)[1]
+            return self._decode_plan(site, x) or self.route(site.router_index, x)[1]
         if self.state is None or self.state.shared is None:
             raise RuntimeError(
                 f"{site.names[0]} ran before its router: with router_scope={self.config.router_scope!r} call the "
@@ -217,8 +133,28 @@ class Mixture(nn.Module):
             tokens_per_row=tokens_per_row,
             # A routing that the caller hands over may have empty slots, whatever this router does.
             complete=self.fills_every_slot and (state is None or state.carried is None),
+            backend=self.backend,
+            dtype=x.dtype,
+            tiles=self.tiles,
         )
         return routing, plan
+
+    def _decode_plan(self, site: Site, x: Tensor) -> Plan | None:
+        """The plan of a few tokens that the kernels route themselves, where nobody else asks for the routing."""
+        router, state = self._router_list[site.router_index], self.state
+        if torch.is_grad_enabled() or not self.by_token or type(router) is not TopKRouter or router.training:
+            return None
+        if self.forced is not None or (state is not None and (state.forced or state.keep_routings)):
+            return None
+        tokens, slots = x.shape[:-1].numel(), router.num_experts_per_tok
+        shape = Shape(tokens, 1, self.num_experts, slots, self.total_rank, x.dtype, x.device.type)
+        if (self.backend or choose_backend(shape)) != "triton" or not can_decode(shape):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        bias = self.load.selection_bias(site.router_index) if self.load is not None else None
+        spec = TopK(router.weight.float(), bias, router.norm_topk_prob)
+        return build_decode_plan(spec, tokens, slots, tiles=self.tiles)
 
     def with_weights(self, shared: tuple[Routing, Plan], weights: Tensor) -> tuple[Routing, Plan]:
         """`shared` with other plan weights: an explicit input of a checkpointed layer."""

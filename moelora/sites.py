@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .config import MoeLoraConfig
-from .mixture import LayerRouting, Mixture, MoeLoraLinear, Site
+from .linears import LayerRouting, MoeLoraLinear, Site
+from .mixture import Mixture
 from .targets import decoder_layer, features, find_targets, layer_number, saved_modules
 
 NOT_CALLED = "its forward is not called (the base reads its weight directly)"

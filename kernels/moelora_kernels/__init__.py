@@ -1,15 +1,21 @@
 """Mixtures of LoRA experts as operations on tensors: y = out + Σ_e w_e · s_e · (x A_eᵀ) B_e."""
 
 from .api import BACKENDS, expand, lora_mixture, shrink
-from .plan import PATHS, Plan, build_plan, choose_path
+from .dispatch import PATHS, Shape, can_decode, choose_backend, explain
+from .plan import Plan, TopK, build_decode_plan, build_plan
 
 __all__ = [
     "BACKENDS",
     "PATHS",
     "Plan",
+    "Shape",
+    "TopK",
+    "build_decode_plan",
     "build_plan",
-    "choose_path",
+    "can_decode",
+    "choose_backend",
     "expand",
+    "explain",
     "lora_mixture",
     "shrink",
 ]

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from . import eager, reference
+from .dispatch import HAS_TRITON
 from .plan import Plan, build_plan
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
+if HAS_TRITON:
+    from . import triton
+
+    BACKENDS["triton"] = triton
 Offsets = tuple[int, ...]
 
 
@@ -32,10 +37,11 @@ def shrink(
 
     Raises: ValueError, TypeError for an argument that does not fit the others.
     """
-    module = _backend(backend)
+    module = _backend(backend or plan.backend)
     if not checked:
         _check_x(x, lora_A, plan)
         _check_factor("lora_A", lora_A, rank_offsets, plan, x)
+        _check_runs(module, x, plan)
     x = x.reshape(plan.num_tokens, x.shape[-1])
     if not _autocasts(x.device.type):
         return module.shrink(x, lora_A, rank_offsets, plan)
@@ -54,27 +60,29 @@ def expand(
     out: Tensor | None = None,
     *,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
     checked: bool = False,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e for one linear, in the dtype and shape of out.
 
     h from `shrink`, lora_B [R, d_out], rank_offsets: E + 1 ints, scaling: s_e of the E experts,
-    out [..., d_out] of plan.num_tokens tokens, or None: y [T, d_out] of h's dtype. inplace allows
-    the backend to write into out; use only what is returned. checked as in `shrink`.
+    out [..., d_out] of plan.num_tokens tokens, or None: y [T, d_out] of `dtype`, or of h's (some
+    backends keep h in fp32). inplace allows the backend to write into out; use only what is
+    returned. checked as in `shrink`.
 
     Raises: ValueError, TypeError for an argument that does not fit the others.
     """
-    module = _backend(backend)
+    module = _backend(backend or plan.backend)
     if not checked:
         _check_factor("lora_B", lora_B, (rank_offsets,), plan, h)
         _check_scaling(scaling, plan)
         if out is not None:
             _check_out(out, lora_B.shape[1], plan, h)
     if not _autocasts(h.device.type):
-        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
+        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype)
     with torch.autocast(h.device.type, enabled=False):
-        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace)
+        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype)
 
 
 def lora_mixture(
@@ -90,6 +98,7 @@ def lora_mixture(
     tokens_per_row: int = 1,
     path: str | None = None,
     backend: str | None = None,
+    tiles: str = "",
 ) -> Tensor:
     """y[t] = out[t] + Σ_k w[t, k] · s_e · (x[t] A_eᵀ) B_e, e = expert_ids[t, k], for one linear.
 
@@ -105,15 +114,21 @@ def lora_mixture(
         total_rank=rank_offsets[-1],
         tokens_per_row=tokens_per_row,
         path=path,
-        validate=expert_ids.device.type == "cpu",
+        validate=expert_ids.device.type == "cpu" and not torch.compiler.is_compiling(),
+        backend=backend,
+        dtype=x.dtype,
+        tiles=tiles,
     )
-    (h,) = shrink(x, lora_A, (rank_offsets,), plan, backend=backend)
-    return expand(h, lora_B, rank_offsets, scaling, plan, out, backend=backend)
+    dtype = x.dtype
+    if dtype != torch.float64 and _autocasts(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    (h,) = shrink(x, lora_A, (rank_offsets,), plan)
+    return expand(h, lora_B, rank_offsets, scaling, plan, out, dtype=dtype)
 
 
-def _backend(name: str | None) -> ModuleType:
-    """The backend's module; None is eager, and a name never falls back to another."""
-    module = BACKENDS.get("eager" if name is None else name)
+def _backend(name: str) -> ModuleType:
+    """The backend's module; a name never falls back to another."""
+    module = BACKENDS.get(name)
     if module is None:
         raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
     return module
@@ -122,6 +137,14 @@ def _backend(name: str | None) -> ModuleType:
 def _autocasts(device_type: str) -> bool:
     """Whether autocast is on; it is unknown to some devices, as meta."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_runs(module: ModuleType, x: Tensor, plan: Plan) -> None:
+    """Raise where the backend cannot run on x's device and dtype."""
+    why_not = getattr(module, "why_not", None)
+    reason = why_not(x, plan) if why_not else None
+    if reason:
+        raise ValueError(f"backend={module.__name__.rpartition('.')[2]!r}: {reason}")
 
 
 def _check_x(x: Tensor, lora_A: Tensor, plan: Plan) -> None:

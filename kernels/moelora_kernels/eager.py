@@ -37,8 +37,11 @@ def expand(
     out: Tensor | None = None,
     *,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
+    if out is None and dtype is not None and dtype != h.dtype:
+        h = h.to(dtype)
     inputs = (out, h, lora_B, path_weights(plan))
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PATHS = ("dense", "grouped", "sequence")
+from .dispatch import PATHS, Shape, choose_backend, choose_path
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A top-k router that the kernels run themselves: the softmax of x Wᵀ, its K largest.
+
+    weight [E, d] fp32. selection_bias [E] or None shifts which experts are chosen, never their
+    weights (arXiv:2408.15664). norm: the weights are divided by their sum.
+    """
+
+    weight: Tensor
+    selection_bias: Tensor | None = None
+    norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,8 @@ class Plan:
     weights [rows, K], fp32 or fp64, differentiable; 0 in an empty slot.
     slot_experts [rows, K]: expert_ids with 0 in place of -1.
     distinct: no slot is empty and no row names an expert twice.
+    backend: the one that runs it, if none is named. tiles: the tuned table of its kernels, by name.
+    router: of the decode path alone, whose kernels write expert_ids and weights with the first expand.
     memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins a new one.
     """
 
@@ -31,7 +46,10 @@ class Plan:
     weights: Tensor
     slot_experts: Tensor
     distinct: bool = False
-    memo: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    backend: str = "eager"
+    tiles: str = ""
+    router: TopK | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -68,22 +86,6 @@ class Plan:
         return order, experts, torch.searchsorted(experts, bounds)
 
 
-def choose_path(rows: int, tokens_per_row: int, num_experts: int, num_slots: int, total_rank: int) -> str:
-    """The path, by the first rule that matches; K = num_slots.
-
-    1. sequence: a row has 16 tokens or more, which pay for gathering its experts' factors; or all
-       rows together (decode) gather no more blocks than there are experts, and at most 64.
-    2. dense: E <= 4 K. The dense products do E / K times the work of the grouped ones, at about
-       4 times their speed (a 2-core CPU, fp32, T = 1024, widths 192..1536, ranks 4..64, fwd + bwd).
-    3. grouped: its time does not grow with E.
-
-    Both sides of rule 2 grow with total_rank alike, so no rule reads it so far.
-    """
-    if tokens_per_row >= 16 or rows * num_slots <= min(num_experts, 64):
-        return "sequence"
-    return "dense" if num_experts <= 4 * num_slots else "grouped"
-
-
 def build_plan(
     expert_ids: Tensor,
     expert_weights: Tensor,
@@ -94,6 +96,9 @@ def build_plan(
     path: str | None = None,
     validate: bool = False,
     complete: bool = False,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    tiles: str = "",
 ) -> Plan:
     """Turn a routing into a Plan, without waiting for the device.
 
@@ -101,14 +106,18 @@ def build_plan(
     gradients through the plan; total_rank: the largest R of the linears that share the plan.
     An expert named twice in a row counts with the sum of its weights. complete: no slot is
     empty and no row names an expert twice, as with a top-k; it spares looking for such.
+    backend, path: None lets the table of `dispatch` choose, for activations of `dtype`; see `explain`.
+    tiles: a device's tuned tiles for the triton backend, by name or path; "" are the defaults.
 
     Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
     waits for the device) ValueError for an id outside -1..num_experts - 1.
     """
     _check_routing(expert_ids, expert_weights, num_experts, tokens_per_row)
     rows, num_slots = expert_ids.shape
+    shape = Shape(rows, tokens_per_row, num_experts, num_slots, total_rank, dtype, expert_ids.device.type)
+    backend = backend or choose_backend(shape)
     if path is None:
-        path = choose_path(rows, tokens_per_row, num_experts, num_slots, total_rank)
+        path = choose_path(backend, shape).path
     elif path not in PATHS:
         raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
     if validate:
@@ -118,7 +127,29 @@ def build_plan(
         empty = expert_ids < 0
         slot_experts = expert_ids.masked_fill(empty, 0)
         weights = expert_weights.masked_fill(empty, 0.0)
-    return Plan(path, num_experts, rows, tokens_per_row, expert_ids, weights, slot_experts, complete)
+    routing = (expert_ids, weights, slot_experts, complete)
+    return Plan(path, num_experts, rows, tokens_per_row, *routing, backend, tiles)
+
+
+def build_decode_plan(
+    router: TopK, rows: int, num_slots: int, *, backend: str = "triton", tiles: str = ""
+) -> Plan:
+    """The plan of tokens that the kernels route themselves: path "decode", for T ≤ 64 and without gradients.
+
+    No φ may act between the halves. expert_ids and weights [rows, K] hold the routing after the first expand.
+
+    Raises: TypeError, ValueError for a router that is no fp32 matrix, or more slots than experts.
+    """
+    if router.weight.dtype != torch.float32 or router.weight.dim() != 2:
+        raise TypeError(
+            f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected torch.float32 [E, d]:"
+            " pass router.weight.float()"
+        )
+    if not 1 <= num_slots <= len(router.weight):
+        raise ValueError(f"num_slots={num_slots}, expected 1 to the router's {len(router.weight)} experts")
+    ids = router.weight.new_empty((rows, num_slots), dtype=torch.int64)
+    weights = router.weight.new_empty((rows, num_slots))
+    return Plan("decode", len(router.weight), rows, 1, ids, weights, ids, True, backend, tiles, router)
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

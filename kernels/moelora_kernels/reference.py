@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .plan import Plan
@@ -37,6 +38,19 @@ def lora_mixture(
     return y
 
 
+def top_k(
+    x: Tensor, router: Tensor, num_slots: int, bias: Tensor | None = None, norm: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(expert_ids, weights) [T, K]: the softmax of x Wᵀ, its K largest after adding bias; norm divides by their sum.
+
+    x [T, d], router [E, d], bias [E].
+    """
+    probabilities = (x.to(router.dtype) @ router.T).softmax(-1)
+    ids = (probabilities if bias is None else probabilities + bias).topk(num_slots).indices
+    weights = probabilities.gather(1, ids)
+    return ids, weights / weights.sum(1, keepdim=True) if norm else weights
+
+
 def shrink(
     x: Tensor, lora_A: Tensor, rank_offsets: tuple[tuple[int, ...], ...], plan: Plan
 ) -> tuple[Tensor, ...]:
@@ -58,12 +72,13 @@ def expand(
     out: Tensor | None = None,
     *,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = out + Σ_e gate[:, e] · s_e · h_e B_e; h [T, R], lora_B [R, d_out], never in place."""
-    dtype = h.dtype if out is None else out.dtype
+    dtype = (dtype or h.dtype) if out is None else out.dtype
     gate = _gate(plan)
     shape = (len(h), lora_B.shape[1])
-    y = h.new_zeros(shape) if out is None else out.reshape(shape)
+    y = h.new_zeros(shape, dtype=dtype) if out is None else out.reshape(shape)
     for expert, scale in enumerate(scaling):
         rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
         gated = (h[:, rows] * gate[:, expert, None] * scale).to(dtype)

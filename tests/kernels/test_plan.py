@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moelora_kernels import PATHS, build_plan, choose_path, expand, shrink
+from moelora_kernels import PATHS, Shape, build_plan, expand, shrink
+from moelora_kernels.dispatch import choose_path
 from torch import Tensor
 
 from tests.kernels.cases import Case, make
@@ -30,7 +31,8 @@ from tests.kernels.cases import Case, make
     ],
 )
 def test_the_rule(rows: int, tokens_per_row: int, num_experts: int, num_slots: int, path: str) -> None:
-    assert choose_path(rows, tokens_per_row, num_experts, num_slots, 16 * num_experts) == path
+    shape = Shape(rows, tokens_per_row, num_experts, num_slots, 16 * num_experts)
+    assert choose_path("eager", shape).path == path
 
 
 def test_dense_gate_adds_duplicates() -> None:

@@ -1,0 +1,124 @@
+"""Which backend and which path: one table, the first rule that matches wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+PATHS = ("dense", "grouped", "sequence")
+HAS_TRITON = find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the table reads. rows of tokens_per_row tokens; E = num_experts, K = num_slots, R = total_rank."""
+
+    rows: int
+    tokens_per_row: int
+    num_experts: int
+    num_slots: int
+    total_rank: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows * self.tokens_per_row
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table: what it chooses, when, and the reason."""
+
+    backend: str
+    path: str
+    when: str
+    matches: Callable[[Shape], bool]
+    why: str
+
+
+# Triton's thresholds are arithmetic of KERNELS.md (H200), eager's measured on a 2-core CPU in fp32.
+RULES = (
+    Rule(
+        "triton", "sequence", "16 tokens or more a row", lambda s: s.tokens_per_row >= 16,
+        "a row's tokens share their experts: no sort, and K experts' work instead of E's",
+    ),
+    Rule(
+        "triton", "sequence", "T ≤ 64, T·K < E, R > 256", lambda s: _few(s) and s.total_rank > 256,
+        "decoding is bound by the experts' bytes: read only those chosen",
+    ),
+    Rule(
+        "triton", "dense", "R ≤ 190·K, or T ≤ 64", lambda s: s.total_rank <= 190 * s.num_slots or s.tokens <= 64,
+        "bound by x and y: all experts in one product cost no more than a sort and K passes over y",
+    ),
+    Rule(
+        "triton", "grouped", "else", lambda s: True,
+        "all experts' products would cost more than sorting and K passes over y",
+    ),
+    Rule(
+        "eager", "sequence", "16 tokens or more a row", lambda s: s.tokens_per_row >= 16,
+        "they pay for gathering their experts' factors",
+    ),
+    Rule(
+        "eager", "sequence", "rows·K ≤ min(E, 64)", lambda s: s.rows * s.num_slots <= min(s.num_experts, 64),
+        "all rows together gather no more blocks than there are experts",
+    ),
+    Rule(
+        "eager", "dense", "E ≤ 4·K", lambda s: s.num_experts <= 4 * s.num_slots,
+        "E / K times the work of grouped, at about 4 times its speed",
+    ),
+    Rule("eager", "grouped", "else", lambda s: True, "its time does not grow with E"),
+    Rule("reference", "dense", "always", lambda s: True, "the specification computes all experts on every path"),
+)  # fmt: skip
+
+
+def can_decode(shape: Shape) -> bool:
+    """Whether the kernels may route by themselves (path "decode"); R is that of one linear.
+
+    At most 64 tokens, where launches are the cost; a program holds all experts' logits and all ranks.
+    """
+    few = shape.tokens_per_row == 1 and shape.tokens <= 64 and shape.num_experts <= 64
+    return few and shape.total_rank <= max_decode_rank(shape.dtype.itemsize) and shape.dtype.itemsize <= 4
+
+
+def max_decode_rank(itemsize: int) -> int:
+    """The most ranks of a linear on the decode path: more would spill, in fp32 earlier."""
+    return 128 if itemsize > 2 else 256
+
+
+def choose_backend(shape: Shape) -> str:
+    """triton on a CUDA device for 16- and 32-bit floating point where Triton is installed, else eager."""
+    return "triton" if HAS_TRITON and shape.device == "cuda" and shape.dtype.itemsize <= 4 else "eager"
+
+
+def choose_path(backend: str, shape: Shape) -> Rule:
+    """The first rule of the backend that matches; a backend without rules of its own takes eager's."""
+    named = [rule for rule in RULES if rule.backend == backend]
+    return next(rule for rule in named or _rules_of("eager") if rule.matches(shape))
+
+
+def explain(shape: Shape, *, backend: str | None = None, path: str | None = None) -> str:
+    """Which backend and path this shape takes and why, with every line of the table that was asked before."""
+    chosen = backend or choose_backend(shape)
+    reason = "named by the caller" if backend else f"{shape.device}, {shape.dtype}"
+    lines = [f"backend {chosen}: {reason}"]
+    if path is not None:
+        return "\n".join([*lines, f"path {path}: named by the caller"])
+    taken = choose_path(chosen, shape)
+    for rule in _rules_of(taken.backend):
+        if rule is taken:
+            return "\n".join([*lines, f"path {rule.path}: {rule.when}; {rule.why}"])
+        lines.append(f"  not {rule.path}: no {rule.when}")
+    raise AssertionError("the last rule of a backend always matches")
+
+
+def _rules_of(backend: str) -> list[Rule]:
+    return [rule for rule in RULES if rule.backend == backend]
+
+
+def _few(shape: Shape) -> bool:
+    return shape.tokens <= 64 and shape.tokens * shape.num_slots < shape.num_experts

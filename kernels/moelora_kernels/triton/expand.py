@@ -1,0 +1,240 @@
+"""Out of rank space: y = out + (g·s·h) B of the forward pass, and dx = dh A of the backward one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import Layout
+from .shrink import tiles_of_tokens
+from .slot_map import SlotMap, table, tokens_of_tile
+from .tiles import ceil_div, launch_options, out_tiles, tile_for, with_block_t
+
+
+@triton.jit
+def gate_of_ranks(weights, row_ids, row, there, expert, scale, K: tl.constexpr):
+    """g·s [tokens, ranks] fp32 of the dense path: Σ_k w[row, k] · [ids[row, k] = expert] · s."""
+    gate = tl.zeros((row.shape[0], expert.shape[0]), dtype=tl.float32)
+    for slot in tl.static_range(K):
+        chosen = tl.load(row_ids + row * K + slot, mask=there, other=-1).to(tl.int32)
+        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
+        gate += tl.where(chosen[:, None] == expert[None, :], weight[:, None], 0.0)
+    return gate * scale[None, :]
+
+
+@triton.jit
+def _dense_h(
+    h, weights, row_ids, experts, scaling, token, there, first, total_rank, tokens_per_row, h_stride,
+    K: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h [tokens, ranks first …] times its gate, fp32."""
+    rank = first + tl.arange(0, BLOCK_R)
+    inside = rank < total_rank
+    place = token.to(tl.int64)[:, None] * h_stride + rank[None, :]
+    tile = tl.load(h + place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if GATED:
+        expert = tl.load(experts + rank, mask=inside, other=-2)
+        scale = tl.load(scaling + tl.maximum(expert, 0))
+        tile *= gate_of_ranks(weights, row_ids, token // tokens_per_row, there, expert, scale, K)
+    return tile
+
+
+@triton.jit
+def multiply_rows(acc, h_tile, factor, row, used, column, inside, d, dtype: tl.constexpr):
+    """acc + h F[row, column], the product in dtype."""
+    place = row.to(tl.int64)[:, None] * d + column[None, :]
+    f_tile = tl.load(factor + place, mask=used[:, None] & inside[None, :], other=0.0)
+    return tl.dot(h_tile.to(dtype), f_tile.to(dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def _add_slot(
+    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column, inside,
+    d, K, E, h_stride_t, h_stride_k, h_stride_l,
+    L: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """acc + (w·s·h)[slot] F of the rows of one expert, in each linear of the site."""
+    gate = tl.full(token.shape, 1.0, tl.float32)
+    if GATED:
+        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
+        gate = weight * tl.load(scaling + tl.maximum(expert, 0))
+    for linear in range(L):
+        which = linear * E + tl.maximum(expert, 0)
+        rank_of = tl.where(expert >= 0, tl.load(ranks + which), 0)
+        start = tl.load(starts + which)
+        h_rows = h + token.to(tl.int64)[:, None] * h_stride_t + slot * h_stride_k + linear * h_stride_l
+        for first in range(0, rank_of, BLOCK_R):
+            rank = first + tl.arange(0, BLOCK_R)
+            own = rank < rank_of
+            h_tile = tl.load(h_rows + rank[None, :], mask=there[:, None] & own[None, :], other=0.0)
+            h_tile = h_tile.to(tl.float32) * gate[:, None]
+            acc = multiply_rows(acc, h_tile, factor, start + rank, own, column, inside, d, dtype)
+    return acc
+
+
+@triton.jit
+def expand_dense_kernel(
+    h, factor, out, y, weights, scaling, row_ids, experts,
+    num_tokens, tokens_per_row, total_rank, d, h_stride, out_stride,
+    K: tl.constexpr, GATED: tl.constexpr, RESIDENT: tl.constexpr, TILES_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y = out + (g·s·h) F over all R rows, those of experts not chosen with gate 0; in the dtype of y.
+
+    Grid (tiles of tokens, blocks of d). A program writes TILES_D tiles of d; RESIDENT: the gated h
+    of all ranks is read and weighted once for them.
+    """
+    lane_r = tl.arange(0, BLOCK_R)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = token < num_tokens
+    dtype = y.dtype.element_ty
+    if RESIDENT:
+        h_tile = _dense_h(
+            h, weights, row_ids, experts, scaling, token, there, 0, total_rank, tokens_per_row, h_stride,
+            K, GATED, BLOCK_R,
+        ).to(dtype)  # fmt: skip
+    for tile_d in range(TILES_D):
+        column = (tl.program_id(1) * TILES_D + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < d
+        acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        if RESIDENT:
+            acc = multiply_rows(acc, h_tile, factor, lane_r, lane_r < total_rank, column, inside, d, dtype)
+        else:
+            for first in range(0, total_rank, BLOCK_R):
+                gated = _dense_h(
+                    h, weights, row_ids, experts, scaling, token, there, first, total_rank, tokens_per_row,
+                    h_stride, K, GATED, BLOCK_R,
+                )  # fmt: skip
+                rank = first + lane_r
+                acc = multiply_rows(acc, gated, factor, rank, rank < total_rank, column, inside, d, dtype)
+        store_rows(y, out, acc, token, there, column, inside, d, out_stride)
+
+
+@triton.jit
+def store_rows(y, out, acc, token, there, column, inside, d, out_stride):
+    """y[token, column] = out[token, column] + acc, rounded once."""
+    mask = there[:, None] & inside[None, :]
+    token = token.to(tl.int64)[:, None]
+    if out is not None:
+        acc += tl.load(out + token * out_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + token * d + column[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expand_slots_kernel(
+    h, factor, out, y, weights, scaling,
+    row_ids, tokens, bounds, groups, firsts, starts, ranks,
+    tokens_per_row, capacity, pass_slot, K, E, d, h_stride_t, h_stride_k, h_stride_l, out_stride,
+    PATH: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y = out + Σ (w·s·h)[t, slot] F[rows of the slot's expert], in the dtype of y.
+
+    Grid (tiles of tokens, tiles of d). Sequence: all K slots of a row in one program. Grouped: one slot
+    (pass_slot) a launch, so that no two programs meet in a row of y; a token without an expert
+    there gets y = out, and the next pass reads y as its out.
+    """
+    tile = tl.program_id(0)
+    token, there, expert = tokens_of_tile(
+        tile,
+        pass_slot,
+        row_ids,
+        tokens,
+        bounds,
+        groups,
+        firsts,
+        tokens_per_row,
+        capacity,
+        K,
+        E,
+        PATH,
+        BLOCK_T,
+    )
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    dtype = y.dtype.element_ty
+    row = token // tokens_per_row
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    if PATH == "grouped":
+        acc = _add_slot(
+            acc, h, factor, weights, scaling, starts, ranks, token, there, row, pass_slot, expert, column, inside,
+            d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
+        )  # fmt: skip
+    else:
+        for slot in range(K):
+            expert = tl.load(row_ids + (tile // tl.cdiv(tokens_per_row, BLOCK_T)) * K + slot).to(tl.int32)
+            acc = _add_slot(
+                acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column, inside,
+                d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
+            )  # fmt: skip
+    store_rows(y, out, acc, token, there, column, inside, d, out_stride)
+
+
+def expand(
+    h: Tensor,
+    factor: Tensor,
+    out: Tensor | None,
+    gate: tuple[Tensor, Tensor] | None,
+    expert_ids: Tensor,
+    slots: SlotMap | None,
+    site: Layout,
+    path: str,
+    tokens_per_row: int,
+    dtype: torch.dtype,
+    tiles: str,
+    y: Tensor | None = None,
+) -> Tensor:
+    """out + Σ (w·s·h) F as y [T, d] of dtype; gate = (weights [rows, K], scaling [E]) or None: h as it is.
+
+    h of `shrink`'s form, of any strides but that of the last axis; y may be out itself.
+    """
+    num_tokens, d = h.shape[0], factor.shape[1]
+    y = h.new_empty((num_tokens, d), dtype=dtype) if y is None else y
+    if 0 in y.shape:
+        return y
+    if 0 in h.shape:
+        return y.zero_() if out is None else y.copy_(out)
+    if path == "dense":
+        _launch_dense(h, factor, out, y, gate, expert_ids, site, tokens_per_row, tiles)
+    else:
+        _launch_slots(h, factor, out, y, gate, expert_ids, slots, site, path, tokens_per_row, tiles)
+    return y
+
+
+def _launch_dense(h, factor, out, y, gate, expert_ids, site: Layout, tokens_per_row: int, tiles: str) -> None:
+    """One launch."""
+    num_tokens, d = y.shape
+    tile = tile_for("expand", num_tokens, site.total_rank, y.dtype, tiles)
+    grid_t, grid_d = ceil_div(num_tokens, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D)
+    tiles_d = out_tiles(grid_t * grid_d, y.device)
+    expand_dense_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
+        h, factor, out, y, *(gate or (None, None)), expert_ids, site.experts,
+        num_tokens, tokens_per_row, site.total_rank, d, h.stride(0), 0 if out is None else out.stride(0),
+        K=expert_ids.shape[1], GATED=gate is not None, RESIDENT=site.total_rank <= tile.BLOCK_R,
+        TILES_D=tiles_d, **launch_options(tile),
+    )  # fmt: skip
+
+
+def _launch_slots(
+    h, factor, out, y, gate, expert_ids, slots, site: Layout, path: str, tokens_per_row: int, tiles: str
+) -> None:
+    """One launch; of the grouped path one for each slot, in order."""
+    num_tokens, d = y.shape
+    num_slots = expert_ids.shape[1]
+    block = None if path == "sequence" else slots.block
+    tokens = tokens_per_row if path == "sequence" else block
+    tile = with_block_t(tile_for("expand_slots", tokens, site.max_rank, y.dtype, tiles), block)
+    grid = (
+        tiles_of_tokens(num_tokens, 1, path, tokens_per_row, slots, tile.BLOCK_T),
+        ceil_div(d, tile.BLOCK_D),
+    )
+    for slot in range(num_slots if path == "grouped" else 1):
+        expand_slots_kernel[grid](
+            h, factor, out, y, *(gate or (None, None)), expert_ids, *table(slots), site.starts, site.ranks,
+            tokens_per_row, slots.groups.shape[1] if slots else 0, slot, num_slots, site.num_experts, d,
+            *h.stride()[:3], 0 if out is None else out.stride(0),
+            PATH=path, L=site.num_linears, GATED=gate is not None, **launch_options(tile),
+        )  # fmt: skip
+        out = y

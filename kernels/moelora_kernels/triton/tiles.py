@@ -1,0 +1,157 @@
+"""Block sizes, warps and splits of every kernel: functions of the shape, or a device's tuned table by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+TUNED = Path(__file__).parent / "tuned"
+KERNELS = (
+    "shrink", "expand", "expand_slots", "weight_grad", "gate_grad", "fused", "decode_shrink", "decode_expand",
+)  # fmt: skip
+MIN_DOT = 16  # tl.dot takes no smaller side
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens, ranks and features a program holds at once; the warps that share them; the loads under way."""
+
+    BLOCK_T: int
+    BLOCK_R: int
+    BLOCK_D: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Tile:
+    """The tile of a kernel for tokens (of a row, on the sequence path), ranks in one product and bytes an element.
+
+    No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942: the compile tests hold it.
+    fp32 takes half the depth of 16 bit: its tiles are twice as large, and it multiplies without tensor cores.
+    """
+    wide = itemsize > 2
+    tokens = fitting(num_tokens, 32 if wide else 64)
+    if kernel == "shrink":
+        ranks = fitting(width, 64 if wide else 128)
+        return (
+            Tile(tokens, ranks, 32, 4) if wide else Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4)
+        )
+    if kernel == "expand":
+        ranks = fitting(width, 32) if wide else (fitting(width, 128) if width <= 128 else 32)
+        warps = 8 if tokens * (1 + wide) > 32 else 4
+        return Tile(tokens, ranks, 64 if wide or width > 64 else 128, warps, 1 if ranks == 128 else 2)
+    if kernel == "expand_slots":
+        warps = 8 if tokens * (1 + wide) > 32 else 4
+        return Tile(tokens, fitting(width, 32 if wide else 64), 64 if wide else 128, warps, 2)
+    if kernel == "weight_grad":
+        ranks = fitting(width, 32 if wide else 64)
+        return Tile(32 if wide else 64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+    if kernel == "gate_grad":
+        return Tile(16, fitting(width, 64), MIN_DOT, 4, 1)
+    if kernel == "fused":
+        return (
+            Tile(16, fitting(width, 64), 16, 4, 2)
+            if wide
+            else Tile(min(tokens, 32), fitting(width, 256), 32, 8, 2)
+        )
+    if kernel == "decode_shrink":
+        return Tile(tokens, fitting(width, 32), 64 if wide else 128, 4)
+    if kernel == "decode_expand":
+        # fp32 with 16 tokens spills: each thread then holds whole rows of the other side.
+        if wide:
+            return Tile(32, fitting(width, 128), 32, 8, 1)
+        return Tile(
+            16 if width > 128 else min(tokens, 32), fitting(width, 256), 64, 8 if width > 64 else 4, 1
+        )
+    raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
+
+
+def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles: str) -> Tile:
+    """The tuned tile where the table called `tiles` has one for these sizes, else the default."""
+    if tiles:
+        tuned = load_tuned(tiles).get(tile_key(kernel, num_tokens, width, dtype))
+        if tuned is not None:
+            return tuned
+    return default_tile(kernel, num_tokens, width, dtype.itemsize)
+
+
+def with_block_t(tile: Tile, block: int | None) -> Tile:
+    """The tile with the tokens that the slots were cut into, where they were."""
+    return tile if block is None else replace(tile, BLOCK_T=block)
+
+
+def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> str:
+    """The row of a tuned table, tokens and ranks rounded up to a power of two."""
+    tokens, ranks = fitting(num_tokens, 8192), fitting(width, 4096)
+    return f"{kernel} T={tokens} R={ranks} {str(dtype).removeprefix('torch.')}"
+
+
+@lru_cache(maxsize=16)
+def load_tuned(name: str) -> dict[str, Tile]:
+    """The table that `python -m moelora_kernels.triton.tune` wrote: a name of this package's, or a path.
+
+    Raises: ValueError for a table that is not there or is no table.
+    """
+    path = Path(name) if name.endswith(".json") else TUNED / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in TUNED.glob("*.json"))) or "none yet"
+        raise ValueError(
+            f"tiles={name!r}: there is no {path.name}: name one of the package's tables ({known}), give the"
+            " path of a .json, or write one with python -m moelora_kernels.triton.tune"
+        )
+    try:
+        return {key: Tile(**fields) for key, fields in json.loads(path.read_text("utf-8"))["tiles"].items()}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"tiles={name!r}: {path.name} is no table of tiles ({error}): tune again") from error
+
+
+def save_tuned(path: Path, device: str, table: dict[str, Tile]) -> None:
+    """Write a table of tiles for `load_tuned`."""
+    content = {"device": device, "tiles": {key: asdict(tile) for key, tile in sorted(table.items())}}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    """The keyword arguments of a launch; Triton's default for fused multiply-adds changes between versions."""
+    return {**asdict(tile), "enable_fp_fusion": True}
+
+
+def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts of d a sum is split so that the chip is busy, and d a part.
+
+    clamp(2 · SMs / programs, 1, min(16, d / 256)) (KERNELS.md).
+    """
+    splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
+    part = ceil_div(ceil_div(d, splits), block_d) * block_d
+    return ceil_div(d, part), part
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The device's multiprocessors; 4 stand in where there is no GPU, so that the interpreter splits sums as well."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def group_block(num_tokens: int, num_experts: int) -> int:
+    """Tokens in a tile of one expert's slots: what an expert gets on average, 16 to 64."""
+    return fitting(ceil_div(num_tokens, num_experts), 64)
+
+
+def out_tiles(programs: int, device: torch.device) -> int:
+    """How many tiles of d one program of expand writes: more keep its h longer, fewer fill the chip."""
+    return max(1, min(8, programs // (4 * multiprocessors(device))))
+
+
+def fitting(size: int, largest: int) -> int:
+    """The smallest power of two that holds `size`, 16 to `largest`."""
+    return max(MIN_DOT, min(largest, 1 << max(size - 1, 0).bit_length()))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

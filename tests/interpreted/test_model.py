@@ -1,0 +1,82 @@
+"""A whole model on the Triton backend: the eager backend's logits, gradients and generated tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from model.mixtures import NO_ROUTER_LOSS, causal
+
+INPUT = torch.arange(2 * 7).view(2, 7) % 11 + 3
+SCOPES = [
+    ("token", "site"),
+    ("token", "projection"),
+    ("token", "layer"),
+    ("sequence", "site"),
+    ("sequence", "model"),
+]
+
+
+@pytest.fixture(params=SCOPES, ids="-".join)
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+    level, scope = request.param
+    yield causal(routing_level=level, router_scope=scope)
+
+
+def on(model: Any, backend: str) -> Any:
+    model.moelora.backend = backend
+    return model
+
+
+def test_logits_and_gradients(model: Any) -> None:
+    results = {}
+    for backend in ("eager", "triton"):
+        model.zero_grad()
+        outputs = on(model, backend)(INPUT, labels=INPUT, router_mask=mask_of(model))
+        outputs.loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results[backend] = {"logits": outputs.logits.detach(), **grads}
+    assert len(results["eager"]) > 10 and results["eager"].keys() == results["triton"].keys()
+    for name, wanted in results["eager"].items():
+        torch.testing.assert_close(results["triton"][name], wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_generated_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    plan_of = type(model.moelora)._decode_plan
+
+    def seen(*args: Any) -> Any:
+        decoded.append(plan_of(*args))
+        return decoded[-1]
+
+    monkeypatch.setattr(type(model.moelora), "_decode_plan", seen)
+    tokens = {}
+    for backend in ("eager", "triton"):
+        decoded.clear()
+        tokens[backend] = on(model, backend).generate(INPUT, max_new_tokens=4, do_sample=False)
+    assert torch.equal(tokens["eager"], tokens["triton"])
+    config = model.moelora_config
+    own = config.routing_level == "token" and config.router_scope in ("site", "projection")
+    assert any(plan is not None for plan in decoded) == own
+
+
+def test_gradient_checkpointing_gives_the_same_bits() -> None:
+    model = on(causal(**NO_ROUTER_LOSS), "triton").train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(INPUT, labels=INPUT).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def mask_of(model: Any) -> torch.Tensor | None:
+    """At sequence level the first three tokens are the prompt."""
+    if model.moelora_config.routing_level == "token":
+        return None
+    return (torch.arange(7) < 3).expand(2, 7)

@@ -1,0 +1,110 @@
+"""The kernels as torch operators: opcheck, whole graphs in torch.compile, no second derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from moelora_kernels import PATHS, TopK, build_decode_plan, build_plan, expand, shrink
+from moelora_kernels.triton import fused_mixture, op, op_decode
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.cases import Case, make, mixture, run
+
+CASE = Case(rows=5, ranks=(2, 5, 3), tokens_per_row=2)
+DIFFERENTIABLE = ("shrink", "expand", "fused")
+
+
+class Calls(TorchDispatchMode):
+    """The arguments of every call of an operator of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moelora":
+            self.seen.append((func, tuple(_copy(a) for a in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.preserve_format)
+    return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def every_call() -> list[tuple[Any, tuple]]:
+    """Calls of every operator, as the paths, the single launch and decoding make them."""
+    ids, inputs = make(CASE, torch.float32)
+    router = TopK(torch.randn(3, 16))
+    with Calls() as calls:
+        for path in PATHS:
+            run(mixture(CASE, ids, path=path, backend="triton"), inputs)
+        x, lora_A, lora_B, weights, out = inputs.values()
+        plan = build_plan(ids, weights, 3, total_rank=10, tokens_per_row=2, path="dense", backend="triton")
+        fused_mixture(x, lora_A, lora_B, CASE.offsets, CASE.scales, plan, out)
+        fixed = (CASE.offsets, CASE.scales)
+        with torch.no_grad():
+            (h,) = shrink(x, lora_A, (CASE.offsets,), plan)
+            expand(h, lora_B, *fixed, plan, out.clone(), inplace=True)
+            decoding = build_decode_plan(router, 10, 2)
+            for linears in (1, 2):
+                hs = shrink(x, lora_A.repeat(linears, 1), (CASE.offsets,) * linears, decoding)
+                expand(hs[0], lora_B, *fixed, decoding, out)
+    return calls.seen
+
+
+def test_opcheck() -> None:
+    calls = every_call()
+    for func, args in calls:
+        if func._opname in DIFFERENTIABLE:
+            args = tuple(a.requires_grad_() if _is_float(a) else a for a in args)
+        opcheck(func, args)
+    known = {f._opoverload._opname for f in (*op.OPERATORS, *op_decode.OPERATORS)}
+    assert {func._opname for func, _ in calls} == known
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_compiles_as_one_graph(path: str) -> None:
+    """The plan, its sort and the gradients included; the same bits as without the compiler."""
+    ids, inputs = make(CASE, torch.float32)
+    function = mixture(CASE, ids, path=path, backend="triton")
+
+    def flat(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        return function(x, lora_A, lora_B, weights, out)
+
+    compiled = torch.compile(flat, fullgraph=True, backend="aot_eager")
+    wanted = run(flat, inputs)
+    for name, value in run(lambda **tensors: compiled(**tensors), inputs).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_decoding_compiles_as_one_graph() -> None:
+    _, inputs = make(CASE, torch.float32)
+    router = TopK(torch.randn(3, 16))
+
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        plan = build_decode_plan(router, 10, 2)
+        (h,) = shrink(x, inputs["lora_A"], (CASE.offsets,), plan)
+        return expand(h, inputs["lora_B"], CASE.offsets, CASE.scales, plan, out)
+
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(inputs["x"], inputs["out"]), step(inputs["x"], inputs["out"]))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    ids, inputs = make(CASE, torch.float32)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+    y = mixture(CASE, ids, path="dense", backend="triton")(**leaves)
+    (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()

@@ -1,0 +1,153 @@
+"""Every default tile of every kernel compiles for every chip: no spill, shared memory that fits, tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+
+import pytest
+import torch
+from moelora_kernels.dispatch import max_decode_rank
+from moelora_kernels.triton import FUSED_RANKS, FUSED_RANKS_FP32
+from moelora_kernels.triton.decode import decode_expand, decode_shrink
+from moelora_kernels.triton.expand import expand
+from moelora_kernels.triton.fused import fused
+from moelora_kernels.triton.gate_grad import gate_grad
+from moelora_kernels.triton.layout import Layout, layout, scales
+from moelora_kernels.triton.shrink import shrink_planes
+from moelora_kernels.triton.slot_map import slot_map
+from moelora_kernels.triton.tiles import group_block
+from moelora_kernels.triton.weight_grad import weight_grad
+
+from tests.kernels.offline import SHARED, TARGETS, Figures, Launch, compiled, recorded
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+D = 4096
+
+
+def training(
+    path: str, rows: int, experts: int, rank: int, dtype: torch.dtype, tokens_per_row: int = 1
+) -> None:
+    """The forward and backward launches of one linear of `experts` of equal rank."""
+    site, scaling = sited(experts, rank)
+    x, factor = empty(rows * tokens_per_row, D, dtype=dtype), empty(experts * rank, D, dtype=dtype)
+    ids, weights = empty(rows, 2, dtype=torch.int64), empty(rows, 2)
+    slots = None
+    if path != "dense":
+        slots = slot_map(ids, tokens_per_row, experts, group_block(len(x), experts))
+    planes = shrink_planes(x, factor, ids, slots, site, path, tokens_per_row, "")
+    h = planes[0]
+    own = h if path == "dense" else h[:, :, 0]
+    expand(own, factor, x, (weights, scaling), ids, slots, site, path, tokens_per_row, dtype, "")
+    gate_grad(planes, own, weights, scaling, ids, site, path, tokens_per_row, dtype, "")
+    gated = h.to(dtype)
+    weight_grad(gated, x, slots, site, path, dtype, "")  # of lora_B
+    weight_grad(h, x, slots, site, path, dtype, "")  # of lora_A, from fp32
+    expand(h, factor, None, None, ids, slots, site, path, tokens_per_row, dtype, "")
+
+
+def one_launch(tokens: int, experts: int, rank: int, dtype: torch.dtype) -> None:
+    """The single launch, with the routing given and, for few tokens, with the router inside."""
+    site, scaling = sited(experts, rank)
+    x, factor = empty(tokens, D, dtype=dtype), empty(experts * rank, D, dtype=dtype)
+    ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
+    h = empty(tokens, experts * rank)
+    fused(x, factor, factor, scaling, site, ids, weights, x, x, h, 1, "")
+    if tokens <= 64:
+        router = (empty(experts, D), None, True)
+        fused(x, factor, factor, scaling, site, ids, weights, x, x, None, 1, "", router)
+
+
+def decoding(tokens: int, experts: int, rank: int, dtype: torch.dtype) -> None:
+    """Both launches of the decode path."""
+    site, scaling = sited(experts, rank)
+    x, factor = empty(tokens, D, dtype=dtype), empty(experts * rank, D, dtype=dtype)
+    logits, h = decode_shrink(x, empty(experts, D), factor, "")
+    ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
+    decode_expand(logits, h, factor, None, True, scaling, site, ids, weights, x, x, "")
+
+
+def sited(experts: int, rank: int) -> tuple[Layout, torch.Tensor]:
+    meta = torch.device("meta")
+    return layout(tuple(range(0, experts * rank + 1, rank)), experts, meta), scales((1.0,) * experts, meta)
+
+
+def kernel_of(launch: Launch) -> str:
+    """The kernel, its path and dtype, without its tile."""
+    return launch.name.partition(" T=")[0].partition(" E=")[0].partition(" K=")[0]
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def every_launch() -> list[Launch]:
+    """One launch of each kernel with each of its default tiles, dtypes and flags."""
+    with recorded() as launches:
+        for dtype, tokens in product((BF16, FP32), (1, 32, 8192)):
+            for experts, rank in ((4, 4), (4, 8), (8, 8), (8, 16), (8, 32), (8, 48)):
+                training("dense", tokens, experts, rank, dtype)
+                if experts * rank <= (FUSED_RANKS_FP32 if dtype == FP32 else FUSED_RANKS):
+                    one_launch(tokens, experts, rank, dtype)
+                if tokens <= 64 and experts * rank <= max_decode_rank(dtype.itemsize):
+                    decoding(tokens, experts, rank, dtype)
+        for dtype, rank in product((BF16, FP32), (16, 32, 64, 128, 256)):
+            for tokens in (8192, 2048, 512):
+                training("grouped", tokens, 64, rank, dtype)
+            for tokens_per_row in (1, 32, 1024):
+                training("sequence", 8, 8, rank, dtype, tokens_per_row)
+        training("dense", 8192, 8, 16, FP16)
+        training("grouped", 8192, 64, 16, FP16)
+    return list({launch.name: launch for launch in launches}.values())
+
+
+LAUNCHES = every_launch()
+NAMES = sorted({kernel_of(launch) for launch in LAUNCHES})
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[dict[tuple[Launch, str], Figures]]:
+    """What the compilers say of every launch on every target; printed as a table, a row for all tiles of a kernel."""
+    work = list(product(LAUNCHES, TARGETS))
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        results = dict(zip(work, pool.map(_compile, range(len(work)), chunksize=8)))
+    yield results
+
+
+def _compile(index: int) -> Figures:
+    # Jitted functions do not travel between processes; a forked one has its own.
+    launch, target = list(product(LAUNCHES, TARGETS))[index]
+    return compiled(launch, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_spill_and_shared_memory_that_fits(name: str, target: str, figures: dict) -> None:
+    for (launch, on), found in figures.items():
+        if kernel_of(launch) == name and on == target:
+            assert found.spilled == 0, launch.name
+            assert found.shared <= SHARED[target], launch.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [name for name in NAMES if "fp32" not in name and "gate_grad" not in name])
+def test_16_bit_products_use_tensor_cores(name: str, target: str, figures: dict) -> None:
+    found = [f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target]
+    assert found and all(f.tensor_cores for f in found)
+
+
+def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:
+    """Shared KiB and registers a thread of the smallest and largest tile, for the closing note."""
+    lines = ["", "kernel (tiles): shared KiB, registers a thread, on " + ", ".join(TARGETS)]
+    for name in NAMES:
+        cells = []
+        for target in TARGETS:
+            found = [f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target]
+            shared, registers = [f.shared >> 10 for f in found], [f.registers for f in found]
+            cells.append(f"{min(shared)}-{max(shared)}K {min(registers)}-{max(registers)}r")
+        lines.append(f"{name} ({len(found)}): " + " | ".join(cells))
+    with capsys.disabled():
+        print("\n".join(lines))
+    assert len(lines) == 2 + len(NAMES)
