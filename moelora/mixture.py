@@ -53,10 +53,22 @@ class Mixture(nn.Module):
         self.unadapted: dict[str, str] = {}
         self.state: ForwardState | None = None
         self.forced: Routing | None = None
-        self.backend: str | None = None
+        self._router_list: tuple[Router, ...] = ()
+        self._backend: str | None = None
         self.tiles = ""
         # d(backward)/d(loss) where no loss passes through the model; the Trainer callback keeps it right.
         self.loss_scale: float | None = None
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that computes the experts and the routers, or None: the table's choice."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._backend = name
+        for router in self._router_list:
+            router.backend = name
 
     def add_router(self, name: str, in_features: int, **factory) -> int:
         """Make the router called `name` and return its number."""
@@ -68,7 +80,7 @@ class Mixture(nn.Module):
         """Make the expert load's buffers, once all routers are there."""
         self.load = ExpertLoad(self.config, len(self.routers), device)
         self.fills_every_slot = all(router.fills_every_slot for router in self.routers.values())
-        self._router_list: tuple[Router, ...] = tuple(self.routers.values())  # type: ignore[arg-type]
+        self._router_list = tuple(self.routers.values())  # type: ignore[arg-type]
 
     def router_weight(self) -> nn.Parameter | None:
         """A trainable parameter of a router, or None where all are frozen."""

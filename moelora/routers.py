@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from moelora_kernels import router_logits
 from torch import Tensor, nn
 
 from .config import MoeLoraConfig
@@ -54,10 +55,13 @@ class Router(nn.Module):
     A subclass implements `score`, and `select` where it chooses otherwise. Parameters are bare
     `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
     fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which spares every
-    plan to look.
+    plan to look. takes_any_dtype: `score` reads x as it comes, and computes in fp32 all the same.
+    backend: of `moelora_kernels`, as in `Mixture`.
     """
 
     fills_every_slot = False
+    takes_any_dtype = False
+    backend: str | None = None
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__()
@@ -68,7 +72,7 @@ class Router(nn.Module):
         self.in_features = in_features
 
     def score(self, x: Tensor) -> Tensor:
-        """Logits `[N, E]` fp32 of x `[N, d]` fp32."""
+        """Logits `[N, E]` fp32 of x `[N, d]` fp32 (of any dtype, with takes_any_dtype)."""
         raise NotImplementedError
 
     def select(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
@@ -93,8 +97,10 @@ class Router(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x, selection_bias)
-        x = x.float() if x.dtype != torch.float64 else x
-        if self.training and self.jitter_noise > 0:
+        jitters = self.training and self.jitter_noise > 0
+        if x.dtype != torch.float64 and (jitters or not self.takes_any_dtype):
+            x = x.float()
+        if jitters:
             noise = torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             x = x * noise
         return self.select(self.score(x), selection_bias)
@@ -108,6 +114,7 @@ class TopKRouter(Router):
     """
 
     fills_every_slot = True
+    takes_any_dtype = True
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__(config, in_features)
@@ -120,4 +127,7 @@ class TopKRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """x Wᵀ: x `[N, d]` → `[N, E]`."""
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        weight = self.weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if x.dtype == weight.dtype and x.device.type == "cpu":
+            return nn.functional.linear(x, weight)  # the same, with less around it
+        return router_logits(x, weight, backend=self.backend)

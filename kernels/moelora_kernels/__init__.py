@@ -1,6 +1,6 @@
 """Mixtures of LoRA experts as operations on tensors: y = out + Σ_e w_e · s_e · (x A_eᵀ) B_e."""
 
-from .api import BACKENDS, expand, lora_mixture, shrink
+from .api import BACKENDS, expand, lora_mixture, router_logits, shrink
 from .dispatch import PATHS, Shape, can_decode, choose_backend, explain
 from .plan import Plan, TopK, build_decode_plan, build_plan
 
@@ -17,5 +17,6 @@ __all__ = [
     "expand",
     "explain",
     "lora_mixture",
+    "router_logits",
     "shrink",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import eager, reference
-from .dispatch import HAS_TRITON
+from .dispatch import HAS_TRITON, Shape, choose_backend
 from .plan import Plan, build_plan
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
@@ -41,7 +41,7 @@ def shrink(
     if not checked:
         _check_x(x, lora_A, plan)
         _check_factor("lora_A", lora_A, rank_offsets, plan, x)
-        _check_runs(module, x, plan)
+    _check_runs(module, x, plan.weights)
     x = x.reshape(plan.num_tokens, x.shape[-1])
     if not _autocasts(x.device.type):
         return module.shrink(x, lora_A, rank_offsets, plan)
@@ -126,6 +126,33 @@ def lora_mixture(
     return expand(h, lora_B, rank_offsets, scaling, plan, out, dtype=dtype)
 
 
+def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """x Wᵀ [T, E], to the accuracy of W's dtype and never with a copy of x in it kept; differentiable.
+
+    x [T, d] of any floating dtype, weight [E, d] fp32, or fp64 with fp64 x. Outside of autocast.
+
+    Raises: ValueError, TypeError for an argument that does not fit the others.
+    """
+    if weight.dtype not in (torch.float32, torch.float64) or not x.is_floating_point():
+        raise TypeError(
+            f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32: pass weight.float()"
+        )
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(
+            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on {weight.device}, expected [T, d]"
+            " and [E, d] on one device: flatten x"
+        )
+    if backend is None:
+        fits = weight.dtype == torch.float32
+        backend = (
+            choose_backend(Shape(len(x), 1, len(weight), 1, 0, x.dtype, x.device.type)) if fits else "eager"
+        )
+    module = _backend(backend)
+    if backend == "triton":
+        _check_runs(module, x, weight)
+    return getattr(module, "logits", eager.logits)(x, weight)
+
+
 def _backend(name: str) -> ModuleType:
     """The backend's module; a name never falls back to another."""
     module = BACKENDS.get(name)
@@ -139,10 +166,10 @@ def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _check_runs(module: ModuleType, x: Tensor, plan: Plan) -> None:
-    """Raise where the backend cannot run on x's device and dtype."""
+def _check_runs(module: ModuleType, x: Tensor, weights: Tensor) -> None:
+    """Raise where the backend cannot run on x's device and the two dtypes."""
     why_not = getattr(module, "why_not", None)
-    reason = why_not(x, plan) if why_not else None
+    reason = why_not(x, weights) if why_not else None
     if reason:
         raise ValueError(f"backend={module.__name__.rpartition('.')[2]!r}: {reason}")
 

@@ -111,7 +111,12 @@ def explain(shape: Shape, *, backend: str | None = None, path: str | None = None
     taken = choose_path(chosen, shape)
     for rule in _rules_of(taken.backend):
         if rule is taken:
-            return "\n".join([*lines, f"path {rule.path}: {rule.when}; {rule.why}"])
+            lines.append(f"path {rule.path}: {rule.when}; {rule.why}")
+            if chosen == "triton" and can_decode(shape):
+                lines.append(
+                    "path decode, where the router is a top-k one of the kernels and no gradient is asked"
+                )
+            return "\n".join(lines)
         lines.append(f"  not {rule.path}: no {rule.when}")
     raise AssertionError("the last rule of a backend always matches")
 

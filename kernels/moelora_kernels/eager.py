@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from . import inference
 from .paths import PRODUCTS, path_weights
 from .plan import Plan
+from .router import logits as logits
 
 Offsets = tuple[int, ...]
 

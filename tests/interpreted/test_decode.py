@@ -131,3 +131,15 @@ def test_a_router_of_another_kind_is_refused() -> None:
         build_decode_plan(TopK(torch.zeros(3, 8).half()), 1, 2)
     with pytest.raises(ValueError, match="num_slots=4, expected 1 to the router's 3"):
         build_decode_plan(TopK(torch.zeros(3, 8)), 1, 4)
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "out", "router"])
+def test_what_wants_a_gradient_is_refused(name: str) -> None:
+    case = with_ranks((2, 2), rows=2)
+    router = router_of(case)
+    _, inputs = make(case, torch.float32)
+    (router.weight if name == "router" else inputs[name]).requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} requires a gradient, which path='decode' has not"):
+        decode(case, router, inputs)
+    with torch.no_grad():
+        decode(case, router, inputs)

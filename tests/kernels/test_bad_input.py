@@ -31,6 +31,11 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tokens_per_row": -1}, ValueError, "tokens_per_row=-1"),
     ({"path": "sparse"}, ValueError, "path='sparse' is unknown: .*dense, grouped, sequence"),
     ({"backend": "cuda"}, ValueError, f"backend='cuda' is unknown: .*{', '.join(BACKENDS)}"),
+    (
+        {"backend": "triton"},
+        ValueError,
+        "backend='triton': x is on the CPU, expected a GPU or Triton's interpreter",
+    ),
     ({"x": torch.zeros(4, 6)}, ValueError, r"x is \(4, 6\), expected 5 tokens .* 6 features"),
     ({"x": torch.zeros(5, 8)}, ValueError, r"x is \(5, 8\), expected 5 tokens .* 6 features"),
     ({"x": torch.zeros(6, 5)}, ValueError, r"x is \(6, 5\)"),
@@ -57,6 +62,20 @@ def test_the_good_input_is_good() -> None:
 def test_a_mistake_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         lora_mixture(**{**GOOD, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ({"x": torch.float64}, "x is torch.float64, expected bfloat16, float16 or float32"),
+        ({"expert_weights": torch.float64}, "the weights are torch.float64, expected torch.float32"),
+    ],
+)
+def test_triton_names_the_dtypes_that_it_has(dtypes: dict[str, torch.dtype], message: str) -> None:
+    on_meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in GOOD.items()}
+    cast = {**on_meta, **{name: on_meta[name].to(dtype) for name, dtype in dtypes.items()}}
+    with pytest.raises(ValueError, match=message):
+        lora_mixture(**cast, backend="triton")
 
 
 def test_offsets_of_another_number_of_experts() -> None:

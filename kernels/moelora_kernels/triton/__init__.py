@@ -10,6 +10,7 @@ from ..dispatch import Shape, can_decode, max_decode_rank
 from ..plan import Plan, TopK
 from ..rank_rows import ranks_of
 from . import op, op_decode
+from .router import logits
 from .shrink import shrink_kernel
 from .slot_map import SlotMap, slot_map
 from .tiles import group_block
@@ -65,12 +66,12 @@ def expand(
     return op.expand(*tensors, *fixed, out.dtype).view(out.shape)
 
 
-def why_not(x: Tensor, plan: Plan) -> str | None:
-    """Why these kernels cannot run on x with this plan, or None if they can."""
+def why_not(x: Tensor, weights: Tensor) -> str | None:
+    """Why these kernels cannot run on x with a routing's (or router's) weights, or None if they can."""
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, expected bfloat16, float16 or float32: pass backend='eager'"
-    if plan.weights.dtype != torch.float32:
-        return f"expert_weights is {plan.weights.dtype}, expected torch.float32: pass expert_weights.float()"
+    if weights.dtype != torch.float32:
+        return f"the weights are {weights.dtype}, expected torch.float32: pass them as .float()"
     if x.device.type == "cpu" and not interpreted():
         return "x is on the CPU, expected a GPU or Triton's interpreter: move it, or pass backend='eager'"
     return None
@@ -106,6 +107,7 @@ def fused_mixture(
 
 def _decode_shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: Plan, router: TopK):
     """h of each linear as fp32 planes [splits, T, R_l]; where one launch does all, x itself."""
+    _refuse_gradients(x=x, lora_A=lora_A, router=router.weight)
     plan.memo.clear()
     for offsets in site:
         if not can_decode(Shape(plan.rows, 1, plan.num_experts, plan.num_slots, offsets[-1], x.dtype)):
@@ -126,6 +128,7 @@ def _decode_expand(
     out: Tensor | None, inplace: bool, dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """`expand` of the decode path; out None needs the dtype, as h is fp32 there."""
+    _refuse_gradients(lora_B=lora_B, out=out)
     if out is None:
         y = h.new_empty((plan.num_tokens, lora_B.shape[1]), dtype=dtype or h.dtype)
     else:
@@ -138,6 +141,18 @@ def _decode_expand(
     else:
         op_decode.decode_expand_(plan.memo["logits"], h, lora_B, *routed, *last)
     return y
+
+
+def _refuse_gradients(**tensors: Tensor | None) -> None:
+    """Raise where the decode path, which has no backward pass, would silently cut one off."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which path='decode' has not: run it under torch.no_grad(), or route and"
+                " use build_plan"
+            )
 
 
 def _slots(plan: Plan, *inputs: Tensor) -> SlotMap | None:
@@ -157,4 +172,4 @@ def _arrays(slots: SlotMap | None) -> list[Tensor]:
     return [] if slots is None else list(slots[1:])
 
 
-__all__ = ["expand", "fused_mixture", "interpreted", "shrink", "why_not"]
+__all__ = ["expand", "fused_mixture", "interpreted", "logits", "shrink", "why_not"]
