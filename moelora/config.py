@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from .checks import check_choice, check_flag, check_integer, check_number, check_regex, string_list
 
 FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
@@ -38,6 +39,8 @@ class MoeLoraConfig(PreTrainedConfig):
 
     Experts: `num_experts`, `r` and `lora_alpha` (one number, or one for each expert), `lora_dropout`,
     `use_rslora`, `expert_names` (default expert_0 …).
+    `expert_ranks` and `expert_scaling` give every expert's rank (0: it is not there) and scaling for single
+    linears, by their names; `from_adapters` fills them in.
     Where: `target_modules`, `layers_to_transform` and `modules_to_save`, matched as PEFT's `LoraConfig` does;
     `target_modules=None` takes PEFT's table, else all linears minus what PEFT refuses.
     Routing: `router` (a name in `ROUTERS`), `num_experts_per_tok`, `routing_level` ("token": each token its own
@@ -68,6 +71,8 @@ class MoeLoraConfig(PreTrainedConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     expert_names: list[str] | None = None
+    expert_ranks: dict[str, list[int]] | None = None
+    expert_scaling: dict[str, list[float]] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     modules_to_save: list[str] | None = None
@@ -108,7 +113,7 @@ class MoeLoraConfig(PreTrainedConfig):
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         if self.expert_names is None:
-            _check_integer("num_experts", self.num_experts, 1)
+            check_integer("num_experts", self.num_experts, 1)
             self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
         self.validate()
 
@@ -121,30 +126,31 @@ class MoeLoraConfig(PreTrainedConfig):
             ("router_prefix_tokens", 1),
             ("format_version", 0),
         ):
-            _check_integer(name, getattr(self, name), low)
+            check_integer(name, getattr(self, name), low)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: "
                 "a token cannot choose more experts than there are. Lower num_experts_per_tok."
             )
         for rank in self._per_expert("r"):
-            _check_integer("r", rank, 1)
+            check_integer("r", rank, 1)
         for alpha in self._per_expert("lora_alpha"):
-            _check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, open_high=True)
-        _check_number("router_jitter_noise", self.router_jitter_noise, 0.0, 1.0, open_high=True)
+            check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
+        self._check_by_linear()
+        check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, open_high=True)
+        check_number("router_jitter_noise", self.router_jitter_noise, 0.0, 1.0, open_high=True)
         for name in (
             "router_aux_loss_coef",
             "router_z_loss_coef",
             "router_bias_update_rate",
             "expert_target_loss_coef",
         ):
-            _check_number(name, getattr(self, name), 0.0, math.inf)
+            check_number(name, getattr(self, name), 0.0, math.inf)
         for name in ("use_rslora", "norm_topk_prob"):
-            _check_flag(name, getattr(self, name))
-        _check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
-        _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
-        _check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
+            check_flag(name, getattr(self, name))
+        check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
+        check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
+        check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
         self._check_router()
         self._check_names()
         self._check_targets()
@@ -170,7 +176,7 @@ class MoeLoraConfig(PreTrainedConfig):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The rank of each expert."""
+        """The rank of each expert, where `expert_ranks` has no other."""
         return tuple(int(r) for r in self._per_expert("r"))
 
     @property
@@ -178,6 +184,16 @@ class MoeLoraConfig(PreTrainedConfig):
         """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each expert."""
         pairs = zip(self._per_expert("lora_alpha"), self.ranks)
         return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in pairs)
+
+    def ranks_of(self, linear: str) -> tuple[int, ...]:
+        """The rank of each expert in the linear of this name."""
+        own = (self.expert_ranks or {}).get(linear)
+        return self.ranks if own is None else tuple(own)
+
+    def scaling_of(self, linear: str) -> tuple[float, ...]:
+        """s_e of each expert in the linear of this name."""
+        own = (self.expert_scaling or {}).get(linear)
+        return self.scaling if own is None else tuple(own)
 
     def expert_index(self, name: str) -> int:
         """The number of the expert called `name`; raises ValueError that lists the names there are."""
@@ -197,6 +213,20 @@ class MoeLoraConfig(PreTrainedConfig):
             )
         return value
 
+    def _check_by_linear(self) -> None:
+        for field in ("expert_ranks", "expert_scaling"):
+            for linear, values in (getattr(self, field) or {}).items():
+                if not isinstance(values, list) or len(values) != self.num_experts:
+                    raise ValueError(
+                        f"{field}[{linear!r}]={values!r}: expected a list with one number for each of the "
+                        f"{self.num_experts} experts."
+                    )
+                for value in values:
+                    if field == "expert_ranks":
+                        check_integer(f"expert_ranks[{linear!r}]", value, 0)
+                    else:
+                        check_number(f"expert_scaling[{linear!r}]", value, -math.inf, math.inf)
+
     def _check_router(self) -> None:
         from .routers import ROUTERS
 
@@ -207,7 +237,7 @@ class MoeLoraConfig(PreTrainedConfig):
             )
 
     def _check_names(self) -> None:
-        names = _string_list("expert_names", self.expert_names)
+        names = string_list("expert_names", self.expert_names)
         if len(names) != self.num_experts or len(set(names)) != len(names):
             raise ValueError(
                 f"expert_names={names} must be {self.num_experts} different names "
@@ -219,73 +249,23 @@ class MoeLoraConfig(PreTrainedConfig):
         """The fields that PEFT matches; what is a set or tuple becomes a list, which JSON can hold."""
         targets, layers = self.target_modules, self.layers_to_transform
         if isinstance(targets, str):
-            _check_regex("target_modules", targets)
+            check_regex("target_modules", targets)
         elif targets is not None:
-            self.target_modules = _string_list("target_modules", targets)
+            self.target_modules = string_list("target_modules", targets)
         if self.modules_to_save is not None:
-            self.modules_to_save = _string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
+            self.modules_to_save = string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
         if layers is not None:
             numbers = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
             if not numbers:
                 raise ValueError("layers_to_transform is empty: give layer numbers, or None for all layers.")
             for number in numbers:
-                _check_integer("layers_to_transform", number, 0)
+                check_integer("layers_to_transform", number, 0)
             self.layers_to_transform = layers if isinstance(layers, int) else sorted(numbers)
         if self.sites is not None and not (
             isinstance(self.sites, list)
             and self.sites
-            and all(isinstance(site, list) and _string_list("sites", site) for site in self.sites)
+            and all(isinstance(site, list) and string_list("sites", site) for site in self.sites)
         ):
             raise TypeError(
                 f"sites={self.sites!r}: expected lists of module names; leave it to save_pretrained."
             )
-
-
-def _check_integer(name: str, value, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; expected an integer of at least {low}."
-        )
-    if value < low:
-        raise ValueError(f"{name}={value} is too small; expected an integer of at least {low}.")
-
-
-def _check_number(name: str, value, low: float, high: float, open_low=False, open_high=False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected a number.")
-    inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-    if not (inside and math.isfinite(value)):
-        brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
-        raise ValueError(f"{name}={value} is out of range; expected a finite number in {brackets}.")
-
-
-def _check_flag(name: str, value) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected True or False.")
-
-
-def _check_regex(name: str, value: str) -> None:
-    if not value:
-        raise ValueError(
-            f"{name} is empty: give module names, a regex, 'all-linear', or None for the default."
-        )
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"{name}={value!r} is no valid regular expression ({error}); for one module name, write a list."
-        ) from error
-
-
-def _string_list(name: str, value, may_be_empty: bool = False) -> list[str]:
-    """`value` as a list of strings; a lone string is refused, since iterating it gives letters."""
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
-        raise TypeError(f"{name}={value!r}: expected a list of non-empty strings.")
-    if not value and not may_be_empty:
-        raise ValueError(f"{name} is empty: name at least one, or leave it out for the default.")
-    return sorted(value) if isinstance(value, set) else list(value)
-
-
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")

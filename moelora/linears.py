@@ -23,14 +23,21 @@ class MoeLoraLinear(nn.Module):
 
     site: Site
 
-    def __init__(self, site: Site, index: int, out_features: int, **factory):
+    def __init__(
+        self,
+        site: Site,
+        index: int,
+        ranks: tuple[int, ...],
+        scaling: tuple[float, ...],
+        out_features: int,
+        **factory,
+    ):
         super().__init__()
-        ranks = site.ranks
         # Past nn.Module.__setattr__: the site owns this module, not the other way round.
         object.__setattr__(self, "site", site)
         self.index = index
         self.rank_offsets = rank_offsets(ranks)
-        self.scaling = site.scaling
+        self.scaling = scaling
         self.lora_B = Factor(ranks, range(len(ranks)), out_features, **factory)
 
     def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -45,7 +52,7 @@ class MoeLoraLinear(nn.Module):
 class Site(nn.Module):
     """The adapted linears of one decoder layer that read one tensor: a stacked `lora_A` and one shrink for all.
 
-    lora_A: `[L · R, d_in]`, linear after linear, in each expert after expert.
+    lora_A: `[Σ_l R_l, d_in]`, linear after linear, in each expert after expert.
     """
 
     mixture: Mixture
@@ -58,21 +65,21 @@ class Site(nn.Module):
         object.__setattr__(self, "mixture", mixture)
         self.names = names
         self.layer = layer
-        self.ranks = config.ranks
-        self.scaling = config.scaling
+        ranks = [config.ranks_of(name) for name in names]
         self.in_features = linears[0][0]
-        self.rank_offsets = (rank_offsets(self.ranks),) * len(linears)
+        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
         self.router_index = 0
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.lora_A = Factor(
-            self.ranks * len(linears),
-            list(range(len(self.ranks))) * len(linears),
+            [rank for own in ranks for rank in own],
+            list(range(config.num_experts)) * len(linears),
             self.in_features,
             **factory,
         )
         self.lora_A.reset_kaiming()
         self.linears = nn.ModuleList(
-            MoeLoraLinear(self, i, out_features, **factory) for i, (_, out_features) in enumerate(linears)
+            MoeLoraLinear(self, i, ranks[i], config.scaling_of(name), linears[i][1], **factory)
+            for i, name in enumerate(names)
         )
         # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan], or empty.
         self._shrunk: list[Any] = []

@@ -44,7 +44,7 @@ class Mixture(nn.Module):
         self.config = config
         # Read for every site of every token that is generated; a PretrainedConfig answers slowly.
         self.num_experts = config.num_experts
-        self.total_rank = sum(config.ranks)
+        self.total_rank = 0
         self.by_token = config.routing_level == "token"
         self.own_routers = config.router_scope in ("site", "projection")
         self.sites = nn.ModuleDict()
@@ -79,6 +79,8 @@ class Mixture(nn.Module):
     def finish(self, device: torch.device) -> None:
         """Make the expert load's buffers, once all routers are there."""
         self.load = ExpertLoad(self.config, len(self.routers), device)
+        offsets = (own for site in self.sites.values() for own in site.rank_offsets)  # type: ignore[union-attr]
+        self.total_rank = max(own[-1] for own in offsets)  # type: ignore[operator,union-attr]
         self.fills_every_slot = all(router.fills_every_slot for router in self.routers.values())
         self._router_list = tuple(self.routers.values())  # type: ignore[arg-type]
 
@@ -165,7 +167,7 @@ class Mixture(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             return None
         bias = self.load.selection_bias(site.router_index) if self.load is not None else None
-        spec = TopK(router.weight.float(), bias, router.norm_topk_prob)
+        spec = TopK(router.get_parameter("weight").float(), bias, router.norm_topk_prob)
         return build_decode_plan(spec, tokens, slots, tiles=self.tiles)
 
     def with_weights(self, shared: tuple[Routing, Plan], weights: Tensor) -> tuple[Routing, Plan]:

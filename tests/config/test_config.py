@@ -35,7 +35,7 @@ CHOICES = {
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
-FREE = {"format_version", "sites"}
+FREE = {"format_version", "sites", "expert_ranks", "expert_scaling"}
 
 
 def test_every_field_is_in_one_of_these_tests():
@@ -152,6 +152,23 @@ def test_scaling_is_alpha_over_rank_for_each_expert():
     config = MoeLoraConfig(num_experts=3, r=[1, 4, 16], lora_alpha=[2, 2, 8])
     assert (config.ranks, config.scaling) == ((1, 4, 16), (2.0, 0.5, 0.5))
     assert MoeLoraConfig(num_experts=3, r=[1, 4, 16], lora_alpha=8, use_rslora=True).scaling == (8, 4, 2)
+
+
+def test_single_linears_have_ranks_and_scaling_of_their_own():
+    fields = {"expert_ranks": {"q": [0, 8, 1]}, "expert_scaling": {"q": [1.0, 0.25, -2.0]}}
+    config = MoeLoraConfig(num_experts=3, r=4, lora_alpha=4, **fields)
+    assert (config.ranks_of("q"), config.scaling_of("q")) == ((0, 8, 1), (1.0, 0.25, -2.0))
+    assert (config.ranks_of("v"), config.scaling_of("v")) == ((4, 4, 4), (1.0, 1.0, 1.0))
+    assert config.to_dict()["expert_ranks"] == fields["expert_ranks"]
+    refused(
+        ValueError, r"expert_ranks\['q'\]=\[1\]: .* each of the 3", num_experts=3, expert_ranks={"q": [1]}
+    )
+    refused(
+        ValueError, r"expert_ranks\['q'\]=-1", num_experts=1, num_experts_per_tok=1, expert_ranks={"q": [-1]}
+    )
+    refused(
+        ValueError, "expert_scaling", num_experts=1, num_experts_per_tok=1, expert_scaling={"q": [math.nan]}
+    )
 
 
 def test_an_unknown_field_lists_the_fields():

@@ -61,7 +61,7 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 def launcher(
     kernel: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[str], object]:
+) -> Callable[[str], Any]:
     """A function of a table's name that launches the kernel once; width: R, of expand_slots one expert's rank."""
     rank = width if kernel == "expand_slots" else max(1, width // EXPERTS)
     site = layout(tuple(range(0, EXPERTS * rank + 1, rank)), EXPERTS, device)
