@@ -24,6 +24,11 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_training
 	$(BIN)/python -m benchmarks.bench_generation
+	$(BIN)/python -m benchmarks.bench_kernels
+
+# Needs a GPU and a plain python3 with torch >= 2.11, triton >= 3.6 and transformers >= 5.17: nothing is installed.
+gpu:
+	PYTHONPATH=kernels $(PYTHON) -m benchmarks.gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

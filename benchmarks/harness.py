@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 @dataclass
@@ -35,6 +35,10 @@ class Timings:
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
+    def divided_by(self, count: int) -> Timings:
+        """The same for one of `count` things that each call did."""
+        return Timings({name: [s / count for s in seconds] for name, seconds in self.seconds.items()})
+
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Timings:
     """Call every candidate once a round, `rounds` times after `warmup` uncounted rounds."""
@@ -50,23 +54,31 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions, commit."""
+    """What the figures depend on: processors, threads, versions, commit; None is what cannot be known here."""
+    commit = _git("rev-parse", "--short", "HEAD")
     return {
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")) if commit else None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
-def save(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write `<folder>/<name>.json` with the machine, the settings and the rows; returns its path."""
+def save(
+    name: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    folder: Path = RESULTS,
+    **more: list[dict[str, Any]],
+) -> Path:
+    """Write `<folder>/<name>.json` with the machine, the settings, the rows and more lists; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows}
+    content = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, **more}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -94,8 +106,19 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(*words: str) -> str:
-    result = subprocess.run(
-        ["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    """What git says, or None without git or away from a repository."""
+    try:
+        result = subprocess.run(
+            ["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return None if result.returncode else result.stdout.strip()
