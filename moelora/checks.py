@@ -7,6 +7,7 @@ import re
 
 
 def check_integer(name: str, value, low: int) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name}={value!r} is a {type(value).__name__}; expected an integer of at least {low}."
@@ -16,6 +17,7 @@ def check_integer(name: str, value, low: int) -> None:
 
 
 def check_number(name: str, value, low: float, high: float, open_low=False, open_high=False) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number in the range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected a number.")
     inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
@@ -25,11 +27,13 @@ def check_number(name: str, value, low: float, high: float, open_low=False, open
 
 
 def check_flag(name: str, value) -> None:
+    """Raise TypeError or ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected True or False.")
 
 
 def check_regex(name: str, value: str) -> None:
+    """Raise TypeError or ValueError unless `value` is a regular expression."""
     if not value:
         raise ValueError(
             f"{name} is empty: give module names, a regex, 'all-linear', or None for the default."
@@ -52,5 +56,6 @@ def string_list(name: str, value, may_be_empty: bool = False) -> list[str]:
 
 
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")

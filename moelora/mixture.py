@@ -66,6 +66,7 @@ class Mixture(nn.Module):
 
     @backend.setter
     def backend(self, name: str | None) -> None:
+        """Set it here and in every router."""
         self._backend = name
         for router in self._router_list:
             router.backend = name

@@ -138,20 +138,9 @@ def expand_slots_kernel(
     """
     tile = tl.program_id(0)
     token, there, expert = tokens_of_tile(
-        tile,
-        pass_slot,
-        row_ids,
-        tokens,
-        bounds,
-        groups,
-        firsts,
-        tokens_per_row,
-        capacity,
-        K,
-        E,
-        PATH,
+        tile, pass_slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity, K, E, PATH,
         BLOCK_T,
-    )
+    )  # fmt: skip
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     dtype = y.dtype.element_ty

@@ -32,21 +32,9 @@ def fused_kernel(
     used = rank < total_rank
     dtype = y.dtype.element_ty
     hidden = multiply_columns(
-        x,
-        lora_A,
-        token,
-        there,
-        rank,
-        used,
-        0,
-        d_in,
-        x_stride,
-        d_in,
-        x.dtype.element_ty,
-        BLOCK_T,
-        BLOCK_R,
+        x, lora_A, token, there, rank, used, 0, d_in, x_stride, d_in, x.dtype.element_ty, BLOCK_T, BLOCK_R,
         BLOCK_D,
-    )
+    )  # fmt: skip
     if h is not None:  # noqa: SIM102 -- known when compiling, the other is not
         if tl.program_id(1) == 0:
             place = token.to(tl.int64)[:, None] * total_rank + rank[None, :]
@@ -54,21 +42,9 @@ def fused_kernel(
     if router is not None:
         lane = tl.arange(0, BLOCK_E)
         logits = multiply_columns(
-            x,
-            router,
-            token,
-            there,
-            lane,
-            lane < E,
-            0,
-            d_in,
-            x_stride,
-            d_in,
-            tl.float32,
-            BLOCK_T,
-            BLOCK_E,
+            x, router, token, there, lane, lane < E, 0, d_in, x_stride, d_in, tl.float32, BLOCK_T, BLOCK_E,
             BLOCK_D,
-        )
+        )  # fmt: skip
         first = tl.program_id(1) == 0
         by_expert = select_experts(logits, bias, token, there, row_ids, weights, first, E, K, NORM, BLOCK_E)
         gate = gate_in_rank_space(by_expert, experts, scaling, total_rank, BLOCK_E, BLOCK_R)

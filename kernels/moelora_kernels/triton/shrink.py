@@ -51,21 +51,9 @@ def shrink_kernel(
         place = ((token.to(tl.int64) * K + slot) * L + linear)[:, None] * MAX_RANK + column[None, :]
 
     acc = multiply_columns(
-        x,
-        factor,
-        token,
-        there,
-        row,
-        used,
-        begin,
-        end,
-        x_stride,
-        d,
-        x.dtype.element_ty,
-        BLOCK_T,
-        BLOCK_R,
+        x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T, BLOCK_R,
         BLOCK_D,
-    )
+    )  # fmt: skip
     tl.store(planes + split.to(tl.int64) * plane_stride + place, acc, mask=there[:, None] & stored[None, :])
 
 

@@ -1,0 +1,168 @@
+"""The shapes of the kernel benchmark as data: what is measured on a CPU, on a GPU, and in a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear d_in → d_out under E experts of rank r, K a token, T tokens; rows of tokens_per_row share theirs."""
+
+    tokens: int
+    d_in: int
+    d_out: int
+    experts: int
+    rank: int
+    top_k: int = 2
+    tokens_per_row: int = 1
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        """Where the shape is from, and the shape."""
+        rows = f" rows of {self.tokens_per_row}" if self.tokens_per_row > 1 else ""
+        shape = (
+            f"T={self.tokens}{rows} {self.d_in}→{self.d_out} E={self.experts} r={self.rank} K={self.top_k}"
+        )
+        return f"{self.where} {shape}".strip()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The linears of a decoder layer: for each site what it reads and what its linears write."""
+
+    name: str
+    sites: tuple[tuple[int, tuple[int, ...]], ...]
+    experts: int = 8
+    rank: int = 16
+    top_k: int = 2
+
+    def named(self, tokens: int) -> str:
+        """The layer and its mixtures for so many tokens."""
+        return f"{self.name} T={tokens} E={self.experts} r={self.rank} K={self.top_k}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one run measures.
+
+    cases: forward and backward; the first is the one that most targets are about.
+    growth: two cases that differ in E alone; their times' ratio is a target.
+    decode: shapes of which decode_tokens are decoded; layer: the whole layer that is.
+    sweep: the middle of the scaling plots; axes: the values of each of its fields.
+    """
+
+    name: str
+    dtype: torch.dtype
+    cases: tuple[Case, ...]
+    growth: tuple[Case, Case]
+    decode: tuple[Case, ...]
+    layer: Layer
+    sweep: Case
+    axes: tuple[tuple[str, tuple[int, ...]], ...]
+    rounds: int
+    decode_tokens: tuple[int, ...] = (1, 4, 16, 64)
+
+    def decoding(self) -> list[Case]:
+        """Every shape of `decode` with every number of tokens."""
+        return [replace(case, tokens=tokens) for case in self.decode for tokens in self.decode_tokens]
+
+    def scaling(self) -> list[tuple[str, int, Case]]:
+        """(field, value, case) of every point of the scaling plots."""
+        return [
+            (name, value, replace(self.sweep, **{name: value}))
+            for name, values in self.axes
+            for value in values
+        ]
+
+
+# The table of bounds for the H200.
+SQUARE = Case(8192, 4096, 4096, 8, 16)
+TABLE = (
+    SQUARE,
+    replace(SQUARE, rank=64),
+    replace(SQUARE, experts=64),
+    replace(SQUARE, tokens=2048),
+    Case(8192, 4096, 14336, 8, 16, where="Llama-3-8B gate"),
+    Case(8192, 14336, 4096, 8, 16, where="Llama-3-8B down"),
+)
+SMOLLM2 = (
+    Case(8192, 576, 576, 8, 16, where="SmolLM2-135M q"),
+    Case(8192, 576, 1536, 8, 16, where="SmolLM2-135M gate"),
+    Case(8192, 1536, 576, 8, 16, where="SmolLM2-135M down"),
+)
+LLAMA = tuple(
+    replace(case, where=f"Llama-3-8B {name}")
+    for case, name in ((SQUARE, "q"), *zip(TABLE[4:], ("gate", "down")))
+)
+LLAMA_LAYER = Layer(
+    "Llama-3-8B layer",
+    ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))),
+)
+
+CUDA = Suite(
+    name="cuda",
+    dtype=torch.bfloat16,
+    cases=(*TABLE, *SMOLLM2, replace(SQUARE, tokens_per_row=1024)),
+    growth=(SQUARE, replace(SQUARE, experts=64)),
+    decode=(*LLAMA, replace(SQUARE, experts=64, rank=64)),
+    layer=LLAMA_LAYER,
+    sweep=Case(8192, 4096, 4096, 32, 16),
+    axes=(
+        ("tokens", (512, 2048, 8192, 16384)),
+        ("experts", (4, 8, 16, 32, 64, 128)),
+        ("top_k", (1, 2, 4, 8)),
+        ("rank", (8, 16, 32, 64)),
+    ),
+    rounds=15,
+)
+
+SMALL = Case(1024, 1024, 1024, 8, 16)
+CPU = Suite(
+    name="cpu",
+    dtype=torch.float32,
+    cases=(
+        SMALL,
+        replace(SMALL, experts=64, rank=8),
+        replace(SMALL, experts=1024, rank=8),
+        replace(SMOLLM2[1], tokens=1024),
+        replace(SMALL, tokens_per_row=128),
+    ),
+    growth=(replace(SMALL, experts=64, rank=8), replace(SMALL, experts=1024, rank=8)),
+    decode=(SMALL, replace(SMALL, experts=64, rank=8)),
+    layer=Layer(
+        "SmolLM2-135M layer", ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
+    ),
+    sweep=Case(1024, 512, 512, 32, 8),
+    axes=(
+        ("tokens", (128, 512, 2048)),
+        ("experts", (4, 8, 32, 128, 512)),
+        ("top_k", (1, 2, 4, 8)),
+        ("rank", (4, 8, 16, 32)),
+    ),
+    rounds=5,
+)
+
+TINY = Case(128, 64, 32, 4, 4)
+QUICK = Suite(
+    name="quick",
+    dtype=torch.float32,
+    cases=(TINY, replace(TINY, tokens_per_row=16)),
+    growth=(TINY, replace(TINY, experts=16)),
+    decode=(TINY,),
+    layer=Layer("tiny layer", ((64, (64, 32)), (64, (64,))), experts=4, rank=4),
+    sweep=TINY,
+    axes=(("tokens", (64, 128)), ("experts", (4, 16)), ("top_k", (1, 2)), ("rank", (4, 8))),
+    rounds=2,
+    decode_tokens=(1, 4),
+)
+
+
+def suite_for(device: str, quick: bool) -> Suite:
+    """The suite of a device; quick is the same for both but for the dtype."""
+    if quick:
+        return replace(QUICK, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    return CUDA if device == "cuda" else CPU
