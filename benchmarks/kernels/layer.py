@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from moelora_kernels import BACKENDS, build_plan, expand, reference, shrink
+from moelora_kernels import BACKENDS, TopK, build_decode_plan, build_plan, expand, reference, shrink
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -17,22 +17,30 @@ from benchmarks.kernels.measures import Row, Run, spread
 from benchmarks.kernels.timing import Call, captured, timed
 
 MEASURE = "layer decode"
+ROUTED = "ours triton, router inside"
 
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """A site's tensors: x [T, d_in], lora_A [L·R, d_in], and W_l [d_out, d_in], B_l [R, d_out] of its L linears."""
+    """A site's tensors: x [T, d_in], lora_A [L·R, d_in], and W_l [d_out, d_in], B_l [R, d_out] of its L linears.
+
+    ids and weights [T, K] are what router [E, d_in] makes of x.
+    """
 
     x: Tensor
     lora_A: Tensor
     bases: list[Tensor]
     lora_Bs: list[Tensor]
+    router: Tensor
     ids: Tensor
     weights: Tensor
 
 
 def layer_decode(run: Run) -> list[Row]:
-    """The layer's linears with a mixture over the layer's linears alone, for each backend of ours."""
+    """The layer's linears with a mixture over the layer's linears alone, for each backend of ours.
+
+    The routing is given, and on the triton backend's decode path also computed, router and all.
+    """
     layer = run.suite.layer
     rows: list[Row] = []
     for tokens in run.suite.decode_tokens:
@@ -46,8 +54,14 @@ def layer_decode(run: Run) -> list[Row]:
             if reason := refusal(backend, run.device, run.suite.dtype):
                 refused.append((backend, reason))
                 continue
-            calls[ours(backend)] = lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)
-            _check(calls[ours(backend)], wanted, backend, run.suite.dtype)
+            found = {ours(backend): lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)}
+            if backend == "triton":
+                found[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
+                    sites, layer, backend, routes=True
+                )
+            for candidate, call in found.items():
+                _check(call, wanted, candidate, run.suite.dtype)
+            calls |= found
         rows += _rows(run, name, calls)
         rows += [
             {"case": name, "measure": MEASURE, "candidate": ours(b), "not run": why} for b, why in refused
@@ -79,20 +93,23 @@ def _site(run: Run, layer: Layer, tokens: int, d_in: int, d_outs: tuple[int, ...
         for seed, d_out in enumerate(d_outs)
     ]
     first = linears[0]
+    router = torch.randn(layer.experts, d_in, device=run.device) / d_in**0.5
+    ids, weights = reference.top_k(first.x.detach().double(), router.double(), layer.top_k)
     lora_A = torch.cat([part.A.detach() for part in linears])
     bases, lora_Bs = [part.base for part in linears], [part.B.detach() for part in linears]
-    return SiteInputs(first.x.detach(), lora_A, bases, lora_Bs, first.ids, first.weights.detach())
+    return SiteInputs(first.x.detach(), lora_A, bases, lora_Bs, router, ids, weights.float())
 
 
 def _bases(sites: list[SiteInputs]) -> list[Tensor]:
     return [linear(site.x, base) for site in sites for base in site.bases]
 
 
-def _mixtures(sites: list[SiteInputs], layer: Layer, backend: str) -> list[Tensor]:
+@torch.no_grad()
+def _mixtures(sites: list[SiteInputs], layer: Layer, backend: str, routes: bool = False) -> list[Tensor]:
     offsets, scaling = _offsets(layer), (SCALING,) * layer.experts
     results = []
     for site in sites:
-        plan = _plan(site, layer, backend)
+        plan = _plan(site, layer, backend, routes)
         hs = shrink(site.x, site.lora_A, (offsets,) * len(site.bases), plan, checked=True)
         for h, base, lora_B in zip(hs, site.bases, site.lora_Bs, strict=True):
             y = linear(site.x, base)
@@ -100,7 +117,9 @@ def _mixtures(sites: list[SiteInputs], layer: Layer, backend: str) -> list[Tenso
     return results
 
 
-def _plan(site: SiteInputs, layer: Layer, backend: str):
+def _plan(site: SiteInputs, layer: Layer, backend: str, routes: bool):
+    if routes:
+        return build_decode_plan(TopK(site.router), len(site.x), layer.top_k, backend=backend)
     total = layer.experts * layer.rank
     return build_plan(
         site.ids, site.weights, layer.experts,
@@ -121,11 +140,13 @@ def _wanted(sites: list[SiteInputs], layer: Layer) -> list[Tensor]:
     return results
 
 
-def _check(call: Callable[[], list[Tensor]], wanted: list[Tensor], backend: str, dtype: torch.dtype) -> None:
+def _check(
+    call: Callable[[], list[Tensor]], wanted: list[Tensor], candidate: str, dtype: torch.dtype
+) -> None:
     for number, (got, expected) in enumerate(zip(call(), wanted, strict=True)):
         error = float((got.double() - expected).norm() / expected.norm())
         if not error <= TOLERANCES[dtype]:
-            raise WrongResult(f"{ours(backend)}, {MEASURE}: linear {number} is off by {error:.1e}")
+            raise WrongResult(f"{candidate}, {MEASURE}: linear {number} is off by {error:.1e}")
 
 
 def _offsets(layer: Layer) -> tuple[int, ...]:

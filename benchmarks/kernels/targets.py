@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.kernels.candidates import FROZEN, GROUPED, LORA, LORA_16, PAIRS, PEFT_LOOP, ours
 from benchmarks.kernels.cases import Suite
 from benchmarks.kernels.layer import MEASURE as LAYER
+from benchmarks.kernels.layer import ROUTED
 from benchmarks.kernels.measures import ALONE, FORWARD, TRAINING
 
 Row = dict[str, Any]
@@ -98,6 +99,7 @@ def gpu_targets(suite: Suite, default: str) -> list[Target]:
     for tokens in suite.decode_tokens:
         what = f"ours / the bases of a {layer.name}, decode, T={tokens}"
         found.append(Target(what, LAYER, default, over, 1.10, layer.named(tokens)))
+        found.append(Target(f"{what}, router and all", LAYER, ROUTED, over, 1.10, layer.named(tokens)))
     for case, path, limit in ((few, "dense", 0.75), (many, "grouped", 0.60)):
         for measure in ("mixture forward", ALONE.name):
             what = f"share of the bound, {path}, {measure}"
