@@ -131,3 +131,12 @@ class TopKRouter(Router):
         if x.dtype == weight.dtype and x.device.type == "cpu":
             return nn.functional.linear(x, weight)  # the same, with less around it
         return router_logits(x, weight, backend=self.backend)
+
+
+@register_router("arrow")
+class ArrowRouter(TopKRouter):
+    """|x Wᵀ|: rows are directions without a sign, as singular vectors are (arXiv:2405.11157)."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """|x Wᵀ|: x `[N, d]` → `[N, E]`."""
+        return super().score(x).abs()

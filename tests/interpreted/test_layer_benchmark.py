@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from benchmarks.kernels.bounds import Peaks
 from benchmarks.kernels.cases import suite_for
 from benchmarks.kernels.layer import ROUTED, layer_decode
