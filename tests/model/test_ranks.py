@@ -18,7 +18,12 @@ SCALING = {f"{FIRST}q_proj": [0.5, 1.0, 3.0], "model.layers.1.mlp.down_proj": [2
 @pytest.fixture
 def model():
     config = MoeLoraConfig(
-        num_experts=3, r=4, lora_alpha=4, target_modules="all-linear", expert_ranks=RANKS, expert_scaling=SCALING
+        num_experts=3,
+        r=4,
+        lora_alpha=4,
+        target_modules="all-linear",
+        expert_ranks=RANKS,
+        expert_scaling=SCALING,
     )
     return activate(MoeLoraForCausalLM.from_base(causal_base("llama"), config).eval())
 
