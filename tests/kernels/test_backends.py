@@ -165,11 +165,13 @@ def test_nothing_uninitialised_is_read(ranks: tuple[int, ...], backend: str, pat
 
 @everywhere
 def test_the_same_bits_again(backend: str, path: str) -> None:
-    case = Case(rows=64, tokens_per_row=4, ranks=(8,) * 6, d_in=96, d_out=160)
+    # The interpreter runs one program after another: there a small shape tells as much.
+    rows, repeats = (6, 1) if INTERPRETED else (64, 3)
+    case = Case(rows=rows, tokens_per_row=4, ranks=(8,) * 6, d_in=96, d_out=160)
     ids, inputs = make(case, torch.float32)
     function = mixture(case, ids, path=path, backend=backend)
     first = run(function, inputs)
-    for _ in range(3):
+    for _ in range(repeats):
         for name, value in run(function, inputs).items():
             assert torch.equal(value, first[name]), name
 
