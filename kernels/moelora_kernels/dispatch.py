@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 PATHS = ("dense", "grouped", "sequence")
+DECODE_RANKS = 128
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -82,12 +83,7 @@ def can_decode(shape: Shape) -> bool:
     At most 64 tokens, where launches are the cost; a program holds all experts' logits and all ranks.
     """
     few = shape.tokens_per_row == 1 and shape.tokens <= 64 and shape.num_experts <= 64
-    return few and shape.total_rank <= max_decode_rank(shape.dtype.itemsize) and shape.dtype.itemsize <= 4
-
-
-def max_decode_rank(itemsize: int) -> int:
-    """The most ranks of a linear on the decode path: more would spill, in fp32 earlier."""
-    return 128 if itemsize > 2 else 256
+    return few and shape.total_rank <= DECODE_RANKS and shape.dtype.itemsize <= 4
 
 
 def choose_backend(shape: Shape) -> str:

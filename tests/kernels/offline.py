@@ -50,6 +50,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel and its tile, as a row of the table."""
+        kernel = self.kernel.__name__.removesuffix("_kernel")
         blocks = {k.removeprefix("BLOCK_"): v for k, v in self.constants if k.startswith("BLOCK_")}
         path = "".join(f" {v}" for k, v in self.constants if k == "PATH")
         flags = "".join(
@@ -57,8 +58,12 @@ class Launch:
         )
         kinds = {kind for _, kind in self.signature}
         dtype = next((kind[1:] for kind in ("*bf16", "*fp16") if kind in kinds), "fp32")
+        names = ("h",) if kernel.startswith("weight_grad") else ("factor", "lora_A", "lora_B")
+        factors = {kind[1:] for name, kind in self.signature if name in names}
+        if factors and factors != {dtype}:
+            dtype += "/" + factors.pop()  # activations / factors
         tile = " ".join(f"{k}={v}" for k, v in blocks.items())
-        kernel, warps = self.kernel.__name__.removesuffix("_kernel"), dict(self.options)["num_warps"]
+        warps = dict(self.options)["num_warps"]
         return f"{kernel}{path}{flags} {dtype} {tile} w={warps}"
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import Shape, can_decode, max_decode_rank
+from ..dispatch import DECODE_RANKS, Shape, can_decode
 from ..plan import Plan, TopK
 from ..rank_rows import ranks_of
 from . import op, op_decode
@@ -113,7 +113,7 @@ def _decode_shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: P
         if not can_decode(Shape(plan.rows, 1, plan.num_experts, plan.num_slots, offsets[-1], x.dtype)):
             raise ValueError(
                 f"path='decode' got T={plan.rows}, E={plan.num_experts}, R={offsets[-1]} in {x.dtype}, expected at most"
-                f" 64 tokens, 64 experts and {max_decode_rank(x.element_size())} ranks: route, and use build_plan"
+                f" 64 tokens, 64 experts and {DECODE_RANKS} ranks: route, and use build_plan"
             )
     bytes_read = x.shape[1] * (4 * plan.num_experts + x.element_size() * len(lora_A))
     if len(site) == 1 and bytes_read <= FUSED_BYTES and len(lora_A) <= FUSED_RANKS_FP32:

@@ -30,44 +30,64 @@ class Tile:
 def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Tile:
     """The tile of a kernel for tokens (of a row, on the sequence path), ranks in one product and bytes an element.
 
-    No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942: the compile tests hold it.
-    fp32 takes half the depth of 16 bit: its tiles are twice as large, and it multiplies without tensor cores.
+    No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of the same
+    dtype or fp32: the compile tests hold it.
     """
-    wide = itemsize > 2
-    tokens = fitting(num_tokens, 32 if wide else 64)
-    if kernel == "shrink":
-        ranks = fitting(width, 64 if wide else 128)
-        return (
-            Tile(tokens, ranks, 32, 4) if wide else Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4)
-        )
-    if kernel == "expand":
-        ranks = fitting(width, 32) if wide else (fitting(width, 128) if width <= 128 else 32)
-        warps = 8 if tokens * (1 + wide) > 32 else 4
-        return Tile(tokens, ranks, 64 if wide or width > 64 else 128, warps, 1 if ranks == 128 else 2)
-    if kernel == "expand_slots":
-        warps = 8 if tokens * (1 + wide) > 32 else 4
-        return Tile(tokens, fitting(width, 32 if wide else 64), 64 if wide else 128, warps, 2)
-    if kernel == "weight_grad":
-        ranks = fitting(width, 32 if wide else 64)
-        return Tile(32 if wide else 64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
     if kernel == "gate_grad":
         return Tile(16, fitting(width, 64), MIN_DOT, 4, 1)
+    return (
+        _tile_of_16_bits(kernel, num_tokens, width)
+        if itemsize <= 2
+        else _tile_of_fp32(kernel, num_tokens, width)
+    )
+
+
+def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
+    tokens = fitting(num_tokens, 64)
+    if kernel == "shrink":
+        ranks = fitting(width, 128)
+        if (tokens, ranks) == (16, 128):
+            return Tile(16, 128, 32, 4)
+        # With fp32 factors a third stage of these spills.
+        stages = 2 if ranks == 128 or (tokens, ranks) == (64, 32) else 3
+        return Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4, stages)
+    if kernel == "expand":
+        ranks = fitting(width, 128) if width <= 128 else 32
+        return Tile(
+            tokens, ranks, 128 if width <= 64 else 64, 8 if tokens == 64 else 4, 1 if ranks == 128 else 2
+        )
+    if kernel == "expand_slots":
+        return Tile(tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2)
+    if kernel == "weight_grad":
+        ranks = fitting(width, 64)
+        return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
     if kernel == "fused":
         return (
-            Tile(16, fitting(width, 64), 16, 4, 2)
-            if wide
-            else Tile(min(tokens, 32), fitting(width, 256), 32, 8, 2)
+            Tile(16, 256, 32, 4, 1) if width > 128 else Tile(min(tokens, 32), fitting(width, 128), 32, 8, 2)
         )
     if kernel == "decode_shrink":
-        return Tile(tokens, fitting(width, 32), 64 if wide else 128, 4)
-    if kernel == "decode_expand":
-        # fp32 with 16 tokens spills: each thread then holds whole rows of the other side.
-        if wide:
-            return Tile(32, fitting(width, 128), 32, 8, 1)
-        return Tile(
-            16 if width > 128 else min(tokens, 32), fitting(width, 256), 64, 8 if width > 64 else 4, 1
-        )
-    raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
+        return Tile(tokens, fitting(width, 32), 128, 4)
+    many = width > 64
+    return Tile(16 if many else min(tokens, 32), fitting(width, 128), 64, 8 if many else 4, 1)
+
+
+def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
+    """Half the depth of 16 bits: the tiles are twice as large, and multiplied without tensor cores."""
+    tokens = fitting(num_tokens, 32)
+    if kernel == "shrink":
+        return Tile(tokens, fitting(width, 64), 32, 4)
+    if kernel in ("expand", "expand_slots"):
+        return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
+    if kernel == "weight_grad":
+        return Tile(32, fitting(width, 32), 64, 4)
+    if kernel == "fused":
+        return Tile(16, fitting(width, 64), 16, 4, 2)
+    if kernel == "decode_shrink":
+        return Tile(tokens, fitting(width, 32), 64, 4)
+    # With 16 tokens it spills: each thread then holds whole rows of the other side.
+    return Tile(32, fitting(width, 128), 32, 8, 1)
 
 
 def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles: str) -> Tile:
