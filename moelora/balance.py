@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,6 +35,17 @@ class ExpertLoad(nn.Module):
         self.register_buffer("bias", torch.zeros(shape, device=device))
         # The values of a router's parameter at the last training forward; a buffer, so that it moves along.
         self.register_buffer("seen", None, persistent=False)
+
+    def resize(self, keep: Sequence[int | None]) -> None:
+        """Expert i becomes the former `keep[i]`, or where None a new one without counts; the next window begins."""
+        kept = [(i, e) for i, e in enumerate(keep) if e is not None]
+        to, of = [i for i, _ in kept], [e for _, e in kept]
+        for name in ("current", "previous", "bias"):
+            before = getattr(self, name)
+            after = before.new_zeros(len(before), len(keep))
+            after[:, to] = before[:, of]
+            setattr(self, name, after)
+        self.seen = None
 
     @torch.no_grad()
     def begin_forward(self, parameter: nn.Parameter) -> None:

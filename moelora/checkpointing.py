@@ -16,7 +16,8 @@ class RoutedCheckpoint:
 
     Two things that a layer reads are no arguments of it: the state of the forward pass, which is gone when the
     backward pass recomputes, and the routing that its layer or model shares. The state is kept here; the
-    routing's weights become an explicit input, since reentrant checkpointing carries gradients to inputs alone.
+    routing's weights (and forced ones that learn) become an explicit input, since reentrant checkpointing carries
+    gradients to inputs alone.
     """
 
     def __init__(self, mixture: Mixture, checkpoint: Callable):
@@ -29,15 +30,16 @@ class RoutedCheckpoint:
             return self.checkpoint(function, *args, **kwargs)
         shared = state.shared
         weights = None if shared is None else shared[1].weights
+        forced = state.forcing.expert_weights if state.forcing is not None and state.forcing.learns else None
         device = next((a.device for a in args if isinstance(a, Tensor)), None)
         # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first one's over
         # a frozen embedding: its experts would silently not train.
         anchor = torch.zeros((), device=device, requires_grad=True)
 
-        def run(anchor: Tensor, weights: Tensor | None, *args: Any) -> Any:
+        def run(anchor: Tensor, weights: Tensor | None, forced: Tensor | None, *args: Any) -> Any:
             if shared is not None and weights is not None:
                 state.shared = mixture.with_weights(shared, weights)
-            with mixture.resumed(state):
+            with mixture.resumed(state), state.forced_by(forced):
                 return function(*args)
 
-        return self.checkpoint(run, anchor, weights, *args, **kwargs)
+        return self.checkpoint(run, anchor, weights, forced, *args, **kwargs)

@@ -71,6 +71,29 @@ class Factor(nn.Module):
         self.rows = nn.Parameter(torch.cat(trained)) if trained else None
 
     @torch.no_grad()
+    def restacked(self, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> Factor:
+        """A factor whose expert i is this one's `keep[i]`, frozen if that is, or where None a new one that trains.
+
+        fresh: the new expert's rows `[r, width]` for each linear, None where it is not there.
+        """
+        whole = self.stacked().detach()
+        former, blocks = len(set(self.experts)), whole.split(list(self.blocks))
+        parts = []
+        for i in range(len(blocks) // former):
+            for e in keep:
+                rows = fresh[i] if e is None else blocks[i * former + e]
+                parts.append(whole[:0] if rows is None else rows.to(whole))
+        experts = list(range(len(keep))) * (len(blocks) // former)
+        made = Factor(
+            [len(p) for p in parts], experts, whole.shape[1], device=whole.device, dtype=whole.dtype
+        )
+        made.copy_(torch.cat(parts))
+        made.set_frozen(frozenset(i for i, e in enumerate(keep) if e in self.frozen_experts))
+        if made.rows is not None and self.rows is not None:
+            made.rows.requires_grad_(self.rows.requires_grad)
+        return made
+
+    @torch.no_grad()
     def copy_(self, whole: Tensor) -> None:
         """Overwrite all rows with `whole` `[Σ blocks, width]`."""
         for rows, frozen in ((self.rows, False), (self.frozen_rows, True)):

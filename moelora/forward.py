@@ -12,11 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .forcing import Forcing, forcing_of
 from .losses import check_expert_targets, probe_loss
 from .prompts import prompt_and_labels
 from .state import ForwardState
 
-OWN_INPUTS = ("router_mask", "expert_routing", "expert_targets", "output_expert_routing")
+OWN_INPUTS = (
+    "router_mask",
+    "expert_routing",
+    "expert_targets",
+    "output_expert_routing",
+    "expert_weights",
+    "banned_experts",
+)
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
 
@@ -44,11 +52,15 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
 
 def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardState:
     """The state of this forward pass; labels that a prefix prompt takes out of the loss are masked in `kwargs`."""
-    config, mixture = model.moelora_config, model.moelora
+    config = model.moelora_config
     batch, length = _batch_shape(kwargs)
     learning = model.training and torch.is_grad_enabled()
+    # Once, not where it is read: the backward pass may recompute after the forcing has ended.
+    forcing = forcing_of(model, own, batch, length)
+    forced = forcing is not None and forcing.chooses
     if own["expert_targets"] is not None:
         check_expert_targets(own["expert_targets"], batch, length, config.num_experts, config.routing_level)
+        _check_not_banned(own["expert_targets"], forcing)
     state = ForwardState(
         batch=batch,
         length=length,
@@ -56,13 +68,12 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
         expert_targets=own["expert_targets"],
         num_items=kwargs.get("num_items_in_batch"),
         sequences_are_items=model.is_classifier,
-        with_losses=_wants_losses(model, own, learning),
+        with_losses=not forced and _wants_losses(model, own, learning),
         keep_routings=bool(own["output_expert_routing"]) or config.routing_level == "sequence",
         carried=own["expert_routing"],
-        # Here, not where it is read: the backward pass may recompute after the forcing has ended.
-        forced=mixture.forced,
+        forcing=forcing,
     )
-    if config.routing_level == "sequence" and mixture.forced is None:
+    if config.routing_level == "sequence" and not forced:
         prompt_and_labels(state, kwargs, own["router_mask"], config, model.is_classifier, learning)
     elif own["router_mask"] is not None and config.routing_level == "token":
         raise ValueError("router_mask marks the prompt for routing_level='sequence'; at token level drop it.")
@@ -74,10 +85,21 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
 def _wants_losses(model: Any, own: dict[str, Any], learning: bool) -> bool:
     """Whether the router losses are computed: to learn from, or because the caller asked to see them."""
     config, mixture = model.moelora_config, model.moelora
-    if mixture.forced is not None or own["expert_routing"] is not None or mixture.router_weight() is None:
+    if own["expert_routing"] is not None or mixture.router_weight() is None:
         return False
     balanced = config.router_aux_loss_coef or config.router_z_loss_coef or config.router_bias_update_rate
     return bool(own["expert_targets"] is not None or own["output_expert_routing"] or (learning and balanced))
+
+
+def _check_not_banned(targets: Tensor, forcing: Forcing | None) -> None:
+    if forcing is None or forcing.banned is None:
+        return
+    banned = forcing.banned.to(targets.device)[targets.clamp(min=0)] & (targets >= 0)
+    if bool(banned.any()):
+        raise ValueError(
+            f"expert_targets asks for expert {int(targets[banned][0])}, which is banned: set such targets to −100, "
+            "or lift the ban."
+        )
 
 
 def _outside_scale(model: Any) -> float:

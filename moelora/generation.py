@@ -1,4 +1,4 @@
-"""What `generate()` carries from step to step at sequence level: the prompt's mask, then the prompt's routing.
+"""What `generate()` carries from step to step: forced weights, and at sequence level the prompt's mask, then routing.
 
 It travels in the model's keyword arguments, so beams, several return sequences and an assistant each see
 their own; nothing is kept on the model.
@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CARRIED = ("router_mask", "expert_routing", "output_expert_routing")
+from .forcing import check_expert_weights, step_weights
+
+CARRIED = ("router_mask", "expert_routing", "output_expert_routing", "expert_weights", "banned_experts")
 
 
 class MoeLoraGeneration:
-    """Overrides of `GenerationMixin` for sequence-level routing; at token level there is nothing to carry."""
+    """Overrides of `GenerationMixin` for forced weights and sequence-level routing; nothing else is carried.
+
+    expert_weights `[E]` and `[batch, E]` hold for all tokens; `[batch, S, E]` covers the prompt (padding included),
+    and new tokens have the weights of its last token.
+    """
 
     def _routes_sequences(self) -> bool:
         return self.moelora.config.routing_level == "sequence"  # type: ignore[attr-defined]
@@ -24,14 +30,26 @@ class MoeLoraGeneration:
         """The base's inputs, with what the routers need also where the base drops unknown keywords."""
         own = {name: kwargs.pop(name) for name in CARRIED if name in kwargs}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        weights = own.get("expert_weights")
+        if weights is not None and weights.dim() == 3:
+            tokens = inputs.get("input_ids")
+            tokens = inputs["inputs_embeds"] if tokens is None else tokens
+            own["expert_weights"] = step_weights(weights, _cached(weights, kwargs), tokens.shape[1])
         return {**inputs, **{name: value for name, value in own.items() if value is not None}}
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
     ):
         """Mark the prompt before anything is appended to it: assisted decoding's first forward holds candidates."""
+        weights = model_kwargs.get("expert_weights")
+        if weights is not None:
+            check_expert_weights(weights, *_prompt(input_ids, model_kwargs).shape, self.moelora.num_experts)  # type: ignore[attr-defined]
+            if weights.dim() == 1:
+                # Every tensor is taken for one with a batch dimension.
+                model_kwargs.pop("expert_weights")
         if (
             self._routes_sequences()
+            and weights is None
             and model_kwargs.get("expert_routing") is None
             and model_kwargs.get("router_mask") is None
         ):
@@ -46,18 +64,24 @@ class MoeLoraGeneration:
         if routing is not None:
             repeat = [type(r)(*(t.repeat_interleave(expand_size, dim=0) for t in r)) for r in routing]
             model_kwargs["expert_routing"] = tuple(repeat)
+        if weights is not None:
+            model_kwargs.setdefault("expert_weights", weights)
         return input_ids, model_kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Keep the prompt's routing for all later steps."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if self._routes_sequences():
+        if self._routes_sequences() and model_kwargs.get("expert_weights") is None:
             model_kwargs["expert_routing"] = outputs.expert_routing
             model_kwargs.pop("router_mask", None)
         return model_kwargs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        if self._routes_sequences() and generation_config.prefill_chunk_size is not None:
+        if (
+            self._routes_sequences()
+            and model_kwargs.get("expert_weights") is None
+            and generation_config.prefill_chunk_size is not None
+        ):
             raise ValueError(
                 "prefill_chunk_size cuts the prompt, which routing_level='sequence' must read as a whole: drop it."
             )
@@ -95,6 +119,17 @@ class MoeLoraGeneration:
         device = self.device  # type: ignore[attr-defined]
         mask = _prompt(input_ids, model_kwargs).to(device)
         return self(input_ids=input_ids.to(device), attention_mask=mask.long()).expert_routing  # type: ignore[operator]
+
+
+def _cached(weights: Tensor, kwargs: dict[str, Any]) -> int:
+    """How many tokens lie before this step's, of which the prompt has the weights `[batch, S, E]`."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        return int(cache.get_seq_length())
+    if kwargs.get("cache_params") is None or kwargs.get("is_first_iteration"):
+        return 0
+    # Caches of state space models count no tokens; after the first step there are new ones alone.
+    return weights.shape[1]
 
 
 def _prompt(input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> Tensor:

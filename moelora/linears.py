@@ -6,6 +6,7 @@ the experts' part to the linear's fresh output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .experts import Factor, rank_offsets
 
 if TYPE_CHECKING:
+    from .config import MoeLoraConfig
     from .mixture import Mixture
 
 
@@ -99,6 +101,16 @@ class Site(nn.Module):
         if not any(other is not None for other in hs):
             shrunk.clear()
         return h, plan
+
+    def put_factors(self, config: MoeLoraConfig, lora_A: Factor, lora_Bs: Sequence[Factor]) -> None:
+        """Put other factors in, for the experts of `config`."""
+        ranks = [config.ranks_of(name) for name in self.names]
+        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
+        self.lora_A = lora_A
+        for name, linear, own, lora_B in zip(self.names, self.linears, ranks, lora_Bs, strict=True):
+            assert isinstance(linear, MoeLoraLinear)
+            linear.rank_offsets, linear.scaling = rank_offsets(own), config.scaling_of(name)
+            linear.lora_B = lora_B
 
     def forget(self) -> None:
         """Drop what a forward pass left behind where not every linear was called."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .balance import ExpertLoad
 from .config import MoeLoraConfig
 from .experts import Factor
+from .forcing import Forcing
 from .linears import Site
 from .losses import attach_loss, expert_target_loss, load_balancing_loss, z_loss
 from .routers import ROUTERS, Router, Routing, TopKRouter
@@ -52,7 +53,8 @@ class Mixture(nn.Module):
         self.load: ExpertLoad | None = None
         self.unadapted: dict[str, str] = {}
         self.state: ForwardState | None = None
-        self.forced: Routing | None = None
+        # What `use_experts` around the forward passes decides.
+        self.forcing: Forcing | None = None
         self._router_list: tuple[Router, ...] = ()
         self._backend: str | None = None
         self.tiles = ""
@@ -80,6 +82,11 @@ class Mixture(nn.Module):
     def finish(self, device: torch.device) -> None:
         """Make the expert load's buffers, once all routers are there."""
         self.load = ExpertLoad(self.config, len(self.routers), device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read again what is kept at hand of the configuration, the sites and the routers."""
+        self.num_experts = self.config.num_experts
         offsets = (own for site in self.sites.values() for own in site.rank_offsets)  # type: ignore[union-attr]
         self.total_rank = max(own[-1] for own in offsets)  # type: ignore[operator,union-attr]
         self.fills_every_slot = all(router.fills_every_slot for router in self.routers.values())
@@ -121,6 +128,10 @@ class Mixture(nn.Module):
                 f"{site.names[0]} ran before its router: with router_scope={self.config.router_scope!r} call the "
                 "model itself, so that its decoder layers run in order."
             )
+        forcing = self.state.forcing
+        if forcing is not None and forcing.learns:
+            # Where layers are checkpointed, weights that take gradients must come into each as its own input.
+            return self._plan(*forcing.routing(x, self.state.batch), x.dtype)
         return self.state.shared[1]
 
     def share(self, router_index: int, hidden: Tensor) -> None:
@@ -140,26 +151,35 @@ class Mixture(nn.Module):
                 routing = self._with_loss(router_index, routing, state)
             if state.keep_routings and not state.closed:
                 state.routings[router_index] = Routing(*(t.detach() for t in routing))
-        plan = build_plan(
+        return routing, self._plan(routing, tokens_per_row, x.dtype)
+
+    def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
+        """The plan of a routing, for activations of `dtype`."""
+        state = self.state
+        forcing = self.forcing if state is None else state.forcing
+        if forcing is None:
+            # A routing that the caller hands over may have empty slots, whatever this router does.
+            complete = self.fills_every_slot and (state is None or state.carried is None)
+        else:
+            complete = forcing.complete
+        return build_plan(
             routing.expert_ids,
             routing.expert_weights,
             self.num_experts,
             total_rank=self.total_rank,
             tokens_per_row=tokens_per_row,
-            # A routing that the caller hands over may have empty slots, whatever this router does.
-            complete=self.fills_every_slot and (state is None or state.carried is None),
+            complete=complete,
             backend=self.backend,
-            dtype=x.dtype,
+            dtype=dtype,
             tiles=self.tiles,
         )
-        return routing, plan
 
     def _decode_plan(self, site: Site, x: Tensor) -> Plan | None:
         """The plan of a few tokens that the kernels route themselves, where nobody else asks for the routing."""
         router, state = self._router_list[site.router_index], self.state
         if torch.is_grad_enabled() or not self.by_token or type(router) is not TopKRouter or router.training:
             return None
-        if self.forced is not None or (state is not None and (state.forced or state.keep_routings)):
+        if self.forcing is not None or (state is not None and (state.forcing or state.keep_routings)):
             return None
         tokens, slots = x.shape[:-1].numel(), router.num_experts_per_tok
         shape = Shape(tokens, 1, self.num_experts, slots, self.total_rank, x.dtype, x.device.type)
@@ -179,15 +199,14 @@ class Mixture(nn.Module):
         """The routing of x and how many tokens each of its rows stands for."""
         router = self._router_list[index]
         num_tokens = x.shape[:-1].numel()
-        forced = self.forced if state is None else state.forced
-        if forced is not None:
-            ids = forced.expert_ids.to(x.device).expand(num_tokens, -1)
-            return Routing(
-                x.new_zeros(num_tokens, 0), ids, forced.expert_weights.to(x.device).expand(num_tokens, -1)
-            ), 1
+        forcing = self.forcing if state is None else state.forcing
+        if forcing is not None and forcing.chooses:
+            return forcing.routing(x, 1 if state is None else state.batch)
+        # Custom routers that know of no ban need not take one where there is none.
+        banned = () if forcing is None or forcing.banned is None else (forcing.banned.to(x.device),)
         bias = self.load.selection_bias(index) if self.load is not None else None
         if self.by_token:
-            return router(x.reshape(num_tokens, -1), bias), 1
+            return router(x.reshape(num_tokens, -1), bias, *banned), 1
         if state is None:
             raise RuntimeError(
                 "routing_level='sequence' routes by the prompt, which only the whole model knows: call the model "
@@ -197,11 +216,10 @@ class Mixture(nn.Module):
         if num_tokens % batch:
             raise RuntimeError(f"An input of shape {tuple(x.shape)} cannot be split into {batch} sequences.")
         if state.carried is not None:
-            routing = state.carried[index]
-            return Routing(*(t.to(x.device) for t in routing)), num_tokens // batch
-        return router(
-            self._pooled(x.reshape(batch, num_tokens // batch, -1), state), bias
-        ), num_tokens // batch
+            routing = Routing(*(t.to(x.device) for t in state.carried[index]))
+            return routing.without(*banned) if banned else routing, num_tokens // batch
+        pooled = self._pooled(x.reshape(batch, num_tokens // batch, -1), state)
+        return router(pooled, bias, *banned), num_tokens // batch
 
     @staticmethod
     def _pooled(x: Tensor, state: ForwardState) -> Tensor:

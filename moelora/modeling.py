@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,18 +15,21 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import checkpoint, restore
+from .adapters import FromAdapters
 from .checkpointing import RoutedCheckpoint
 from .classes import base_class, become, rebuild, revert
 from .config import MoeLoraConfig
+from .export import ExpertExport
+from .forcing import ExpertForcing
 from .generation import MoeLoraGeneration
 from .mixture import Mixture
 from .observe import RoutingReport
-from .routers import Routing
+from .pool import ExpertPool
 from .sites import eject, inject, undone_on_error
 from .targets import has_peft_layers
 
 
-class MoeLoraModel(MoeLoraGeneration):
+class MoeLoraModel(FromAdapters, ExpertExport, ExpertPool, ExpertForcing, MoeLoraGeneration):
     """What every model with a mixture inside can do, whatever its base; see `MoeLoraForCausalLM`."""
 
     auto_class: ClassVar[type]
@@ -50,6 +52,11 @@ class MoeLoraModel(MoeLoraGeneration):
             raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
         config = config.without_base()
         config.validate()
+        return cls.put_into(cls._base_for(base, config, kwargs), config)
+
+    @classmethod
+    def _base_for(cls, base: Any, config: MoeLoraConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+        """The base, loaded and fit to take a mixture; `config` notes where it came from."""
         if isinstance(base, PreTrainedModel):
             if kwargs:
                 raise ValueError(
@@ -66,7 +73,7 @@ class MoeLoraModel(MoeLoraGeneration):
                 "(of a PeftModel, pass model.merge_and_unload() or model.unload())."
             )
         cls._check_base(model)
-        return cls.put_into(model, config)
+        return model
 
     @classmethod
     def put_into(
@@ -132,33 +139,6 @@ class MoeLoraModel(MoeLoraGeneration):
         eject(self)  # type: ignore[arg-type]
         return revert(self)
 
-    def freeze_experts(self, names: Iterable[str] | str) -> None:
-        """Freeze these experts: no gradient, no optimizer state, no weight decay. Call before making the optimizer."""
-        self._set_frozen(self._frozen() | self._indices(names))
-
-    def unfreeze_experts(self, names: Iterable[str] | str) -> None:
-        """Train these experts again. Call before making the optimizer."""
-        self._set_frozen(self._frozen() - self._indices(names))
-
-    @contextmanager
-    def use_experts(self, experts: str | Iterable[str] | Mapping[str, float]) -> Iterator[Any]:
-        """While inside, every token uses these experts: a name, names (weight 1 each), or names with weights."""
-        weights = {experts: 1.0} if isinstance(experts, str) else experts
-        if not isinstance(weights, Mapping):
-            weights = dict.fromkeys(weights, 1.0)
-        ids = [self.moelora_config.expert_index(name) for name in weights]
-        device = self.device  # type: ignore[attr-defined]
-        before = self.moelora.forced
-        self.moelora.forced = Routing(
-            torch.zeros(1, self.moelora_config.num_experts, device=device),
-            torch.tensor([ids], dtype=torch.int64, device=device),
-            torch.tensor([list(weights.values())], dtype=torch.float32, device=device),
-        )
-        try:
-            yield self
-        finally:
-            self.moelora.forced = before
-
     @torch.no_grad()
     def route(self, **inputs) -> RoutingReport:
         """Run the model on `inputs` (input_ids, attention_mask …) and report which experts its routers chose."""
@@ -205,17 +185,6 @@ class MoeLoraModel(MoeLoraGeneration):
         routed = RoutedCheckpoint(self.moelora, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, routed, **kwargs)  # type: ignore[misc]
 
-    def _indices(self, names: Iterable[str] | str) -> frozenset[int]:
-        names = [names] if isinstance(names, str) else names
-        return frozenset(self.moelora_config.expert_index(name) for name in names)
-
-    def _frozen(self) -> frozenset[int]:
-        return next(iter(self.moelora.sites.values())).lora_A.frozen_experts  # type: ignore[union-attr,return-value]
-
-    def _set_frozen(self, experts: frozenset[int]) -> None:
-        for factor in self.moelora.factors():
-            factor.set_frozen(experts)
-
     def _get_name(self) -> str:
         # Trainer looks this up to decide whether label smoothing shifts the labels.
         return base_class(type(self)).__name__
@@ -228,7 +197,9 @@ class MoeLoraForCausalLM(MoeLoraModel):
     """A causal language model with a mixture of LoRA experts inside; an instance is also one of its base's class.
 
     `forward` takes what the base's takes, and router_mask `[batch, length]` (the prompt, at sequence level),
-    expert_routing (of an earlier step), expert_targets (`[batch]` or `[batch, length]`), output_expert_routing.
+    expert_routing (of an earlier step), expert_targets (`[batch]` or `[batch, length]`), output_expert_routing,
+    expert_weights (`[E]`, `[batch, E]` or `[batch, length, E]`: the weight of every expert, in the routers' place;
+    0 for one that is not used) and banned_experts (names that the routers may not choose); generate() takes them too.
     The output is the base's own, with `expert_aux_loss` (0-dim, what the router losses come to; not part of
     `loss`) and `expert_routing` (one `Routing` a router).
     """

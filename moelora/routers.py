@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .config import MoeLoraConfig
 class Routing(NamedTuple):
     """What a router decided for N rows (tokens, or sequences at sequence level).
 
-    logits: `[N, E]` fp32, before the softmax.
+    logits: `[N, E]` fp32, before the softmax; −inf for an expert that is banned.
     expert_ids: `[N, K]` int64, −1 for no expert in this slot.
     expert_weights: `[N, K]` fp32.
     """
@@ -23,6 +23,14 @@ class Routing(NamedTuple):
     logits: Tensor
     expert_ids: Tensor
     expert_weights: Tensor
+
+    def without(self, banned: Tensor) -> Routing:
+        """The same with every slot of an expert that is banned (`[E]` bool) left empty."""
+        empty = banned[self.expert_ids.clamp(min=0)] | (self.expert_ids < 0)
+        return self._replace(
+            expert_ids=self.expert_ids.masked_fill(empty, -1),
+            expert_weights=self.expert_weights.masked_fill(empty, 0.0),
+        )
 
 
 ROUTERS: dict[str, type[Router]] = {}
@@ -52,7 +60,8 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
 class Router(nn.Module):
     """Base class: `forward(x [N, d]) → Routing` for `config.num_experts` experts.
 
-    A subclass implements `score`, and `select` where it chooses otherwise. Parameters are bare
+    A subclass implements `score`, `select` where it chooses otherwise, and `resize` where experts that come and
+    go change more than the rows of its parameters. Parameters are bare
     `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
     fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which spares every
     plan to look. takes_any_dtype: `score` reads x as it comes, and computes in fp32 all the same.
@@ -92,18 +101,45 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(logits, ids, weights)
 
-    def forward(self, x: Tensor, selection_bias: Tensor | None = None) -> Routing:
-        """Route x `[N, d]` of any dtype; under autocast too in fp32."""
+    @torch.no_grad()
+    def resize(self, keep: Sequence[int | None]) -> None:
+        """Become a router of `len(keep)` experts: number i is the former number `keep[i]`, or None, a new one.
+
+        Every parameter and buffer whose first dimension is the number of experts is re-indexed; a new expert's
+        row is the mean of the rows that are kept. A router that keeps its experts otherwise overrides this.
+        """
+        kept = [i for i in keep if i is not None]
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if not tensor.dim() or tensor.shape[0] != self.num_experts:
+                continue
+            new = tensor[kept].mean(0) if tensor.is_floating_point() and kept else torch.zeros_like(tensor[0])
+            made = torch.stack([new if i is None else tensor[i] for i in keep])
+            owner, _, leaf = name.rpartition(".")
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            setattr(self.get_submodule(owner), leaf, made)
+        self.num_experts = len(keep)
+
+    def forward(
+        self, x: Tensor, selection_bias: Tensor | None = None, banned: Tensor | None = None
+    ) -> Routing:
+        """Route x `[N, d]` of any dtype; under autocast too in fp32. banned: `[E]` bool, who may not be chosen."""
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, selection_bias)
+                return self.forward(x, selection_bias, banned)
         jitters = self.training and self.jitter_noise > 0
         if x.dtype != torch.float64 and (jitters or not self.takes_any_dtype):
             x = x.float()
         if jitters:
             noise = torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             x = x * noise
-        return self.select(self.score(x), selection_bias)
+        logits = self.score(x)
+        if banned is None:
+            return self.select(logits, selection_bias)
+        logits = logits.masked_fill(banned, -torch.inf)
+        bias = logits.new_zeros(self.num_experts) if selection_bias is None else selection_bias
+        # In the bias too: a probability of 0 plus another expert's bias could still win.
+        return self.select(logits, bias.masked_fill(banned, -torch.inf)).without(banned)
 
 
 @register_router("top_k")

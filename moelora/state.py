@@ -6,12 +6,15 @@ with the state of the forward pass that it belongs to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .forcing import Forcing
 from .losses import IGNORE
 from .routers import Routing
 
@@ -29,6 +32,7 @@ class ForwardState:
     expert_targets: `[batch]` or `[batch, length]` expert numbers, −100 to leave out.
     num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop gave one.
     sequences_are_items: `num_items` counts sequences (classification), not tokens.
+    forcing: what the routers may not decide.
     loss_gradient: d(what backward was called on)/d(loss); read by `probe_loss`, else the given factor.
     """
 
@@ -42,7 +46,7 @@ class ForwardState:
     sequences_are_items: bool = False
     with_losses: bool = False
     keep_routings: bool = False
-    forced: Routing | None = None
+    forcing: Forcing | None = None
     loss_gradient: Tensor | float = 1.0
 
     shared: tuple[Routing, Plan] | None = None
@@ -50,6 +54,17 @@ class ForwardState:
     loss_values: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor] = field(default_factory=dict)
     closed: bool = False
+
+    @contextmanager
+    def forced_by(self, weights: Tensor | None) -> Iterator[None]:
+        """While inside, these are the forced weights: an explicit input of a checkpointed layer."""
+        before = self.forcing
+        if before is not None and weights is not None:
+            self.forcing = replace(before, expert_weights=weights)
+        try:
+            yield
+        finally:
+            self.forcing = before
 
     def mask_of(self, leading: tuple[int, ...]) -> Tensor | None:
         """The token mask for a tensor `[*leading, d]`: flat, or None where it has no token axis or no padding."""

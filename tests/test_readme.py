@@ -6,14 +6,33 @@ import re
 from pathlib import Path
 
 from bases import causal_base
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.adapters.peft_folders import save_adapter
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_adapters_example_runs(tmp_path, monkeypatch):
+    _, code = blocks()
+    monkeypatch.chdir(tmp_path)
+    causal_base().save_pretrained("base")
+    for seed, name in enumerate(("math", "code")):
+        fresh = AutoModelForCausalLM.from_pretrained("base")
+        save_adapter(f"adapters/{name}", fresh, seed, r=4, target_modules=["q_proj", "up_proj"])
+    exec(compile(code.replace("HuggingFaceTB/SmolLM2-135M", "base"), "README.md", "exec"), {})
+    for folder in ("exported/math", "exported/merged"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), folder)
+
+
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code, _ = blocks()
     vocabulary = {
         "[UNK]": 0,
         **{letter: i + 1 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz(),:+ ")},

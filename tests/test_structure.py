@@ -97,7 +97,8 @@ def test_the_library_imports_neither_examples_nor_benchmarks(path):
 @pytest.mark.parametrize("path", LIBRARY, ids=names(LIBRARY))
 def test_the_library_imports_only_what_pip_installs_with_it(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["plots"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["plots"] + extras["search"]
     packages = {re.split(r"[^\w-]", requirement)[0] for requirement in declared}
     assert imported(path) <= packages | {"moelora_kernels"} | sys.stdlib_module_names
 

@@ -80,3 +80,25 @@ def mask_of(model: Any) -> torch.Tensor | None:
     if model.moelora_config.routing_level == "token":
         return None
     return (torch.arange(7) < 3).expand(2, 7)
+
+
+@pytest.mark.parametrize("forced", ["banned", "weighted"])
+def test_what_is_forced_or_banned_is_not_left_to_the_kernels_own_routing(
+    forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode path chooses the experts itself, and knows of no ban."""
+    model, plans = causal(), []
+    plan_of = type(model.moelora)._decode_plan
+    monkeypatch.setattr(
+        type(model.moelora), "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
+    )
+    given = {"banned_experts": ["expert_1"]} if forced == "banned" else {"expert_weights": torch.randn(2, 4)}
+    with torch.no_grad():
+        wanted = on(model, "eager")(INPUT, **given).logits
+        torch.testing.assert_close(on(model, "triton")(INPUT, **given).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert not any(plans)
+        with model.use_experts(ban="expert_1"):
+            on(model, "triton")(INPUT)
+        assert not any(plans)
+        model(INPUT)
+    assert plans[-1] is not None, "with nothing forced they do"

@@ -1,0 +1,123 @@
+"""The console command end to end on real folders: check, compose, info, export, merge; and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from moelora import MoeLoraForCausalLM
+from moelora.cli import app
+from tests.adapters.peft_folders import base_of, save_adapter
+
+INPUT = torch.arange(2 * 6).view(2, 6) % 11 + 3
+
+
+def run(*words: Any, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and two adapters of it, as their makers save them, and the mixture that `compose` makes."""
+    root = tmp_path_factory.mktemp("cli")
+    base = base_of("llama")
+    base.save_pretrained(root / "base")
+    for seed, name in enumerate(("math", "code")):
+        fresh = AutoModelForCausalLM.from_pretrained(root / "base")
+        save_adapter(root / name, fresh, seed, r=4 * (seed + 1), target_modules=["q_proj", "down_proj"])
+    found = {name: root / name for name in ("base", "math", "code", "mixture")}
+    adapters = ("-a", f"math={found['math']}", "-a", f"code={found['code']}")
+    text = run("compose", found["base"], *adapters, "-o", found["mixture"], "--router-init", "arrow", "-k", 1)
+    assert "2 experts" in text and "math, code" in text
+    return found
+
+
+def peft_logits(folders: dict[str, Path], adapter: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, str(adapter)).eval()(INPUT).logits
+
+
+def test_a_composed_mixture_loads_and_holds_the_adapters(folders: dict[str, Path]) -> None:
+    model = MoeLoraForCausalLM.from_pretrained(folders["mixture"]).eval()
+    config = model.moelora_config
+    assert (config.expert_names, config.router, config.num_experts_per_tok) == (["math", "code"], "arrow", 1)
+    for name in ("math", "code"):
+        with torch.no_grad(), model.use_experts(name):
+            torch.testing.assert_close(
+                model(INPUT).logits, peft_logits(folders, folders[name]), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_check_lists_good_and_bad(folders: dict[str, Path], tmp_path: Path) -> None:
+    good = ("-a", f"math={folders['math']}")
+    assert "none" in run("check", folders["base"], *good)
+    bad = save_adapter(
+        tmp_path / "dora", AutoModelForCausalLM.from_pretrained(folders["base"]), use_dora=True
+    )
+    text = run(
+        "check", folders["base"], *good, "-a", f"dora={bad}", "-a", f"lost={tmp_path / 'lost'}", status=1
+    )
+    assert "none" in text and "DoRA" in text and "lost" in text
+
+
+def test_info_needs_no_base(folders: dict[str, Path]) -> None:
+    text = run("info", folders["mixture"])
+    model = MoeLoraForCausalLM.from_pretrained(folders["mixture"])
+    experts = sum(f.stacked().numel() for f in model.moelora.factors())
+    counts = [int(cell) for cell in text.replace(",", "").replace("│", " ").split() if cell.isdigit()]
+    assert {"math", "code"} <= set(text.replace("│", " ").split())
+    assert experts in {a + b for a in counts for b in counts}
+    assert "arrow, top 1, token level, scope site" in text
+
+
+def test_export_gives_the_adapter_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    run("export", folders["mixture"], "code", "-o", tmp_path / "again")
+    torch.testing.assert_close(
+        peft_logits(folders, tmp_path / "again"), peft_logits(folders, folders["code"])
+    )
+    text = run("export", folders["mixture"], "code", "-o", tmp_path / "again", status=1)
+    assert "error" in text and "again" in text
+    run("export", folders["mixture"], "code", "-o", tmp_path / "again", "--overwrite")
+
+
+def test_merge_is_the_fixed_mixture(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = ("-w", "math=0.7", "-w", "code=-0.25")
+    text = run("merge", folders["mixture"], *weights, "-o", tmp_path / "merged")
+    assert "0.7·math" in text
+    model = MoeLoraForCausalLM.from_pretrained(folders["mixture"]).eval()
+    with torch.no_grad(), model.use_experts({"math": 0.7, "code": -0.25}):
+        wanted = model(INPUT).logits
+    torch.testing.assert_close(peft_logits(folders, tmp_path / "merged"), wanted, rtol=1e-5, atol=1e-5)
+    run("merge", folders["mixture"], *weights, "-o", tmp_path / "small", "--rank", 2)
+
+
+def test_mistakes_are_messages_and_no_tracebacks(folders: dict[str, Path], tmp_path: Path) -> None:
+    cases = [
+        (("compose", folders["base"], "-a", "math", "-o", tmp_path / "x"), "'math' is no NAME=VALUE"),
+        (("export", folders["mixture"], "law", "-o", tmp_path / "x"), "There is no expert 'law'"),
+        (("merge", folders["mixture"], "-w", "math=much", "-o", tmp_path / "x"), "expected a number"),
+        (("info", tmp_path / "nothing"), "nothing"),
+    ]
+    for words, message in cases:
+        text = run(*words, status=1)
+        assert message in " ".join(text.split()) and "Traceback" not in text
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["compose", "check", "export", "merge", "info"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"Example: moelora {command}" in run(command, "--help")
+    assert command in run("--help")
+
+
+def test_wrong_usage_is_status_2() -> None:
+    run("compose", status=2)
