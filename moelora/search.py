@@ -47,7 +47,6 @@ def search_weights(
     low, high = _checked_bounds(bounds)
     check_integer("budget", budget, 1)
     check_integer("seed", seed, 0)
-    minimizers = _scipy()
     measure = loss if callable(loss) else _BatchLoss(model, loss)
     history: History = []
     known: dict[tuple[float, ...], float] = {}
@@ -66,7 +65,7 @@ def search_weights(
             known[values] = value if math.isfinite(value) else math.inf
         return known[values]
 
-    _minimize(minimizers, evaluate, history, len(names), budget, seed, (low, high))
+    _minimize(_scipy(), evaluate, history, len(names), budget, seed, (low, high))
     finite = [(weights, value) for weights, value in history if math.isfinite(value)]
     if not finite:
         raise ValueError(f"The loss was NaN or Inf at all {len(history)} weights that were tried.")
