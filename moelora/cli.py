@@ -119,6 +119,10 @@ def merge(
     out_folder: Out,
     rank: Annotated[int | None, typer.Option(help="Compress to this rank by SVD; else exact.")] = None,
     recipe: Annotated[str, typer.Option(help="How the experts' changes become one.")] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Of ties, dare_… and breadcrumbs: the part kept.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare_…: what is dropped.")] = None,
     base: OtherBase = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
@@ -126,7 +130,10 @@ def merge(
     with _refused(), _busy("merging"):
         weights = {name: _number(name, value) for name, value in _pairs(weight)}
         model = _load(checkpoint, base)
-        report = model.export_merged(weights, out_folder, rank=rank, recipe=recipe, overwrite=overwrite)
+        options = {name: value for name, value in (("density", density), ("seed", seed)) if value is not None}
+        report = model.export_merged(
+            weights, out_folder, rank=rank, recipe=recipe, overwrite=overwrite, **options
+        )
     out.print(f"{' + '.join(f'{w:g}·{name}' for name, w in weights.items())} in {out_folder}")
     out.print(str(report))
 

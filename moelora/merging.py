@@ -37,6 +37,15 @@ class MergeReport:
     errors: dict[str, float]
     error: float
 
+    def __str__(self) -> str:
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"{self.recipe} of {len(self.weights)} experts: {ranks} in {len(self.ranks)} linears, "
+            f"relative error {self.error:.2g} (largest {self.errors[worst]:.2g}, in {worst})"
+        )
+
 
 def concatenation(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """Σ w·s·B·A exactly, as one LoRA: A rows one expert after another, B columns times w·s, scaling 1."""
@@ -165,8 +174,8 @@ def _without_tails(tensor: Tensor, density: float, gamma: float) -> Tensor:
     """`tensor` with zeros where its magnitude is among the largest or the smallest."""
     largest = int(gamma * tensor.numel())
     kept = min(int(density * tensor.numel()), tensor.numel() - largest)
-    order = tensor.abs().flatten().argsort(descending=True, stable=True)
-    sparse, where = torch.zeros_like(tensor).flatten(), order[largest : largest + kept]
+    where = tensor.abs().flatten().topk(largest + kept).indices[largest:]
+    sparse = torch.zeros_like(tensor).flatten()
     sparse[where] = tensor.flatten()[where]
     return sparse.view_as(tensor)
 

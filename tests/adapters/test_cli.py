@@ -98,6 +98,9 @@ def test_merge_is_the_fixed_mixture(folders: dict[str, Path], tmp_path: Path) ->
         wanted = model(INPUT).logits
     torch.testing.assert_close(peft_logits(folders, tmp_path / "merged"), wanted, rtol=1e-5, atol=1e-5)
     run("merge", folders["mixture"], *weights, "-o", tmp_path / "small", "--rank", 2)
+    ties = ("--recipe", "dare_ties", "--density", 0.5, "--seed", 3, "--rank", 4)
+    run("merge", folders["mixture"], *weights, "-o", tmp_path / "ties", *ties)
+    assert peft_logits(folders, tmp_path / "ties").isfinite().all()
 
 
 def test_mistakes_are_messages_and_no_tracebacks(folders: dict[str, Path], tmp_path: Path) -> None:

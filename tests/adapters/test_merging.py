@@ -159,6 +159,7 @@ def test_a_concatenation_gives_the_mixtures_logits_in_peft(name, fields, tmp_pat
     assert report.error < 1e-7 and set(report.errors) == set(report.ranks) and report.weights == WEIGHTS
     if fields:
         assert report.ranks[FIRST] == 10 and LAST not in report.ranks
+        assert str(report).startswith("linear of 3 experts: ranks 9 to 10 in 13 linears, relative error ")
 
 
 def test_experts_of_weight_zero_take_no_rank(tmp_path):
