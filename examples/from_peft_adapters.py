@@ -27,7 +27,7 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.router_init import initialise
 
 RANKS = {"python": 4, "cpp": 8, "docs": 16, "licences": 32}
-LEARNING_RATE, ROUTER_LEARNING_RATE = 2e-3, 1e-3
+LEARNING_RATE, ROUTER_LEARNING_RATE = 2e-3, 1e-2
 TEXTS = 8  # training blocks of each domain that the prototypes are made of
 
 

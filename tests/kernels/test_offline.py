@@ -95,23 +95,26 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 def every_launch() -> list[Launch]:
     """One launch of each kernel with each of its default tiles, dtypes and flags."""
     with recorded() as launches:
-        # A model's experts are fp32 beside 16-bit activations; factors of 16 bits are for who calls the kernels.
-        for (dtype, master), tokens in product(((BF16, True), (BF16, False), (FP32, False)), (1, 32, 8192)):
+        # A model's experts are fp32 beside 16-bit activations: with those, and in fp32, every tile.
+        for (dtype, master), tokens in product(((BF16, True), (FP32, False)), (1, 32, 8192)):
             for experts, rank in ((4, 4), (4, 8), (8, 8), (8, 16), (8, 32), (8, 48)):
                 training("dense", tokens, experts, rank, dtype, master=master)
                 if experts * rank <= (FUSED_RANKS_FP32 if dtype == FP32 else FUSED_RANKS):
                     one_launch(tokens, experts, rank, dtype, master)
                 if tokens <= 64 and experts * rank <= DECODE_RANKS:
                     decoding(tokens, experts, rank, dtype, master)
-        for (dtype, master), rank in product(
-            ((BF16, True), (BF16, False), (FP32, False)), (16, 32, 64, 128, 256)
-        ):
+        for (dtype, master), rank in product(((BF16, True), (FP32, False)), (16, 32, 64, 128, 256)):
             for tokens in (8192, 2048, 512):
                 training("grouped", tokens, 64, rank, dtype, master=master)
             for tokens_per_row in (1, 32, 1024):
                 training("sequence", 8, 8, rank, dtype, tokens_per_row, master)
-        training("dense", 8192, 8, 16, FP16)
-        training("grouped", 8192, 64, 16, FP16)
+        # Factors of 16 bits, which take half the room, are for who calls the kernels: the usual shapes.
+        for dtype in (BF16, FP16):
+            training("dense", 8192, 8, 16, dtype)
+            training("dense", 1, 8, 16, dtype)
+            training("grouped", 8192, 64, 16, dtype)
+            training("sequence", 8, 8, 16, dtype, 1024)
+            decoding(1, 8, 16, dtype)
     return list({launch.name: launch for launch in launches}.values())
 
 
