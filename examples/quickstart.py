@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.observe import plot_routing_heatmap
+from moelora.routing.observe import plot_routing_heatmap
 
 EXPERTS, RANK, TOP_K = 8, 8, 2
 # One rate for all, the lowest mean loss of the three together among those swept (40 steps, seed 0,
@@ -135,7 +135,7 @@ def show_routing(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
     for _, held_out in corpus.values():
         ids = held_out.tokens.to(model.device)
         reports.append(model.route(input_ids=ids, attention_mask=torch.ones_like(ids)))
-    domains, experts = list(corpus), reports[0].expert_names
+    domains, experts = list(corpus), reports[0].choice_names
     share = torch.stack([report.expert_share for report in reports])
     routing = torch.stack([report.by_router for report in reports])
     reporting.share_table(share, domains, experts)

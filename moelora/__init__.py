@@ -4,8 +4,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from .config import MoeLoraConfig
 from .modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from .observe import RoutingReport
-from .routers import ROUTERS, Router, Routing, register_router
+from .routing.observe import RoutingReport
+from .routing.routers import ROUTERS, Router, Routing, register_router
 
 __version__ = "0.1.0"
 

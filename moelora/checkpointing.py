@@ -28,6 +28,9 @@ class RoutedCheckpoint:
         mixture, state = self.mixture, self.mixture.state
         if state is None:
             return self.checkpoint(function, *args, **kwargs)
+        if state.routing_only:
+            # Its results are routings, not outputs of the layer: a reentrant checkpoint would cut them off.
+            return function(*args)
         shared = state.shared
         weights = None if shared is None else shared[1].weights
         forced = state.forcing.expert_weights if state.forcing is not None and state.forcing.learns else None

@@ -42,7 +42,7 @@ def check(
     base: Base, adapter: Adapters, allow_base_mismatch: Mismatch = False, classifier: Classifier = False
 ) -> None:
     """List all that is wrong with a set of adapters. Exit status 1 where anything is."""
-    from .preflight import preflight
+    from .adapters.preflight import preflight
 
     with _refused(), _busy(f"reading {len(adapter)} adapters"):
         found = preflight(
@@ -141,7 +141,7 @@ def merge(
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
-    from .restore import read
+    from .checkpoint.restore import read
 
     with _refused():
         tensors, config, _ = read(checkpoint / WEIGHTS)
@@ -179,7 +179,7 @@ def _class(classifier: bool) -> Any:
 
 def _load(checkpoint: Path, base: str | None) -> Any:
     """The saved mixture, of the class that its base has."""
-    from .restore import read
+    from .checkpoint.restore import read
 
     _, config, _ = read(checkpoint / WEIGHTS)
     classifier = str(config.base_architecture or "").endswith("ForSequenceClassification")

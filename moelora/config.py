@@ -15,6 +15,9 @@ from .checks import check_choice, check_flag, check_integer, check_number, check
 FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
 ROUTER_SCOPES = ("projection", "site", "layer", "model")
+# What routers, reports and label mappings call the choice of no expert.
+NO_EXPERT = "(base)"
+ROUTER_POOLINGS = ("mean", "last", "attention")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
 
 # What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
@@ -49,6 +52,10 @@ class MoeLoraConfig(PreTrainedConfig):
     on the input of decoder layer `router_layer`, with experts in that layer and after),
     `router_prefix_tokens` (what a sequence router reads where every token is a label), `norm_topk_prob`
     (without effect at one expert a token, where the weight would be the constant 1), `router_jitter_noise`.
+    `router_pooling`: how a sequence router makes one vector of the prompt ("mean"; "last": its last token;
+    "attention": weighted by a learned query). `router_input_norm`: routers read each token divided by its root mean
+    square. `router_hidden_size`: the width inside router="mlp" and "descriptor".
+    `null_expert`: routers may choose "no expert" too, the base alone: one output more, after the experts'.
     Router losses: `router_aux_loss_coef` (load balancing, arXiv:2101.03961), `router_z_loss_coef`
     (arXiv:2202.08906), `expert_target_loss_coef` (cross-entropy on `expert_targets`), and
     `router_aux_loss_window`: whose tokens give the expert fractions of the balancing loss: "previous_step"
@@ -83,6 +90,10 @@ class MoeLoraConfig(PreTrainedConfig):
     router_scope: str = "site"
     router_layer: int = 0
     router_prefix_tokens: int = 32
+    router_pooling: str = "mean"
+    router_input_norm: bool = False
+    router_hidden_size: int = 64
+    null_expert: bool = False
     norm_topk_prob: bool = True
     router_jitter_noise: float = 0.0
     router_aux_loss_coef: float = 0.01
@@ -124,6 +135,7 @@ class MoeLoraConfig(PreTrainedConfig):
             ("num_experts_per_tok", 1),
             ("router_layer", 0),
             ("router_prefix_tokens", 1),
+            ("router_hidden_size", 1),
             ("format_version", 0),
         ):
             check_integer(name, getattr(self, name), low)
@@ -146,10 +158,11 @@ class MoeLoraConfig(PreTrainedConfig):
             "expert_target_loss_coef",
         ):
             check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("use_rslora", "norm_topk_prob"):
+        for name in ("use_rslora", "norm_topk_prob", "router_input_norm", "null_expert"):
             check_flag(name, getattr(self, name))
         check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
         check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
+        check_choice("router_pooling", self.router_pooling, ROUTER_POOLINGS)
         check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
         self._check_router()
         self._check_names()
@@ -184,6 +197,16 @@ class MoeLoraConfig(PreTrainedConfig):
         """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each expert."""
         pairs = zip(self._per_expert("lora_alpha"), self.ranks)
         return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in pairs)
+
+    @property
+    def choice_names(self) -> list[str]:
+        """What a router chooses among: the experts, and with `null_expert` after them `NO_EXPERT`."""
+        return [*(self.expert_names or []), *([NO_EXPERT] if self.null_expert else [])]
+
+    @property
+    def num_choices(self) -> int:
+        """How many outputs a router has: `num_experts`, and one more with `null_expert`."""
+        return self.num_experts + int(self.null_expert)
 
     def ranks_of(self, linear: str) -> tuple[int, ...]:
         """The rank of each expert in the linear of this name."""
@@ -228,12 +251,17 @@ class MoeLoraConfig(PreTrainedConfig):
                         check_number(f"expert_scaling[{linear!r}]", value, -math.inf, math.inf)
 
     def _check_router(self) -> None:
-        from .routers import ROUTERS
+        from .routing.routers import ROUTERS
 
         if not isinstance(self.router, str) or self.router not in ROUTERS:
             raise ValueError(
                 f"router={self.router!r} is not registered. The routers are: {', '.join(sorted(ROUTERS))}. "
                 "A new one is a class with @register_router(name)."
+            )
+        if self.router_pooling != "mean" and self.routing_level != "sequence":
+            raise ValueError(
+                f"router_pooling={self.router_pooling!r} makes one vector of a prompt, and routing_level="
+                f"{self.routing_level!r} routes single tokens: leave it at 'mean', or use routing_level='sequence'."
             )
 
     def _check_names(self) -> None:
@@ -243,6 +271,8 @@ class MoeLoraConfig(PreTrainedConfig):
                 f"expert_names={names} must be {self.num_experts} different names "
                 f"(num_experts={self.num_experts})."
             )
+        if NO_EXPERT in names:
+            raise ValueError(f"expert_names contains {NO_EXPERT!r}, which stands for no expert: rename it.")
         self.expert_names = names
 
     def _check_targets(self) -> None:

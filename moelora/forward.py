@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
-from .forcing import Forcing, forcing_of
-from .losses import check_expert_targets, probe_loss
-from .prompts import prompt_and_labels
-from .state import ForwardState
+from .routing.forcing import Forcing, forcing_of
+from .routing.losses import check_expert_targets, probe_loss
+from .routing.prompts import prompt_and_labels
+from .routing.routers import Routing
+from .routing.state import ForwardState, RoutingDone
 
 OWN_INPUTS = (
     "router_mask",
@@ -25,7 +27,16 @@ OWN_INPUTS = (
     "expert_weights",
     "banned_experts",
 )
+# A value of output_expert_routing: nothing but the routing is wanted.
+ROUTING_ONLY = "only"
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
+
+
+@dataclass
+class RoutingOutput(ModelOutput):
+    """What a forward with output_expert_routing="only" gives: one `Routing` a router, which takes gradients."""
+
+    expert_routing: tuple[Routing, ...] | None = None
 
 
 def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -43,8 +54,13 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
     if counting:
         mixture.load.begin_forward(mixture.router_weight())
     with mixture.running(state):
-        outputs = base_forward(model, **kwargs)
+        try:
+            outputs = base_forward(model, **kwargs)
+        except RoutingDone:
+            outputs = None
     state.closed = True
+    if state.routing_only:
+        return RoutingOutput(expert_routing=_routing(state))
     if counting:
         mixture.load.end_forward(state.counts)
     return _extended(outputs, state, probe=counting and kwargs.get("labels") is not None)
@@ -59,8 +75,9 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
     forcing = forcing_of(model, own, batch, length)
     forced = forcing is not None and forcing.chooses
     if own["expert_targets"] is not None:
-        check_expert_targets(own["expert_targets"], batch, length, config.num_experts, config.routing_level)
+        check_expert_targets(own["expert_targets"], batch, length, config.num_choices, config.routing_level)
         _check_not_banned(own["expert_targets"], forcing)
+    routing_only = own["output_expert_routing"] == ROUTING_ONLY
     state = ForwardState(
         batch=batch,
         length=length,
@@ -68,13 +85,23 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
         expert_targets=own["expert_targets"],
         num_items=kwargs.get("num_items_in_batch"),
         sequences_are_items=model.is_classifier,
-        with_losses=not forced and _wants_losses(model, own, learning),
+        with_losses=not (forced or routing_only) and _wants_losses(model, own, learning),
         keep_routings=bool(own["output_expert_routing"]) or config.routing_level == "sequence",
+        routing_only=routing_only,
         carried=own["expert_routing"],
         forcing=forcing,
     )
     if config.routing_level == "sequence" and not forced:
-        prompt_and_labels(state, kwargs, own["router_mask"], config, model.is_classifier, learning)
+        # Where nothing but the routing is asked for, no label can leak into a prompt.
+        answers = learning and not routing_only
+        prompt_and_labels(
+            state,
+            kwargs,
+            own["router_mask"],
+            config,
+            model.is_classifier,
+            answers,
+        )
     elif own["router_mask"] is not None and config.routing_level == "token":
         raise ValueError("router_mask marks the prompt for routing_level='sequence'; at token level drop it.")
     if state.with_losses and learning and kwargs.get("labels") is None:
@@ -94,7 +121,9 @@ def _wants_losses(model: Any, own: dict[str, Any], learning: bool) -> bool:
 def _check_not_banned(targets: Tensor, forcing: Forcing | None) -> None:
     if forcing is None or forcing.banned is None:
         return
-    banned = forcing.banned.to(targets.device)[targets.clamp(min=0)] & (targets >= 0)
+    # A target beyond the experts is no expert, which cannot be banned.
+    banned = torch.nn.functional.pad(forcing.banned.to(targets.device), (0, 1))[targets.clamp(min=0)]
+    banned = banned & (targets >= 0)
     if bool(banned.any()):
         raise ValueError(
             f"expert_targets asks for expert {int(targets[banned][0])}, which is banned: set such targets to −100, "
@@ -151,8 +180,12 @@ def _extended(outputs: Any, state: ForwardState, probe: bool) -> Any:
         values = [v.float() for v in state.loss_values.values()]
         gained["expert_aux_loss"] = torch.stack([v.to(values[0].device) for v in values]).sum()
     if state.keep_routings:
-        gained["expert_routing"] = state.carried or tuple(state.routings[i] for i in sorted(state.routings))
+        gained["expert_routing"] = _routing(state)
     return _output_class(type(outputs))(**outputs, **gained) if gained else outputs
+
+
+def _routing(state: ForwardState) -> tuple[Routing, ...]:
+    return state.carried or tuple(state.routings[i] for i in sorted(state.routings))
 
 
 @functools.cache

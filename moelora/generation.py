@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forcing import check_expert_weights, step_weights
+from .routing.forcing import check_expert_weights, step_weights
 
 CARRIED = ("router_mask", "expert_routing", "output_expert_routing", "expert_weights", "banned_experts")
 

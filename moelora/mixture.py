@@ -22,14 +22,14 @@ from moelora_kernels import (
 )
 from torch import Tensor, nn
 
-from .balance import ExpertLoad
 from .config import MoeLoraConfig
 from .experts import Factor
-from .forcing import Forcing
 from .linears import Site
-from .losses import attach_loss, expert_target_loss, load_balancing_loss, z_loss
-from .routers import ROUTERS, Router, Routing, TopKRouter
-from .state import ForwardState
+from .routing.balance import ExpertLoad
+from .routing.forcing import Forcing
+from .routing.losses import attach_loss, expert_target_loss, load_balancing_loss, z_loss
+from .routing.routers import ROUTERS, Router, Routing, TopKRouter
+from .routing.state import ForwardState, RoutingDone
 
 
 class Mixture(nn.Module):
@@ -141,6 +141,8 @@ class Mixture(nn.Module):
                 f"With router_scope={self.config.router_scope!r} call the model itself, not one of its parts."
             )
         self.state.shared = self.route(router_index, hidden)
+        if self.state.routing_only and self.config.router_scope == "model":
+            raise RoutingDone
 
     def route(self, router_index: int, x: Tensor) -> tuple[Routing, Plan]:
         """Route x `[…, d]` with router `router_index`, attach the router losses, record, and plan."""
@@ -150,7 +152,8 @@ class Mixture(nn.Module):
             if state.with_losses:
                 routing = self._with_loss(router_index, routing, state)
             if state.keep_routings and not state.closed:
-                state.routings[router_index] = Routing(*(t.detach() for t in routing))
+                kept = routing if state.routing_only else Routing(*(t.detach() for t in routing))
+                state.routings[router_index] = kept
         return routing, self._plan(routing, tokens_per_row, x.dtype)
 
     def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
@@ -178,6 +181,8 @@ class Mixture(nn.Module):
         """The plan of a few tokens that the kernels route themselves, where nobody else asks for the routing."""
         router, state = self._router_list[site.router_index], self.state
         if torch.is_grad_enabled() or not self.by_token or type(router) is not TopKRouter or router.training:
+            return None
+        if router.input_norm or router.null_expert:
             return None
         if self.forcing is not None or (state is not None and (state.forcing or state.keep_routings)):
             return None
@@ -218,18 +223,10 @@ class Mixture(nn.Module):
         if state.carried is not None:
             routing = Routing(*(t.to(x.device) for t in state.carried[index]))
             return routing.without(*banned) if banned else routing, num_tokens // batch
-        pooled = self._pooled(x.reshape(batch, num_tokens // batch, -1), state)
-        return router(pooled, bias, *banned), num_tokens // batch
-
-    @staticmethod
-    def _pooled(x: Tensor, state: ForwardState) -> Tensor:
-        """Mean of x `[B, S, d]` over the prompt, `[B, d]` fp32."""
-        x = x.float() if x.dtype != torch.float64 else x
-        mask = state.prompt_mask
-        if mask is None or mask.shape[1] != x.shape[1]:
-            return x.mean(1)
-        mask = mask.to(device=x.device, dtype=x.dtype)
-        return torch.einsum("bsd,bs->bd", x, mask) / mask.sum(1, keepdim=True).clamp(min=1)
+        mask, length = state.prompt_mask, num_tokens // batch
+        mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
+        pooled = router.pool(x.reshape(batch, length, -1), mask)
+        return router(pooled, bias, *banned), length
 
     def _with_loss(self, index: int, routing: Routing, state: ForwardState) -> Routing:
         """Attach the router's losses to its weights and count its tokens."""

@@ -14,17 +14,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from . import checkpoint, restore
-from .adapters import FromAdapters
+from .adapters.composing import FromAdapters
+from .adapters.export import ExpertExport
+from .checkpoint import restore, saving
 from .checkpointing import RoutedCheckpoint
 from .classes import base_class, become, rebuild, revert
 from .config import MoeLoraConfig
-from .export import ExpertExport
-from .forcing import ExpertForcing
+from .forward import ROUTING_ONLY
 from .generation import MoeLoraGeneration
 from .mixture import Mixture
-from .observe import RoutingReport
-from .pool import ExpertPool
+from .pool.growing import ExpertPool
+from .routing.forcing import ExpertForcing
+from .routing.observe import RoutingReport
+from .routing.routers import Routing
 from .sites import eject, inject, undone_on_error
 from .targets import has_peft_layers
 
@@ -141,9 +143,17 @@ class MoeLoraModel(FromAdapters, ExpertExport, ExpertPool, ExpertForcing, MoeLor
 
     @torch.no_grad()
     def route(self, **inputs) -> RoutingReport:
-        """Run the model on `inputs` (input_ids, attention_mask …) and report which experts its routers chose."""
-        outputs = self(**inputs, output_expert_routing=True)  # type: ignore[operator]
-        return RoutingReport.of(self.moelora, outputs.expert_routing, inputs)
+        """Report which experts the routers choose for `inputs` (input_ids, attention_mask …), and how surely.
+
+        With router_scope="model" the forward pass stops once its router has read: at router_layer=0 nothing but the
+        embeddings is computed.
+        """
+        return RoutingReport.of(self.moelora, self.routing_only(**inputs), inputs)
+
+    def routing_only(self, **inputs) -> tuple[Routing, ...]:
+        """The same forward pass as `route`, with gradients: one `Routing` a router, no router losses attached."""
+        outputs = self(**inputs, output_expert_routing=ROUTING_ONLY)  # type: ignore[operator]
+        return outputs.expert_routing
 
     def save_pretrained(
         self, folder: str, is_main_process: bool = True, state_dict=None, save_base: bool = False, **kwargs
@@ -157,7 +167,7 @@ class MoeLoraModel(FromAdapters, ExpertExport, ExpertPool, ExpertForcing, MoeLor
             ValueError, TypeError: the folder is the base's own, or a keyword that does not exist.
         """
         if is_main_process:
-            checkpoint.save(self, folder, state_dict=state_dict, save_base=save_base, **kwargs)
+            saving.save(self, folder, state_dict=state_dict, save_base=save_base, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """Load tensors; missing keys of the base are forgiven, missing keys of the mixture never.
@@ -165,9 +175,9 @@ class MoeLoraModel(FromAdapters, ExpertExport, ExpertPool, ExpertForcing, MoeLor
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
         """
-        trained = set(checkpoint.trained_keys(self))
+        trained = set(saving.trained_keys(self))
         missing = sorted(trained - set(state_dict))
-        surplus = sorted(k for k in state_dict if k.startswith(checkpoint.PREFIX) and k not in trained)
+        surplus = sorted(k for k in state_dict if k.startswith(saving.PREFIX) and k not in trained)
         if missing or surplus:
             raise RuntimeError(
                 f"The state dict does not fit this mixture: missing {missing[:5]} ({len(missing)} in all), "
@@ -200,6 +210,7 @@ class MoeLoraForCausalLM(MoeLoraModel):
     expert_routing (of an earlier step), expert_targets (`[batch]` or `[batch, length]`), output_expert_routing,
     expert_weights (`[E]`, `[batch, E]` or `[batch, length, E]`: the weight of every expert, in the routers' place;
     0 for one that is not used) and banned_experts (names that the routers may not choose); generate() takes them too.
+    output_expert_routing="only" gives the routing alone, and takes gradients (see `routing_only`).
     The output is the base's own, with `expert_aux_loss` (0-dim, what the router losses come to; not part of
     `loss`) and `expert_routing` (one `Routing` a router).
     """

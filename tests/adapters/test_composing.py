@@ -15,8 +15,8 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.adapter_files import read_adapter
-from moelora.adapters import factors_of
+from moelora.adapters.composing import factors_of
+from moelora.adapters.files import read_adapter
 
 IDS = tokens()
 

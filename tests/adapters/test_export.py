@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.deltas import expert_deltas
+from moelora.adapters.deltas import expert_deltas
 
 INPUT = tokens(3, 9)
 FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -230,7 +230,7 @@ def test_a_write_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
         rename(source, target)
 
     what, how = ("save_file", failing) if at == "writing" else ("os.rename", failing_once)
-    monkeypatch.setattr(f"moelora.peft_folder.{what}", how)
+    monkeypatch.setattr(f"moelora.adapters.peft_folder.{what}", how)
     with pytest.raises(OSError, match="No space left") as error:
         model.export_expert("expert_1", folder, overwrite=True)
     assert error.value.errno == 28 and str(folder) in str(error.value)

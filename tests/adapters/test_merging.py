@@ -12,8 +12,8 @@ from bases import causal_base
 from model.mixtures import causal, classifier, into, tokens
 from peft import PeftModel
 
-from moelora.deltas import Delta, compress, distance, expert_deltas
-from moelora.merging import RECIPES, merged_deltas
+from moelora.adapters.deltas import Delta, compress, distance, expert_deltas
+from moelora.adapters.merging import RECIPES, merged_deltas
 
 INPUT = tokens(3, 9)
 WEIGHTS = {"expert_0": 0.7, "expert_2": -0.4, "expert_3": 1.3}

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.preflight import name_problem, preflight
+from moelora.adapters.preflight import name_problem, preflight
 
 
 @pytest.fixture

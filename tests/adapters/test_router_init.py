@@ -9,7 +9,7 @@ import pytest
 import torch
 from model.mixtures import causal
 
-from moelora.router_init import discriminants, initialise
+from moelora.routing.init import discriminants, initialise
 
 EXPERTS = ["a", "b", "c"]
 SCOPES = ["site", "projection", "layer", "model"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model.mixtures import causal, classifier, tokens
 
-from moelora.search import search_weights
+from moelora.adapters.search import search_weights
 
 INPUT = tokens(4, 12)
 PLANTED = {"expert_0": 0.8, "expert_2": -0.5, "expert_3": 0.3}

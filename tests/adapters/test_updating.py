@@ -11,7 +11,7 @@ from bases import causal_base, classifier_base
 from model.mixtures import causal, classifier
 
 from moelora import MoeLoraForCausalLM
-from moelora.updating import compare_bases
+from moelora.adapters.updating import compare_bases
 
 IDS = torch.arange(3 * 9).view(3, 9) % 17 + 3
 

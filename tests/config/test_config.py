@@ -9,7 +9,7 @@ from bases import causal_base
 from model.mixtures import causal, factors, tokens
 
 from moelora import ROUTERS, MoeLoraConfig
-from moelora.config import AUX_LOSS_WINDOWS, FORMAT_VERSION, ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.config import AUX_LOSS_WINDOWS, FORMAT_VERSION, ROUTER_POOLINGS, ROUTER_SCOPES, ROUTING_LEVELS
 
 COUNTS = {
     "num_experts": 1,
@@ -17,6 +17,7 @@ COUNTS = {
     "r": 1,
     "router_layer": 0,
     "router_prefix_tokens": 1,
+    "router_hidden_size": 1,
     "layers_to_transform": 0,
 }
 NOT_NEGATIVE = [
@@ -27,11 +28,12 @@ NOT_NEGATIVE = [
 ]
 SHARES = ["lora_dropout", "router_jitter_noise"]
 NUMBERS = ["lora_alpha", *NOT_NEGATIVE, *SHARES]
-FLAGS = ["use_rslora", "norm_topk_prob"]
+FLAGS = ["use_rslora", "norm_topk_prob", "router_input_norm", "null_expert"]
 CHOICES = {
     "router": ROUTERS,
     "routing_level": ROUTING_LEVELS,
     "router_scope": ROUTER_SCOPES,
+    "router_pooling": ROUTER_POOLINGS,
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
@@ -92,7 +94,7 @@ def test_an_unknown_choice_lists_the_valid_ones(name):
         MoeLoraConfig(**{name: "no-such-thing"})
     assert all(choice in str(caught.value) for choice in CHOICES[name])
     for choice in CHOICES[name]:
-        assert getattr(MoeLoraConfig(**{name: choice}), name) == choice
+        assert getattr(MoeLoraConfig(**{"routing_level": "sequence", name: choice}), name) == choice
 
 
 @pytest.mark.parametrize("name", NAME_LISTS)
@@ -202,6 +204,10 @@ FULL = dict(
     router_scope="model",
     router_layer=1,
     router_prefix_tokens=5,
+    router_pooling="attention",
+    router_input_norm=True,
+    router_hidden_size=7,
+    null_expert=True,
     norm_topk_prob=False,
     router_jitter_noise=0.1,
     router_aux_loss_coef=0.2,
@@ -210,6 +216,13 @@ FULL = dict(
     router_bias_update_rate=0.4,
     expert_target_loss_coef=0.5,
 )
+
+
+def test_pooling_is_for_prompts_and_the_name_of_no_expert_is_taken():
+    refused(ValueError, "router_pooling='last'.*routing_level='token'", router_pooling="last")
+    refused(ValueError, r"\(base\)", num_experts=2, expert_names=["math", "(base)"])
+    names = MoeLoraConfig(num_experts=2, expert_names=["math", "code"], null_expert=True).choice_names
+    assert names == ["math", "code", "(base)"]
 
 
 def test_a_config_survives_dicts_json_and_folders(tmp_path):

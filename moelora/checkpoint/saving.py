@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .classes import base_class
-from .config import MoeLoraConfig
+from ..classes import base_class
+from ..config import MoeLoraConfig
+from ..targets import saved_modules
 from .fingerprint import digest, fingerprint
-from .targets import saved_modules
 
 PREFIX = "moelora."
 BASE_FOLDER = re.compile(r"base-[0-9a-f]{16}")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from moelora_kernels import Plan
 
 
+class RoutingDone(Exception):
+    """Ends a forward pass of which nothing but the routing is wanted; `run_forward` catches it."""
+
+
 @dataclass
 class ForwardState:
     """One forward pass over `batch` sequences of `length` tokens.
@@ -33,6 +37,7 @@ class ForwardState:
     num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop gave one.
     sequences_are_items: `num_items` counts sequences (classification), not tokens.
     forcing: what the routers may not decide.
+    routing_only: the forward stops once the last router has routed, and its routings take gradients.
     loss_gradient: d(what backward was called on)/d(loss); read by `probe_loss`, else the given factor.
     """
 
@@ -46,6 +51,7 @@ class ForwardState:
     sequences_are_items: bool = False
     with_losses: bool = False
     keep_routings: bool = False
+    routing_only: bool = False
     forcing: Forcing | None = None
     loss_gradient: Tensor | float = 1.0
 

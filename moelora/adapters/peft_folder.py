@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import PREFIX
-from .classes import base_class
+from ..checkpoint.saving import PREFIX
+from ..classes import base_class
+from ..targets import modules_to_save
 from .deltas import Delta
-from .targets import modules_to_save
 
 KEY = "base_model.model."
 # What a folder may hold that `overwrite` replaces: an adapter as PEFT or this package writes it, and no more.

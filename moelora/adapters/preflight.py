@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapter_files import Adapter, read_adapter
-from .adapter_folders import xlora_sources
-from .restore import ACCESS
-from .targets import features, has_peft_layers
+from ..checkpoint.restore import ACCESS
+from ..targets import features, has_peft_layers
+from .files import Adapter, read_adapter
+from .folders import xlora_sources
 
 Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
 # What Windows keeps for devices: an expert's folder could not have this name there.

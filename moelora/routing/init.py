@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import Factor
+from ..config import NO_EXPERT
+from ..experts import Factor
 from .routers import ArrowRouter, TopKRouter
 
 ROUTER_INITS = ("random", "arrow", "prototype")
@@ -49,6 +50,11 @@ def initialise(
 def _routers(model: Any, how: str) -> dict[str, TopKRouter]:
     """The routers by their names in the mixture, if this way can set them."""
     config, found = model.moelora_config, {}
+    if how == "arrow" and config.null_expert:
+        raise ValueError(
+            "router_init='arrow' has no direction for null_expert, which changes nothing: use 'prototype' with texts "
+            f"of {NO_EXPERT!r} too."
+        )
     if how == "arrow" and config.router_scope not in ("site", "projection"):
         raise ValueError(
             f"router_init='arrow' needs router_scope='site' or 'projection', not {config.router_scope!r}: its "
@@ -97,7 +103,7 @@ def _blocks(factor: Factor, expert: int) -> list[Tensor]:
 def _prototypes(
     model: Any, routers: Mapping[str, nn.Module], texts: Mapping[str, Any] | None, tokenizer: Any
 ) -> dict[str, Tensor]:
-    names = model.moelora_config.expert_names
+    names = model.moelora_config.choice_names
     given = texts or {}
     missing, unknown = sorted(set(names) - set(given)), sorted(set(given) - set(names))
     if missing or unknown:
@@ -118,17 +124,19 @@ def _inputs(model: Any, expert: str, routers: list[str], texts: list[Tensor]) ->
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            x = x.detach().reshape(-1, x.shape[-1]).float().cpu()
-            # At sequence level a router reads the mean of the prompt.
-            found[name].append(x if model.moelora.by_token else x.mean(0, keepdim=True))
+            x = x.detach().reshape(-1, x.shape[-1])
+            router = model.moelora.routers[name]
+            x = x if model.moelora.by_token else router.pool(x[None])
+            found[name].append(router.normalised(x).cpu())
 
         return record
 
     handles = [modules[n].register_forward_pre_hook(recorder(n), with_kwargs=True) for n in routers]
-    training = model.training
+    training, names = model.training, model.moelora_config.expert_names
     model.eval()
     try:
-        with model.use_experts(expert):
+        # For the choice of no expert: the base alone.
+        with model.use_experts({names[0]: 0.0} if expert == NO_EXPERT else expert):
             for text in texts:
                 model(input_ids=text.to(model.device))
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MoeLoraConfig
+from ..config import MoeLoraConfig
 from .losses import IGNORE
 from .state import ForwardState
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_number
-from .config import MoeLoraConfig
+from ..checks import check_number
+from ..config import MoeLoraConfig
 from .routers import Routing
 
 

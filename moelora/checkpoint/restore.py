@@ -15,12 +15,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .checkpoint import PREFIX, trained_keys
-from .config import FORMAT_VERSION, MoeLoraConfig
+from ..config import FORMAT_VERSION, MoeLoraConfig
 from .fingerprint import differences
+from .saving import PREFIX, trained_keys
 
 if TYPE_CHECKING:
-    from .modeling import MoeLoraModel
+    from ..modeling import MoeLoraModel
 
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What may be another at loading than it was at saving: the tensors mean the same.

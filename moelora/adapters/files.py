@@ -15,8 +15,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter_features import unnamed, unsupported
-from .adapter_folders import CONFIG, WEIGHTS, find_folder, inside, read_json
+from .features import unnamed, unsupported
+from .folders import CONFIG, WEIGHTS, find_folder, inside, read_json
 
 # Of tensors that are no expert's A or B: what the key holds, and why that is refused.
 FOREIGN = (

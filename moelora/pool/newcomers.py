@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number
-from .config import MoeLoraConfig
+from ..checks import check_integer, check_number
+from ..config import MoeLoraConfig
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _copied(model: Any, expert: int, noise: float, generator: torch.Generator | 
 
 
 def _imported(model: Any, adapter: Any, allow_base_mismatch: bool) -> Newcomer:
-    from .adapters import factors_of
+    from ..adapters.composing import factors_of
 
     factors = factors_of(adapter, model, allow_base_mismatch=allow_base_mismatch)
     adapted = {name for site in model.moelora.sites.values() for name in site.names}

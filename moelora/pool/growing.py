@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MoeLoraConfig
-from .experts import Factor
+from ..adapters.preflight import name_problem
+from ..config import MoeLoraConfig
+from ..experts import Factor
+from ..routing.routers import Router
 from .newcomers import Newcomer, newcomer
-from .optimizer_state import PoolChange, TrainedRows, resume_optimizer
-from .preflight import name_problem
-from .routers import Router
-
-__all__ = ["ExpertPool", "PoolChange", "resume_optimizer"]
+from .optimizer_state import PoolChange, TrainedRows
 
 
 class ExpertPool:
@@ -209,7 +207,7 @@ def _resized(router: Router, keep: Sequence[int | None], new: Newcomer | None) -
             shape = tuple(made.score(x).shape)
     except RuntimeError as error:
         shape = error
-    if shape != (1, len(keep)):
+    if shape != (1, made.num_choices):
         raise ValueError(
             f"{type(router).__name__} does not score {len(keep)} experts after resize() ({shape}): override resize "
             "where its parameters do not have one row an expert."

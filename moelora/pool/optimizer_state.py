@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import Factor
+from ..experts import Factor
+from ..routing.routers import Router
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ class PoolChange:
                 pieces.append((start, rows))
         self.replaced(before.parameter, after.rows, pieces)
 
-    def replaced_router(self, before: nn.Module, after: nn.Module, keep: Sequence[int | None]) -> None:
+    def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
         """Note what became of a router's parameters: rows of experts move, what has other rows stays or is new."""
         olds = dict(before.named_parameters())
         for name, new in after.named_parameters():
             old, rows = olds.pop(name, None), len(new) if new.dim() else 1
             if old is None or old.shape[1:] != new.shape[1:]:
                 pieces = [(None, rows)]
-            elif old.dim() and (len(old), rows) == (before.num_experts, len(keep)):
-                pieces = [(former, 1) for former in keep]
+            elif before.has_row_for_each_choice(name, old):
+                pieces = [(former, 1) for former in before.with_null(keep)]
             else:
                 pieces = [(0 if old.shape == new.shape else None, rows)]
             self.replaced(old, new, pieces)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .modeling import MoeLoraModel
+from ..modeling import MoeLoraModel
 
 
 class MoeLoraCallback(TrainerCallback):

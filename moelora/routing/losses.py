@@ -24,7 +24,8 @@ IGNORE = -100
 def load_balancing_loss(logits: Tensor, fractions: Tensor) -> Tensor:
     """E · Σ_e f_e p_e of each row (arXiv:2101.03961, eq. 4, before the mean over tokens); 1 when balanced.
 
-    logits `[N, E]`; fractions `[E]`: the share of the slots that each expert got, a constant.
+    logits `[N, E]`; fractions `[E]`: the share of the slots that each expert got, a constant. With `null_expert`
+    that choice counts as an expert.
     Returns `[N]`: additive over rows because the fractions are given.
     """
     return logits.shape[-1] * (logits.softmax(-1) @ fractions.to(logits.dtype))
@@ -40,8 +41,8 @@ def expert_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
-def check_expert_targets(targets: Tensor, batch: int, length: int, num_experts: int, level: str) -> None:
-    """Raise ValueError where `targets` are no expert numbers `[batch]`, or `[batch, length]` at token level."""
+def check_expert_targets(targets: Tensor, batch: int, length: int, num_choices: int, level: str) -> None:
+    """Raise ValueError where `targets` are no choices' numbers `[batch]`, or `[batch, length]` at token level."""
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
@@ -52,10 +53,10 @@ def check_expert_targets(targets: Tensor, batch: int, length: int, num_experts: 
             f"expert_targets has shape {tuple(targets.shape)}; expected one of {allowed} for this batch at "
             f"routing_level={level!r}."
         )
-    bad = targets[(targets != IGNORE) & ((targets < 0) | (targets >= num_experts))]
+    bad = targets[(targets != IGNORE) & ((targets < 0) | (targets >= num_choices))]
     if bad.numel():
         raise ValueError(
-            f"expert_targets contains {sorted(set(bad.tolist()))[:5]}; expected 0 … {num_experts - 1}, "
+            f"expert_targets contains {sorted(set(bad.tolist()))[:5]}; expected 0 … {num_choices - 1}, "
             "or −100 to leave a row out."
         )
 

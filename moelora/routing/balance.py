@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import MoeLoraConfig
+from ..config import MoeLoraConfig
 
 
 class ExpertLoad(nn.Module):
@@ -18,7 +18,8 @@ class ExpertLoad(nn.Module):
     tokens and does not depend on how a batch is cut into micro-batches or spread over processes. The counts are
     in the checkpoint, so that a resumed run goes on with the same bits.
 
-    current, previous: `[num_routers, E]` int64. bias: `[num_routers, E]` fp32 (arXiv:2408.15664).
+    current, previous: `[num_routers, C]` int64, C the experts and, where there is one, the choice of none (a
+    balancing loss without it would send all tokens there, arXiv:2406.13233). bias: the same, fp32 (arXiv:2408.15664).
     """
 
     current: Tensor
@@ -28,7 +29,8 @@ class ExpertLoad(nn.Module):
 
     def __init__(self, config: MoeLoraConfig, num_routers: int, device: torch.device):
         super().__init__()
-        shape = (num_routers, config.num_experts)
+        shape = (num_routers, config.num_choices)
+        self.null_expert = config.null_expert
         self.update_rate = config.router_bias_update_rate
         self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
@@ -38,6 +40,8 @@ class ExpertLoad(nn.Module):
 
     def resize(self, keep: Sequence[int | None]) -> None:
         """Expert i becomes the former `keep[i]`, or where None a new one without counts; the next window begins."""
+        if self.null_expert:
+            keep = [*keep, self.current.shape[1] - 1]
         kept = [(i, e) for i, e in enumerate(keep) if e is not None]
         to, of = [i for i, _ in kept], [e for _, e in kept]
         for name in ("current", "previous", "bias"):
@@ -81,12 +85,13 @@ class ExpertLoad(nn.Module):
         self.current += total
 
     def count(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """How many rows with a weight `[N]` above 0 (no padding) chose each expert, `[E]` int64."""
-        num_experts = self.current.shape[1]
+        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none), `[C]` int64."""
+        num_experts = self.current.shape[1] - int(self.null_expert)
         present = (weights > 0).to(torch.int64).unsqueeze(1).expand_as(expert_ids)
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
         # Integer sums do not depend on their order, so this has the same bits on every run.
-        return counts.scatter_add_(0, (expert_ids + 1).reshape(-1), present.reshape(-1))[1:]
+        counts.scatter_add_(0, (expert_ids + 1).reshape(-1), present.reshape(-1))
+        return counts.roll(-1) if self.null_expert else counts[1:]
 
     def fractions(self, index: int) -> Tensor:
         """Each expert's share of the slots of the previous step, `[E]`; equal shares before the first."""

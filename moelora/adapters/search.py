@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number
+from ..checks import check_integer, check_number
 
 IGNORE = -100
 Loss = Callable[[], float]

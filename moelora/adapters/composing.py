@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapter_files import Adapter, Target
-from .config import MoeLoraConfig
+from ..config import MoeLoraConfig
+from .files import Adapter, Target
 from .preflight import Sources, preflight
 
 # What the adapters say and a configuration given beside them may not say otherwise.
@@ -51,7 +51,7 @@ class FromAdapters:
 
         adapters: by expert name a folder, hub id or `PeftModel`; or the folder of an X-LoRA checkpoint.
         config: the routing; ranks, scalings, names and targets come from the adapters.
-        router_init, texts, tokenizer: where the routers begin, see `moelora.router_init.initialise`.
+        router_init, texts, tokenizer: where the routers begin, see `moelora.routing.init.initialise`.
         allow_base_mismatch: take adapters that name another base. kwargs: for the base's `from_pretrained`.
 
         Raises:
@@ -78,7 +78,7 @@ class FromAdapters:
 
         def then(made: Any) -> None:
             put_experts(made, found)
-            from .router_init import initialise
+            from ..routing.init import initialise
 
             initialise(made, router_init, texts, tokenizer)
 

@@ -1,0 +1,1 @@
+"""PEFT adapters in (reading, checking, composing) and out (export, merging)."""

@@ -1,0 +1,1 @@
+"""Saving and loading a mixture, and knowing its base again."""

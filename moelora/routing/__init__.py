@@ -1,0 +1,1 @@
+"""From hidden states to the experts that act: routers, their losses, forcing, reports."""

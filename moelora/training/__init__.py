@@ -1,0 +1,5 @@
+"""Training with the stock `Trainer`: a callback."""
+
+from .callback import MoeLoraCallback
+
+__all__ = ["MoeLoraCallback"]
