@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from .routing.forcing import Forcing, forcing_of
-from .routing.losses import check_expert_targets, probe_loss
+from .routing.losses import check_expert_targets, probe_loss, sole_loss
 from .routing.prompts import prompt_and_labels
 from .routing.routers import Routing
 from .routing.state import ForwardState, RoutingDone
@@ -179,9 +179,12 @@ def _extended(outputs: Any, state: ForwardState, probe: bool) -> Any:
     if state.loss_values:
         values = [v.float() for v in state.loss_values.values()]
         gained["expert_aux_loss"] = torch.stack([v.to(values[0].device) for v in values]).sum()
+        if outputs.get("loss") is None and state.expert_targets is not None:
+            # Nothing but the choice of experts is learned: Trainer asks for a loss all the same.
+            gained["loss"] = sole_loss(gained["expert_aux_loss"], outputs.logits, state)
     if state.keep_routings:
         gained["expert_routing"] = _routing(state)
-    return _output_class(type(outputs))(**outputs, **gained) if gained else outputs
+    return _output_class(type(outputs))(**{**outputs, **gained}) if gained else outputs
 
 
 def _routing(state: ForwardState) -> tuple[Routing, ...]:

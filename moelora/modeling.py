@@ -210,6 +210,7 @@ class MoeLoraForCausalLM(MoeLoraModel):
     expert_routing (of an earlier step), expert_targets (`[batch]` or `[batch, length]`), output_expert_routing,
     expert_weights (`[E]`, `[batch, E]` or `[batch, length, E]`: the weight of every expert, in the routers' place;
     0 for one that is not used) and banned_experts (names that the routers may not choose); generate() takes them too.
+    With expert_targets and without labels `loss` is what the router losses come to, so that routers can train alone.
     output_expert_routing="only" gives the routing alone, and takes gradients (see `routing_only`).
     The output is the base's own, with `expert_aux_loss` (0-dim, what the router losses come to; not part of
     `loss`) and `expert_routing` (one `Routing` a router).

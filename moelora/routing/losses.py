@@ -71,6 +71,14 @@ def probe_loss(loss: Tensor, state: ForwardState) -> Tensor:
     return _LossProbe.apply(loss, state)
 
 
+def sole_loss(value: Tensor, logits: Tensor, state: ForwardState) -> Tensor:
+    """`value` (0-dim) as a loss of its own: backward through it reaches what is attached to the weights, alone.
+
+    It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed layers too).
+    """
+    return _SoleLoss.apply(logits, value, state)
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights, loss, state):
@@ -84,6 +92,20 @@ class _AttachLoss(torch.autograd.Function):
         if not isinstance(gradient, Tensor):
             return grads[0], torch.full_like(ctx.like, gradient), None
         return grads[0], gradient.to(ctx.like), None
+
+
+class _SoleLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, value, state):
+        ctx.state = state
+        ctx.save_for_backward(logits)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.state.loss_gradient = grads[0].detach()
+        (logits,) = ctx.saved_tensors
+        return torch.zeros_like(logits), None, None
 
 
 class _LossProbe(torch.autograd.Function):
