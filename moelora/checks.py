@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 
 def check_integer(name: str, value, low: int) -> None:
@@ -59,3 +60,15 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     """Raise TypeError or ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")
+
+
+def check_by_linear(name: str, table: dict | None, num_experts: int, check: Callable, *bounds: float) -> None:
+    """Raise TypeError or ValueError unless `table` has for each linear a list with one good number an expert."""
+    for linear, values in (table or {}).items():
+        if not isinstance(values, list) or len(values) != num_experts:
+            raise ValueError(
+                f"{name}[{linear!r}]={values!r}: expected a list with one number for each of the "
+                f"{num_experts} experts."
+            )
+        for value in values:
+            check(f"{name}[{linear!r}]", value, *bounds)

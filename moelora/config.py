@@ -10,7 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checks import check_choice, check_flag, check_integer, check_number, check_regex, string_list
+from .checks import (
+    check_by_linear,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_regex,
+    string_list,
+)
 
 FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
@@ -148,7 +156,9 @@ class MoeLoraConfig(PreTrainedConfig):
             check_integer("r", rank, 1)
         for alpha in self._per_expert("lora_alpha"):
             check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-        self._check_by_linear()
+        experts, inf = self.num_experts, math.inf
+        check_by_linear("expert_ranks", self.expert_ranks, experts, check_integer, 0)
+        check_by_linear("expert_scaling", self.expert_scaling, experts, check_number, -inf, inf)
         check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, open_high=True)
         check_number("router_jitter_noise", self.router_jitter_noise, 0.0, 1.0, open_high=True)
         for name in (
@@ -235,20 +245,6 @@ class MoeLoraConfig(PreTrainedConfig):
                 "all experts, or a list with one for each."
             )
         return value
-
-    def _check_by_linear(self) -> None:
-        for field in ("expert_ranks", "expert_scaling"):
-            for linear, values in (getattr(self, field) or {}).items():
-                if not isinstance(values, list) or len(values) != self.num_experts:
-                    raise ValueError(
-                        f"{field}[{linear!r}]={values!r}: expected a list with one number for each of the "
-                        f"{self.num_experts} experts."
-                    )
-                for value in values:
-                    if field == "expert_ranks":
-                        check_integer(f"expert_ranks[{linear!r}]", value, 0)
-                    else:
-                        check_number(f"expert_scaling[{linear!r}]", value, -math.inf, math.inf)
 
     def _check_router(self) -> None:
         from .routing.routers import ROUTERS
