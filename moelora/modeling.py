@@ -25,13 +25,16 @@ from .generation import MoeLoraGeneration
 from .mixture import Mixture
 from .pool.growing import ExpertPool
 from .routing.forcing import ExpertForcing
+from .routing.init import ExpertDescriptions
 from .routing.observe import RoutingReport
 from .routing.routers import Routing
 from .sites import eject, inject, undone_on_error
 from .targets import has_peft_layers
 
 
-class MoeLoraModel(FromAdapters, ExpertExport, ExpertPool, ExpertForcing, MoeLoraGeneration):
+class MoeLoraModel(
+    FromAdapters, ExpertExport, ExpertPool, ExpertForcing, ExpertDescriptions, MoeLoraGeneration
+):
     """What every model with a mixture inside can do, whatever its base; see `MoeLoraForCausalLM`."""
 
     auto_class: ClassVar[type]

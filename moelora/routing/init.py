@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import NO_EXPERT
+from ..config import NO_EXPERT, MoeLoraConfig
 from ..experts import Factor
+from .descriptor import DescriptorRouter
 from .routers import ArrowRouter, TopKRouter
 
 ROUTER_INITS = ("random", "arrow", "prototype")
@@ -27,7 +28,8 @@ def initialise(
     random: as they are. arrow: the direction of input that an expert amplifies most, the top right singular
     vector of its s·BA over the linears of the site (arXiv:2405.11157); needs router="arrow", whose logits have
     no sign, and a router for each site or linear. prototype: the nearest mean hidden state, each expert's over
-    its `texts` with itself at work, in the metric of the tokens' covariance (linear discriminant analysis).
+    its `texts` with itself at work, in the metric of the tokens' covariance (linear discriminant analysis); with
+    router="descriptor" the experts' descriptors and a projection for them.
     texts: for every expert a list of strings, the path of a file (a text a line), rows with a "text", or tensors
     of token ids; strings need the tokenizer.
 
@@ -39,6 +41,9 @@ def initialise(
     if how != "prototype" and texts is not None:
         raise ValueError(f"texts are for router_init='prototype', not {how!r}: drop them.")
     if how == "random":
+        return
+    if how == "prototype" and _has_descriptors(model):
+        describe(model, _texts_of_all(model, texts, tokenizer), fit=True)
         return
     routers = _routers(model, how)
     rows = _arrows(model) if how == "arrow" else _prototypes(model, routers, texts, tokenizer)
@@ -63,10 +68,8 @@ def _routers(model: Any, how: str) -> dict[str, TopKRouter]:
     for name, router in model.moelora.routers.items():
         fits = isinstance(router, ArrowRouter) if how == "arrow" else type(router) is TopKRouter
         if not fits:
-            wanted = "arrow" if how == "arrow" else "top_k"
-            raise ValueError(
-                f"router_init={how!r} sets the rows of router={wanted!r}, not {config.router!r}."
-            )
+            wanted = "'arrow'" if how == "arrow" else "'top_k' (or the descriptors of 'descriptor')"
+            raise ValueError(f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}.")
         found[name] = router
     return found
 
@@ -103,6 +106,13 @@ def _blocks(factor: Factor, expert: int) -> list[Tensor]:
 def _prototypes(
     model: Any, routers: Mapping[str, nn.Module], texts: Mapping[str, Any] | None, tokenizer: Any
 ) -> dict[str, Tensor]:
+    ids = _texts_of_all(model, texts, tokenizer)
+    seen = [router_inputs(model, name, list(routers), own) for name, own in ids.items()]
+    return {router: discriminants([inputs[router] for inputs in seen]) for router in routers}
+
+
+def _texts_of_all(model: Any, texts: Mapping[str, Any] | None, tokenizer: Any) -> dict[str, list[Tensor]]:
+    """The texts of every choice as token ids, in the choices' order."""
     names = model.moelora_config.choice_names
     given = texts or {}
     missing, unknown = sorted(set(names) - set(given)), sorted(set(given) - set(names))
@@ -111,12 +121,52 @@ def _prototypes(
             f"router_init='prototype' needs texts of every expert: missing {missing}, unknown {unknown}. "
             f"The experts are: {', '.join(names)}."
         )
-    ids = {name: token_ids(given[name], tokenizer, name) for name in names}
-    seen = [_inputs(model, name, list(routers), ids[name]) for name in names]
-    return {router: discriminants([inputs[router] for inputs in seen]) for router in routers}
+    return {name: token_ids(given[name], tokenizer, name) for name in names}
 
 
-def _inputs(model: Any, expert: str, routers: list[str], texts: list[Tensor]) -> dict[str, Tensor]:
+class ExpertDescriptions:
+    """The part of a model with a mixture inside that says what its experts are for, with router="descriptor"."""
+
+    def describe_experts(self, texts: Mapping[str, Any], tokenizer: Callable[..., Any] | None = None) -> None:
+        """Set the descriptors of these experts from a few texts of each, in any form that `initialise` takes.
+
+        The other experts' descriptors keep their bits. The first description also fits the projection to its texts:
+        name all experts in it. Later ones leave the projection as it is, trained or not, so a newcomer
+        (`add_expert`) is chosen from then on without training. With `null_expert` the choice of no expert may be
+        described too, as "(base)".
+
+        Raises:
+            ValueError: another router, an unknown expert, no text, strings without a tokenizer.
+        """
+        config: MoeLoraConfig = self.moelora_config  # type: ignore[attr-defined]
+        if not _has_descriptors(self):
+            raise ValueError(
+                f"describe_experts sets the descriptors of router='descriptor', and this mixture has "
+                f"{config.router!r}: make one with MoeLoraConfig(router='descriptor')."
+            )
+        if self.moelora.forcing is not None:  # type: ignore[attr-defined]
+            raise ValueError("The experts cannot be described inside use_experts(): leave it first.")
+        names = ", ".join(config.choice_names)
+        if not texts:
+            raise ValueError(f"There are no texts: give a few of one of {names} at least.")
+        if unknown := sorted(set(texts) - set(config.choice_names)):
+            raise ValueError(f"There is no expert {', '.join(map(repr, unknown))}. The experts are: {names}.")
+        describe(self, {name: token_ids(own, tokenizer, name) for name, own in texts.items()})
+
+
+def describe(model: Any, ids: Mapping[str, list[Tensor]], fit: bool | None = None) -> None:
+    """Set the descriptors of these choices in every router from their texts' token ids; all are read first."""
+    names, routers = model.moelora_config.choice_names, model.moelora.routers
+    seen = {names.index(name): router_inputs(model, name, list(routers), own) for name, own in ids.items()}
+    for name, router in routers.items():
+        router.describe({choice: inputs[name] for choice, inputs in seen.items()}, fit)
+
+
+def _has_descriptors(model: Any) -> bool:
+    return all(isinstance(router, DescriptorRouter) for router in model.moelora.routers.values())
+
+
+def router_inputs(model: Any, expert: str, routers: list[str], texts: list[Tensor]) -> dict[str, Tensor]:
     """What each router would read of the expert's texts with the expert at work, `[tokens, d]` fp32."""
     found: dict[str, list[Tensor]] = {name: [] for name in routers}
     modules = {name.replace(".", "-"): module for name, module in model.named_modules()}
@@ -131,14 +181,17 @@ def _inputs(model: Any, expert: str, routers: list[str], texts: list[Tensor]) ->
 
         return record
 
-    handles = [modules[n].register_forward_pre_hook(recorder(n), with_kwargs=True) for n in routers]
+    # Before the mixture's own hooks: one of them may end the forward pass.
+    handles = [
+        modules[n].register_forward_pre_hook(recorder(n), prepend=True, with_kwargs=True) for n in routers
+    ]
     training, names = model.training, model.moelora_config.expert_names
     model.eval()
     try:
         # For the choice of no expert: the base alone.
         with model.use_experts({names[0]: 0.0} if expert == NO_EXPERT else expert):
             for text in texts:
-                model(input_ids=text.to(model.device))
+                model.routing_only(input_ids=text.to(model.device))
     finally:
         model.train(training)
         for handle in handles:
