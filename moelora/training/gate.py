@@ -43,8 +43,8 @@ def train_gate(
 
     texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets. Each router's loss
     is the cross-entropy of its logits on the prompt: one row a prompt at sequence level, one a token at token level.
-    With router_scope="model" the forward pass ends at the router, and where what a sequence router reads does not
-    depend on what is trained (mean or last token), it is computed once for all epochs.
+    AdamW, the learning rate falling to 0 in a line. With router_scope="model" the forward pass ends at the router;
+    what a sequence router reads there, if it pools by mean or last token, is computed once for all epochs.
 
     Raises:
         ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out of range.
@@ -59,6 +59,8 @@ def train_gate(
     with _routers_alone(model, seed) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
         rows, batches = len(labelled), _batches(model, labelled, batch_size)
+        steps = epochs * -(-rows // batch_size)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             order, total, right, counted = torch.randperm(rows, generator=generator).tolist(), 0.0, 0, 0
@@ -69,9 +71,9 @@ def train_gate(
                 for parameter, gradient in zip(parameters, gradients):
                     parameter.grad = gradient
                 optimizer.step()
-                total, right, counted = total + float(loss) * seen, right + hits, counted + seen
+                decay.step()
+                total, right, counted = total + float(loss.detach()) * seen, right + hits, counted + seen
             losses.append(total / max(counted, 1))
-    steps = epochs * -(-rows // batch_size)
     return GateReport(losses, right / max(counted, 1), steps, time.perf_counter() - start)
 
 
