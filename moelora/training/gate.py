@@ -47,7 +47,8 @@ def train_gate(
     what a sequence router reads there, if it pools by mean or last token, is computed once for all epochs.
 
     Raises:
-        ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out of range.
+        ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out of range, or
+            inside `use_experts`.
     """
     check_integer("epochs", epochs, 1)
     check_integer("batch_size", batch_size, 1)
@@ -79,7 +80,14 @@ def train_gate(
 
 @torch.no_grad()
 def prompt_features(model: Any, texts: Texts, batch_size: int = 32) -> Tensor:
-    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU; at token level the mean over it."""
+    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU; at token level the mean over it.
+
+    Raises:
+        ValueError: no texts, or inside `use_experts`, where no router reads.
+    """
+    _check_asked(model)
+    if not len(texts):
+        raise ValueError("There are no texts to take features of: give one at least.")
     router = next(iter(model.moelora.routers.values()))
     training, found = model.training, []
     model.eval()
@@ -98,15 +106,19 @@ def labelled_texts(model: Any, texts: Mapping[str, Texts] | Texts) -> Texts:
     """All texts with expert_targets, of which at least one must count.
 
     Raises:
-        ValueError: as `train_gate`.
+        ValueError, TypeError: as `train_gate`.
     """
+    _check_asked(model)
     names = model.moelora_config.choice_names
     if isinstance(texts, Mapping):
         if unknown := sorted(set(texts) - set(names)):
             raise ValueError(
                 f"There is no expert {', '.join(map(repr, unknown))}. The choices are: {', '.join(names)}."
             )
+        for name, own in texts.items():
+            _check_texts(repr(name), own)
         texts = Texts.joined([own.labelled(names.index(name)) for name, own in texts.items()])
+    _check_texts("texts", texts)
     if not len(texts):
         raise ValueError(f"There are no texts: give some of each of {', '.join(names)}.")
     for number, row in enumerate(texts.rows):
@@ -119,7 +131,21 @@ def labelled_texts(model: Any, texts: Mapping[str, Texts] | Texts) -> Texts:
             raise ValueError(
                 f"Row {number} has expert_targets {targets.tolist()}; expected 0 … {len(names) - 1} or −100."
             )
+    if all(bool((row["expert_targets"] == IGNORE).all()) for row in texts.rows):
+        raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
+
+
+def _check_asked(model: Any) -> None:
+    if model.moelora.forcing is not None:
+        raise ValueError("The routers have no say, or not all of it, inside use_experts(): leave it first.")
+
+
+def _check_texts(name: str, texts: Any) -> None:
+    if not isinstance(texts, Texts):
+        raise TypeError(
+            f"{name} is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes them)."
+        )
 
 
 def padded(prompts: Sequence[Tensor], device: Any = None) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ class PadRouting:
     padding_side: "right" or "left"; by default the collator's tokenizer's, else right.
 
     Raises:
-        ValueError: another padding side, rows with different keys, or expert_targets as long as nothing.
+        ValueError: another padding side, rows with different keys, expert_targets as long as nothing, or a collator
+            that packs.
     """
 
     def __init__(
@@ -44,6 +45,11 @@ class PadRouting:
         plain = [{k: v for k, v in row.items() if k not in ROUTING_FILL} for row in rows]
         batch = dict(self._padded(plain) if self.collator is None else self.collator(plain))
         width = batch["input_ids"].shape[1]
+        if len(batch["input_ids"]) != len(rows):
+            raise ValueError(
+                f"{type(self.collator).__name__} made {len(batch['input_ids'])} rows of {len(rows)}: a packed row has "
+                "no single prompt, so use a collator that pads."
+            )
         for name, fill in ROUTING_FILL.items():
             given = [torch.as_tensor(row[name]) for row in rows if name in row]
             if not given:

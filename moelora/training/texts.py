@@ -43,16 +43,26 @@ class Texts(Dataset):
 
         Raises:
             ValueError: a row without the fields, empty, or too long, by its number.
+            TypeError: one text or mapping instead of rows of them.
         """
         limit = max_length
         if limit is None:
             known = getattr(tokenizer, "model_max_length", LONGEST)
             limit = known if isinstance(known, int) and known < LONGEST else None
+        if isinstance(rows, (str, Mapping)):
+            raise TypeError(
+                f"rows is a {type(rows).__name__}; expected several rows, such as a list of them."
+            )
         made = []
         for number, row in enumerate(rows):
             prompt, target = _parts(row, number)
             prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
             target_ids = _target_ids(target, tokenizer, "" if prompt is None else join, bool(prompt_ids))
+            for part, ids in ((prompt, prompt_ids), (target, target_ids)):
+                if part is not None and not ids:
+                    raise ValueError(
+                        f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
+                    )
             if limit is not None and len(prompt_ids) + len(target_ids) > limit:
                 raise ValueError(
                     f"Row {number} has {len(prompt_ids)} tokens of prompt and {len(target_ids)} of target, more than "
@@ -105,11 +115,11 @@ class Texts(Dataset):
 def _parts(row: Any, number: int) -> tuple[str | None, str]:
     """The prompt, None for a whole text, and the target."""
     if isinstance(row, str):
-        prompt, target = None, row
+        parts = {"text": row}
     elif not isinstance(row, Mapping):
         raise ValueError(f"Row {number} is a {type(row).__name__}; expected a mapping or a string.")
     elif "text" in row:
-        prompt, target = None, row["text"]
+        parts = {"text": row["text"]}
     else:
         names = [next((n for n in wanted if n in row), None) for wanted in (PROMPTS, TARGETS)]
         if None in names:
@@ -117,13 +127,13 @@ def _parts(row: Any, number: int) -> tuple[str | None, str]:
                 f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} with one of "
                 f"{', '.join(TARGETS)}, or text."
             )
-        prompt, target = row[names[0]], row[names[1]]
-    for what, part in (("prompt", prompt), ("text" if prompt is None else "target", target)):
-        if part is not None and (not isinstance(part, str) or not part.strip()):
+        parts = {"prompt": row[names[0]], "target": row[names[1]]}
+    for what, part in parts.items():
+        if not isinstance(part, str) or not part.strip():
             raise ValueError(
                 f"Row {number} has an empty {what} ({part!r}): fill it in, or leave the row out."
             )
-    return prompt, target
+    return parts.get("prompt"), parts.get("target", parts.get("text", ""))
 
 
 def _target_ids(target: str, tokenizer: Callable[..., Any], join: str, after_prompt: bool) -> list[int]:
