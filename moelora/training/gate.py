@@ -50,11 +50,13 @@ def train_gate(
         ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out of range, or
             inside `use_experts`.
     """
-    check_integer("epochs", epochs, 1)
-    check_integer("batch_size", batch_size, 1)
-    check_integer("seed", seed, 0)
-    check_number("learning_rate", learning_rate, 0.0, float("inf"), open_low=True)
-    check_number("weight_decay", weight_decay, 0.0, float("inf"))
+    check_options(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
     labelled = labelled_texts(model, texts)
     start, losses, right, counted = time.perf_counter(), [], 0, 0
     with _routers_alone(model, seed) as parameters:
@@ -76,6 +78,23 @@ def train_gate(
                 total, right, counted = total + float(loss.detach()) * seen, right + hits, counted + seen
             losses.append(total / max(counted, 1))
     return GateReport(losses, right / max(counted, 1), steps, time.perf_counter() - start)
+
+
+def check_options(**options: Any) -> None:
+    """Raise where `train_gate` would refuse these options, for recipes that come to it late.
+
+    Raises:
+        ValueError, TypeError: an option that does not exist, or out of range.
+    """
+    known = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"train_gate has no option {unknown}. Its options are: {', '.join(known)}.")
+    for name, value in options.items():
+        low = known[name]
+        if low is not None:
+            check_integer(name, value, low)
+        else:
+            check_number(name, value, 0.0, float("inf"), open_low=name == "learning_rate")
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def oracle_targets(
     """
     check_integer("batch_size", batch_size, 1)
     check_number("margin", margin, 0.0, math.inf)
-    _check(model, texts)
+    check_texts(model, texts)
     path = None if cache is None else Path(cache)
     key = "" if path is None else _key(model, texts)
     losses = None if path is None else _kept(path, key)
@@ -77,7 +77,12 @@ def oracle_targets(
     return OracleLabels(targets, losses, model.moelora_config.choice_names)
 
 
-def _check(model: Any, texts: Texts) -> None:
+def check_texts(model: Any, texts: Texts) -> None:
+    """Raise where `oracle_targets` could not label these texts.
+
+    Raises:
+        ValueError, TypeError: a classifier, no texts, or one without a target token to predict.
+    """
     if model.is_classifier:
         raise TypeError("oracle_targets compares losses on target tokens, which a classifier has none of.")
     if not isinstance(texts, Texts):
