@@ -25,6 +25,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_training
 	$(BIN)/python -m benchmarks.bench_generation
 	$(BIN)/python -m benchmarks.bench_kernels
+	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
 
 # Needs a GPU and a plain python3 with torch >= 2.11, triton >= 3.6 and transformers >= 5.17: nothing is installed.
 gpu:
