@@ -78,8 +78,8 @@ def sections(settings: Settings, results: Results, source: str) -> list[str]:
         f"{sizes.expert_texts} texts a task). {source}",
         table([_candidate_line(name, seeds) for name, seeds in found.items()]),
         f"Share of prompts that go to their own task's expert: {tests} test prompts, {sizes.gate_texts} training texts "
-        f"a task (before a deeper layer {sizes.deep_texts} prompts a task, the selector {sizes.selector_samples}; seeds with "
-        f"a selector: {len(results['selector'])}).",
+        f"a task (before a deeper layer {sizes.deep_texts} prompts a task, the selector {sizes.selector_samples}; "
+        f"seeds with a selector: {len(results['selector'])}).",
         table([{"gate": k, "accuracy": s.text(".4f")} for k, s in gate_accuracies(results).items()]),
         "What choosing costs for one prompt, batch 1, one thread, medians "
         f"({results['latency'][0]['prompts']} prompts of {results['latency'][0]['tokens']:.0f} tokens on average).",
