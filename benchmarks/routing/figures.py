@@ -96,9 +96,12 @@ def harder_ratio(results: Results) -> Spread:
 
 def gate_accuracies(results: Results) -> dict[str, Spread]:
     """By kind of gate its routing accuracy; the selector's too."""
-    kinds = results["gates"][0]["accuracy"]
-    found = {kind: Spread.of(r["accuracy"][kind] for r in results["gates"]) for kind in kinds}
-    return found | {"selector that writes the name": selector_accuracy(results)}
+    found = {}
+    for part in (results["gates"], results["bare"]):
+        found |= {kind: Spread.of(r["accuracy"][kind] for r in part) for kind in part[0]["accuracy"]}
+    if "selector" in results:
+        found["selector that writes the name"] = selector_accuracy(results)
+    return found
 
 
 def selector_accuracy(results: Results) -> Spread:

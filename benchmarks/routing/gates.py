@@ -126,6 +126,20 @@ def run_gates(settings: Settings, seed: int) -> dict[str, Any]:
     return found
 
 
+def run_bare(settings: Settings, seed: int) -> dict[str, Any]:
+    """Routing accuracy of the gates where prompts, to learn from and to be asked, lack their template's words."""
+    tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
+    tasks = [task.without_template() for task in settings.tasks]
+    texts = settings.gate_texts(tasks, seed, tokenizer)
+    tests = {task.name: Texts.of(task.test, tokenizer) for task in tasks}
+    found = {}
+    for kind, changes in GATES.items():
+        with gated(base, settings.names, seed, **changes) as model:
+            train_gate(model, texts, seed=seed)
+            found[f"{kind}; prompts without their template's words"] = accuracy(confusion(model, tests))
+    return {"accuracy": found}
+
+
 def _sample(
     settings: Settings, task: Task, seed: int, part: str, tokenizer: PreTrainedTokenizerBase
 ) -> Texts:

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.routing.experts import train_experts, train_joint
-from benchmarks.routing.gates import run_gates
+from benchmarks.routing.gates import run_bare, run_gates
 from benchmarks.routing.latency import run_latency
 from benchmarks.routing.mixtures import run_harder, run_mixtures
 from benchmarks.routing.outside import run_outside
@@ -37,7 +37,7 @@ class Part:
     after: str | None = None
 
 
-def parts_of(settings: Settings) -> list[Part]:
+def parts_of(settings: Settings, gates_only: bool = False) -> list[Part]:
     """All parts but the timing, in the order in which they are begun: what others wait for, then long before short."""
     rank, many = settings.sizes.rank, len(settings.tasks) * settings.sizes.rank
     seeds = range(settings.seeds)
@@ -49,19 +49,22 @@ def parts_of(settings: Settings) -> list[Part]:
         ("joint, active", train_joint, (rank,), None),
         *([("harder", run_harder, (), "experts")] if settings.harder else []),
         ("gates", run_gates, (), None),
+        ("bare", run_bare, (), None),
         ("replay", run_replay, (), None),
         *([("outside", run_outside, (), None)] if settings.outside_train else []),
     ]
+    if gates_only:
+        kinds = [kind for kind in kinds if kind[0] in ("gates", "bare")]
     parts = [Part(name, seed, call, words, after) for name, call, words, after in kinds for seed in seeds]
     return [part for part in parts if part.name != "selector" or part.seed < settings.sizes.selector_seeds]
 
 
-def run_parts(settings: Settings, workers: int) -> Results:
+def run_parts(settings: Settings, workers: int, gates_only: bool = False) -> Results:
     """What every part found, by its name, one a seed; "selector" has its first seeds alone, "latency" one.
 
     workers: processes side by side, each with one thread; 1 does all of it in this one.
     """
-    waiting, running, found = parts_of(settings), {}, {}
+    waiting, running, found = parts_of(settings, gates_only), {}, {}
     start = time.perf_counter()
     with _executor(workers) as executor:
         while waiting or running:
@@ -75,12 +78,14 @@ def run_parts(settings: Settings, workers: int) -> Results:
                 part = running.pop(future)
                 found[part.name, part.seed] = future.result()
                 _log(start, f"{part.name}, seed {part.seed}", found[part.name, part.seed])
-        # In a worker of its own, with nothing beside it.
-        latency = executor.submit(timed, run_latency, settings, 0).result()
-        _log(start, "latency", latency)
+        timing = {}
+        if not gates_only:
+            # In a worker of its own, with nothing beside it.
+            timing["latency"] = [executor.submit(timed, run_latency, settings, 0).result()]
+            _log(start, "latency", timing["latency"][0])
     names = dict.fromkeys(name for name, _ in found)
     seeds = range(settings.seeds)
-    return {n: [found[n, s] for s in seeds if (n, s) in found] for n in names} | {"latency": [latency]}
+    return {n: [found[n, s] for s in seeds if (n, s) in found] for n in names} | timing
 
 
 def timed(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -53,6 +53,15 @@ def write(settings: Settings, results: Results, shown: dict[str, Any], source: s
     return markdown
 
 
+def write_gates(results: Results, shown: dict[str, Any], source: str, folder: Path) -> str:
+    """Write routing_gates_cpu.json, of a run of the gates alone; returns its table in Markdown."""
+    gates = gate_accuracies(results)
+    rows = [{"gate": kind, "accuracy": spread.text(".4f")} for kind, spread in gates.items()]
+    figures = [{"gate": kind, **vars(spread)} for kind, spread in gates.items()]
+    save("routing_gates_cpu", {**shown, "data": source}, rows, folder, routing=figures)
+    return table(rows)
+
+
 def _harder_json(results: Results) -> list[dict[str, Any]]:
     if "harder" not in results:
         return []

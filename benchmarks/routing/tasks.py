@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,21 @@ class Task:
     def has_answers(self) -> bool:
         """Whether an output can be right or wrong, and not only likely."""
         return all("answer" in row for row in self.test)
+
+    def without_template(self, share: float = 0.9) -> Task:
+        """The same task without the words that at least this share of its training prompts have.
+
+        What a template says tells tasks apart at a glance. A prompt that has no other word stays as it is.
+        """
+        prompts = [set(row["instruction"].split()) for row in self.train]
+        counts = Counter(word for words in prompts for word in words)
+        template = {word for word, count in counts.items() if count >= share * len(prompts)}
+
+        def bare(row: Row) -> Row:
+            words = [word for word in row["instruction"].split() if word not in template]
+            return {**row, "instruction": " ".join(words) or row["instruction"]}
+
+        return replace(self, train=tuple(map(bare, self.train)), test=tuple(map(bare, self.test)))
 
 
 def read_tasks(folder: Path, names: Sequence[str]) -> list[Task]:

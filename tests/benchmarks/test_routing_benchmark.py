@@ -252,3 +252,23 @@ def test_targets_are_met_by_the_mean():
         and _row("b", Spread(1, 1, 1), 1.0)["met"]
     )
     assert Sizes.quick().gate_texts < Sizes().gate_texts == 100
+
+
+def test_a_template_is_the_words_that_nearly_all_prompts_have(folder):
+    (task,) = (task for task in read_tasks(folder, ["sums", "side"]) if task.name == "side")
+    assert task.train[3]["instruction"] == "<side> thing 3:"
+    bare = task.without_template()
+    assert [row["instruction"] for row in bare.train[:2]] == ["0:", "1:"] and bare.test[1]["output"]
+    all_alike = Task(
+        "a", ({"instruction": "same", "output": "x"},) * 3, ({"instruction": "same", "output": "x"},)
+    )
+    assert all_alike.without_template().test[0]["instruction"] == "same"
+
+
+def test_gates_alone(folder, tmp_path):
+    words = f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick --gates-only"
+    bench_routing.main([*words.split(), "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "routing_gates_cpu.json").read_text(encoding="utf-8"))
+    kinds = {row["gate"] for row in found["routing"]}
+    assert {"linear, mean of the embeddings", "mlp, mean; prompts without their template's words"} <= kinds
+    assert not (tmp_path / "routing_cpu.json").exists()
