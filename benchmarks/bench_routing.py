@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness import RESULTS
 from benchmarks.routing import bases
-from benchmarks.routing.parts import prepare_process, run_parts
-from benchmarks.routing.report import write, write_gates
+from benchmarks.routing.parts import ALONE, prepare_process, run_parts
+from benchmarks.routing.report import write, write_alone
 from benchmarks.routing.settings import Settings, Sizes
 from benchmarks.routing.tasks import Task, corpus_tasks, read_tasks
 
@@ -47,7 +47,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side, one thread each")
     parser.add_argument("--quick", action="store_true", help="few texts and steps, one seed")
-    parser.add_argument("--gates-only", action="store_true", help="the gates' accuracies alone: two minutes")
+    parser.add_argument(
+        "--only", choices=list(ALONE), help="the gates' accuracies alone, or the harder tasks' losses"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(words)
     if options.seeds is None:
@@ -98,13 +100,13 @@ def main(words: list[str] | None = None) -> None:
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, Path(folder))
-        results = run_parts(settings, options.workers, options.gates_only)
+        results = run_parts(settings, options.workers, options.only)
         shown = {k: v for k, v in vars(options).items() if k not in ("output", "tasks", "names", "harder")}
         shown |= {"names": settings.names, "harder": [task.name for task in settings.harder]}
         source = CORPUS if options.tasks is None else _source(options.tasks, settings)
         shown["minutes"] = round((time.perf_counter() - start) / 60, 1)
-        if options.gates_only:
-            print(write_gates(results, shown, source, options.output))
+        if options.only:
+            print(write_alone(results, shown, source, options.output))
         else:
             print(write(settings, results, shown, source, options.output))
     print(f"{shown['minutes']} minutes; {options.output}")

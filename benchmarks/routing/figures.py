@@ -88,9 +88,9 @@ def ratio(found: Mapping[str, Sequence[Scores]], name: str, reference: str) -> S
     return Spread.of(mean_loss(a) / mean_loss(b) for a, b in pairs)
 
 
-def harder_ratio(results: Results) -> Spread:
-    """The same of the gate among all tasks over their own experts."""
-    pairs = [(r["scores"][SEQUENCE], r["scores"]["oracle"]) for r in results["harder"]]
+def harder_ratio(results: Results, name: str = SEQUENCE) -> Spread:
+    """The same of a gate among all tasks over their own experts."""
+    pairs = [(r["scores"][name], r["scores"]["oracle"]) for r in results["harder"]]
     return Spread.of(mean_loss(a) / mean_loss(b) for a, b in pairs)
 
 

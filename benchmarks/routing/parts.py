@@ -23,6 +23,8 @@ from benchmarks.routing.replay import run_replay
 from benchmarks.routing.selector import run_selector
 from benchmarks.routing.settings import Settings
 
+# What can be run alone, by what it needs.
+ALONE = {"gates": ("gates", "bare"), "harder": ("experts", "harder")}
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -37,7 +39,7 @@ class Part:
     after: str | None = None
 
 
-def parts_of(settings: Settings, gates_only: bool = False) -> list[Part]:
+def parts_of(settings: Settings, only: str | None = None) -> list[Part]:
     """All parts but the timing, in the order in which they are begun: what others wait for, then long before short."""
     rank, many = settings.sizes.rank, len(settings.tasks) * settings.sizes.rank
     seeds = range(settings.seeds)
@@ -53,18 +55,18 @@ def parts_of(settings: Settings, gates_only: bool = False) -> list[Part]:
         ("replay", run_replay, (), None),
         *([("outside", run_outside, (), None)] if settings.outside_train else []),
     ]
-    if gates_only:
-        kinds = [kind for kind in kinds if kind[0] in ("gates", "bare")]
+    if only is not None:
+        kinds = [kind for kind in kinds if kind[0] in ALONE[only]]
     parts = [Part(name, seed, call, words, after) for name, call, words, after in kinds for seed in seeds]
     return [part for part in parts if part.name != "selector" or part.seed < settings.sizes.selector_seeds]
 
 
-def run_parts(settings: Settings, workers: int, gates_only: bool = False) -> Results:
+def run_parts(settings: Settings, workers: int, only: str | None = None) -> Results:
     """What every part found, by its name, one a seed; "selector" has its first seeds alone, "latency" one.
 
-    workers: processes side by side, each with one thread; 1 does all of it in this one.
+    only: a key of `ALONE`. workers: processes side by side, each with one thread; 1 does all of it in this one.
     """
-    waiting, running, found = parts_of(settings, gates_only), {}, {}
+    waiting, running, found = parts_of(settings, only), {}, {}
     start = time.perf_counter()
     with _executor(workers) as executor:
         while waiting or running:
@@ -79,7 +81,7 @@ def run_parts(settings: Settings, workers: int, gates_only: bool = False) -> Res
                 found[part.name, part.seed] = future.result()
                 _log(start, f"{part.name}, seed {part.seed}", found[part.name, part.seed])
         timing = {}
-        if not gates_only:
+        if only is None:
             # In a worker of its own, with nothing beside it.
             timing["latency"] = [executor.submit(timed, run_latency, settings, 0).result()]
             _log(start, "latency", timing["latency"][0])

@@ -15,6 +15,7 @@ from benchmarks.routing.figures import (
     candidate_rows,
     candidates,
     gate_accuracies,
+    harder_ratio,
     mean_accuracy,
     mean_loss,
     old_tasks,
@@ -53,8 +54,17 @@ def write(settings: Settings, results: Results, shown: dict[str, Any], source: s
     return markdown
 
 
-def write_gates(results: Results, shown: dict[str, Any], source: str, folder: Path) -> str:
-    """Write routing_gates_cpu.json, of a run of the gates alone; returns its table in Markdown."""
+def write_alone(results: Results, shown: dict[str, Any], source: str, folder: Path) -> str:
+    """Write routing_gates_cpu.json or routing_harder_cpu.json, of a run of that alone; returns its table."""
+    if "harder" in results:
+        scores = [r["scores"] for r in results["harder"]]
+        found = {name: [s[name] for s in scores] for name in scores[0]}
+        over = [{"gate": name, **vars(harder_ratio(results, name))} for name in found]
+        save("routing_harder_cpu", {**shown, "data": source}, candidate_rows(found), folder, over_oracle=over)
+        lines = [_candidate_line(name, seeds) for name, seeds in found.items()]
+        return table(
+            [line | {"over the oracle": harder_ratio(results, line["model"]).text()} for line in lines]
+        )
     gates = gate_accuracies(results)
     rows = [{"gate": kind, "accuracy": spread.text(".4f")} for kind, spread in gates.items()]
     figures = [{"gate": kind, **vars(spread)} for kind, spread in gates.items()]

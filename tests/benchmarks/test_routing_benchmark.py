@@ -265,10 +265,16 @@ def test_a_template_is_the_words_that_nearly_all_prompts_have(folder):
     assert all_alike.without_template().test[0]["instruction"] == "same"
 
 
-def test_gates_alone(folder, tmp_path):
-    words = f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick --gates-only"
-    bench_routing.main([*words.split(), "--output", str(tmp_path)])
-    found = json.loads((tmp_path / "routing_gates_cpu.json").read_text(encoding="utf-8"))
-    kinds = {row["gate"] for row in found["routing"]}
+def test_parts_alone(folder, tmp_path):
+    words = (
+        f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick".split()
+    )
+    found = {}
+    for only in ("gates", "harder"):
+        bench_routing.main([*words, "--only", only, "--output", str(tmp_path)])
+        found[only] = json.loads((tmp_path / f"routing_{only}_cpu.json").read_text(encoding="utf-8"))
+    kinds = {row["gate"] for row in found["gates"]["routing"]}
     assert {"linear, mean of the embeddings", "mlp, mean; prompts without their template's words"} <= kinds
+    over = {row["gate"]: row["mean"] for row in found["harder"]["over_oracle"]}
+    assert over["oracle"] == 1 and over["gated, sequence, top 2"] > 0
     assert not (tmp_path / "routing_cpu.json").exists()
