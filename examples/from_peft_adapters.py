@@ -24,7 +24,7 @@ from quickstart import load_base, prepare_base
 from transformers import AutoTokenizer
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.routing.init import initialise
+from moelora.training.router_init import initialise
 
 RANKS = {"python": 4, "cpp": 8, "docs": 16, "licences": 32}
 LEARNING_RATE, ROUTER_LEARNING_RATE = 2e-3, 1e-2

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.routing.observe import plot_routing_heatmap
+from moelora.core.report import plot_routing_heatmap
 
 EXPERTS, RANK, TOP_K = 8, 8, 2
 # One rate for all, the lowest mean loss of the three together among those swept (40 steps, seed 0,

@@ -3,9 +3,9 @@
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .config import MoeLoraConfig
+from .core.report import RoutingReport
 from .modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from .routing.observe import RoutingReport
-from .routing.routers import ROUTERS, Router, Routing, register_router
+from .routers.base import ROUTERS, Router, Routing, register_router
 
 __version__ = "0.1.0"
 

@@ -186,7 +186,7 @@ def route(
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
-    from .checkpoint.restore import read
+    from .checkpoint.load import read
 
     with _refused():
         tensors, config, _ = read(checkpoint / WEIGHTS)
@@ -224,7 +224,7 @@ def _class(classifier: bool) -> Any:
 
 def _load(checkpoint: Path, base: str | None) -> Any:
     """The saved mixture, of the class that its base has."""
-    from .checkpoint.restore import read
+    from .checkpoint.load import read
 
     _, config, _ = read(checkpoint / WEIGHTS)
     classifier = str(config.base_architecture or "").endswith("ForSequenceClassification")

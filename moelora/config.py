@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checks import (
+from .validation import (
     check_by_linear,
     check_choice,
     check_flag,
@@ -247,7 +247,7 @@ class MoeLoraConfig(PreTrainedConfig):
         return value
 
     def _check_router(self) -> None:
-        from .routing.routers import ROUTERS
+        from .routers.base import ROUTERS
 
         if not isinstance(self.router, str) or self.router not in ROUTERS:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -16,31 +16,28 @@ from transformers.models.auto.modeling_auto import (
 
 from .adapters.composing import FromAdapters
 from .adapters.export import ExpertExport
-from .checkpoint import restore, saving
-from .checkpointing import RoutedCheckpoint
-from .classes import base_class, become, rebuild, revert
+from .checkpoint import load as restore
+from .checkpoint import save as saving
 from .config import MoeLoraConfig
-from .forward import ROUTING_ONLY
-from .generation import MoeLoraGeneration
-from .mixture import Mixture
-from .pool.growing import ExpertPool
-from .routing.forcing import ExpertForcing
-from .routing.init import ExpertDescriptions
-from .routing.observe import RoutingReport
-from .routing.routers import Routing
-from .sites import eject, inject, undone_on_error
-from .targets import has_peft_layers
+from .core.forward import ROUTING_ONLY
+from .core.generation import MoeLoraGeneration
+from .core.gradient_checkpointing import RoutedCheckpoint
+from .core.model import MixtureModel, base_class, become, rebuild, revert
+from .core.overrides import ExpertForcing
+from .core.report import RoutingReport
+from .expert_pool.changes import ExpertPool
+from .injection.sites import eject, inject, undone_on_error
+from .injection.targets import has_peft_layers
+from .routers.base import Routing
+from .training.router_init import ExpertDescriptions
 
 
 class MoeLoraModel(
-    FromAdapters, ExpertExport, ExpertPool, ExpertForcing, ExpertDescriptions, MoeLoraGeneration
+    FromAdapters, ExpertExport, ExpertPool, ExpertForcing, ExpertDescriptions, MoeLoraGeneration, MixtureModel
 ):
     """What every model with a mixture inside can do, whatever its base; see `MoeLoraForCausalLM`."""
 
-    auto_class: ClassVar[type]
-    is_classifier: ClassVar[bool] = False
     config_class = MoeLoraConfig
-    moelora: Mixture
 
     @classmethod
     def from_base(cls, base: str | PreTrainedModel, config: MoeLoraConfig | None = None, **kwargs) -> Any:
@@ -133,11 +130,6 @@ class MoeLoraModel(
                 f"{type(model).__name__} has no language modelling head; expected a causal language model "
                 "(for a classifier use MoeLoraForSequenceClassification)."
             )
-
-    @property
-    def moelora_config(self) -> MoeLoraConfig:
-        """The mixture's configuration; `config` stays the base's."""
-        return self.moelora.config
 
     def unload(self) -> PreTrainedModel:
         """Take the mixture out, in place, and return the base with its own class."""

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer
 
-from .checks import check_integer
+from .validation import check_integer
 
 # Where a line's prompt may be, in this order, unless the caller names the field.
 FIELDS = ("prompt", "instruction", "messages")

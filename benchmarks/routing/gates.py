@@ -14,9 +14,9 @@ from benchmarks.routing import bases
 from benchmarks.routing.settings import Settings
 from benchmarks.routing.tasks import Task, drawn
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.routing.init import initialise
 from moelora.training import Texts, train_gate
 from moelora.training.gate import padded
+from moelora.training.router_init import initialise
 
 MAIN = "linear, mean of the embeddings"
 # What differs from the main gate.

@@ -13,8 +13,8 @@ from benchmarks.routing.scoring import Score, Sheet, score
 from benchmarks.routing.settings import Settings
 from benchmarks.routing.tasks import Task
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.routing.init import initialise
 from moelora.training import Texts, train_gate
+from moelora.training.router_init import initialise
 
 # Two experts a prompt, weights summing to 1: where tasks are alike, the gate is unsure which of them it is.
 TOP_2 = "gated, sequence, top 2"

@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.routing import bases
 from benchmarks.routing.gates import accuracy, confusion, gated
 from benchmarks.routing.settings import Settings
-from moelora.training import Texts, add_task, train_gate
+from moelora.recipes import add_task
+from moelora.training import Texts, train_gate
 
 SHARES = (0.0, 0.1, 0.5)
 

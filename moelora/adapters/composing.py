@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from .files import Adapter, Target
 from .preflight import Sources, preflight
+from .reading import Adapter, Target
 
 # What the adapters say and a configuration given beside them may not say otherwise.
 FROM_ADAPTERS = (
@@ -51,7 +51,7 @@ class FromAdapters:
 
         adapters: by expert name a folder, hub id or `PeftModel`; or the folder of an X-LoRA checkpoint.
         config: the routing; ranks, scalings, names and targets come from the adapters.
-        router_init, texts, tokenizer: where the routers begin, see `moelora.routing.init.initialise`.
+        router_init, texts, tokenizer: where the routers begin, see `moelora.training.router_init.initialise`.
         allow_base_mismatch: take adapters that name another base. kwargs: for the base's `from_pretrained`.
 
         Raises:
@@ -78,7 +78,7 @@ class FromAdapters:
 
         def then(made: Any) -> None:
             put_experts(made, found)
-            from ..routing.init import initialise
+            from ..training.router_init import initialise
 
             initialise(made, router_init, texts, tokenizer)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import check_integer
-from ..targets import features
+from ..injection.targets import features
+from ..validation import check_integer
 from .deltas import Delta, adapted, compress, distance, expert_deltas, wide
 from .merging import RECIPES, MergeReport, check_weights, merged_deltas, recipe_options
-from .peft_folder import check_folder, write_adapter
+from .writing import check_folder, write_adapter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

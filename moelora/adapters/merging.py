@@ -17,7 +17,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..checks import check_integer, check_number
+from ..validation import check_integer, check_number
 from .deltas import Delta, adapted, compress, delta_of, wide
 
 Recipe = Callable[..., Delta | Tensor]

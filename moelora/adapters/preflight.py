@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from ..checkpoint.restore import ACCESS
-from ..targets import features, has_peft_layers
-from .files import Adapter, read_adapter
+from ..checkpoint.load import ACCESS
+from ..injection.targets import features, has_peft_layers
 from .folders import xlora_sources
+from .reading import Adapter, read_adapter
 
 Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
 # What Windows keeps for devices: an expert's folder could not have this name there.

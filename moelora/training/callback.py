@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..modeling import MoeLoraModel
+from ..core.model import MixtureModel
 
 
 class MoeLoraCallback(TrainerCallback):
@@ -52,7 +52,7 @@ class MoeLoraCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
 
-def _unwrapped(model: Any) -> MoeLoraModel:
-    while not isinstance(model, MoeLoraModel):
+def _unwrapped(model: Any) -> MixtureModel:
+    while not isinstance(model, MixtureModel):
         model = model.module
     return model

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from ..routing.losses import IGNORE
-from .padding import PadRouting
-from .texts import Texts
+from ..core.losses import IGNORE
+from .collator import PadRouting
+from .datasets import Texts
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks import check_integer, check_number
-from ..routing.losses import IGNORE
-from .texts import Texts
+from ..core.losses import IGNORE
+from ..validation import check_integer, check_number
+from .datasets import Texts
 
 Batch = tuple[dict[str, Tensor], Tensor]
 

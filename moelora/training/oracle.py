@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import check_integer, check_number
-from ..routing.losses import IGNORE
-from .padding import PadRouting
-from .texts import Texts
+from ..core.losses import IGNORE
+from ..validation import check_integer, check_number
+from .collator import PadRouting
+from .datasets import Texts
 
 # What no expert's loss depends on.
 ROUTING = ("moelora.routers.", "moelora.load.")

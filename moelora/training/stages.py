@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..checks import check_choice
 from ..config import NO_EXPERT
+from ..validation import check_choice
+from .datasets import Texts
 from .fitting import Trained, check_arguments, fit, only_training, texts_of
 from .gate import GateReport, check_options, labelled_texts, train_gate
 from .oracle import OracleLabels, check_texts, oracle_targets
-from .texts import Texts
 
 LABELS = ("task", "oracle")
 

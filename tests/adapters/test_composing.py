@@ -10,13 +10,13 @@ import pytest
 import torch
 from adapters.peft_folders import edit_tensors, mixed_adapters, peft_logits, peft_model, save_adapter
 from bases import causal_base, classifier_base
-from model.mixtures import tokens
+from core.mixtures import tokens
 from peft import PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
 from moelora.adapters.composing import factors_of
-from moelora.adapters.files import read_adapter
+from moelora.adapters.reading import read_adapter
 
 IDS = tokens()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapters.peft_folders import base_of, mixed_adapters
 from bases import causal_base
-from model.mixtures import activate, causal, classifier, factors, into, tokens
+from core.mixtures import activate, causal, classifier, factors, into, tokens
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -230,7 +230,7 @@ def test_a_write_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
         rename(source, target)
 
     what, how = ("save_file", failing) if at == "writing" else ("os.rename", failing_once)
-    monkeypatch.setattr(f"moelora.adapters.peft_folder.{what}", how)
+    monkeypatch.setattr(f"moelora.adapters.writing.{what}", how)
     with pytest.raises(OSError, match="No space left") as error:
         model.export_expert("expert_1", folder, overwrite=True)
     assert error.value.errno == 28 and str(folder) in str(error.value)

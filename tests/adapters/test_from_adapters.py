@@ -13,7 +13,7 @@ from adapters.peft_folders import (
     peft_model,
     save_adapter,
 )
-from model.mixtures import factors, tokens
+from core.mixtures import factors, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 

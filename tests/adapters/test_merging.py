@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters.peft_folders import base_of
 from bases import causal_base
-from model.mixtures import causal, classifier, into, tokens
+from core.mixtures import causal, classifier, into, tokens
 from peft import PeftModel
 
 from moelora.adapters.deltas import Delta, compress, distance, expert_deltas

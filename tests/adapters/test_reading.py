@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moelora.adapters.files import read_adapter
+from moelora.adapters.reading import read_adapter
 
 Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj" for n in (0, 1))
 

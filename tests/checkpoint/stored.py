@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from bases import causal_base, classifier_base
-from model.mixtures import FIELDS, activate, tokens
+from core.mixtures import FIELDS, activate, tokens
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel

@@ -13,7 +13,7 @@ from bases import causal_base
 from checkpoint.stored import WEIGHTS, contents, load, logits, mixture_on, saved
 from transformers import PreTrainedModel
 
-import moelora.checkpoint.restore
+import moelora.checkpoint.load
 
 # What Python reports (sys.audit) before it changes anything on disk.
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
@@ -86,7 +86,7 @@ def test_a_kill_before_any_write_leaves_the_old_or_the_new_checkpoint(tmp_path, 
 
 
 def _is_new(folder: Path) -> bool:
-    return moelora.checkpoint.restore.read(folder / WEIGHTS)[1].routing_level == "sequence"
+    return moelora.checkpoint.load.read(folder / WEIGHTS)[1].routing_level == "sequence"
 
 
 def _half_a_file(tensors, path, metadata=None):

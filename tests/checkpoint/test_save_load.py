@@ -7,11 +7,11 @@ import safetensors.torch
 import torch
 from bases import CLASSIFIERS, VOCAB, causal_base
 from checkpoint.stored import WEIGHTS, load, logits, mixture_on, same, saved, write_base
-from model.mixtures import ALL_CAUSAL, LEVELS, SCOPES, tokens
+from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-import moelora.sites
+import moelora.injection.sites
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 
@@ -176,7 +176,7 @@ def test_no_probe_runs_at_loading(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the sites are in the checkpoint")
 
-    monkeypatch.setattr(moelora.sites, "probe_inputs", fail)
+    monkeypatch.setattr(moelora.injection.sites, "probe_inputs", fail)
     assert same(load(tmp_path / "experts"), model)
 
 

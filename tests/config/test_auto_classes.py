@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from bases import VOCAB, causal_base, classifier_base
-from model.mixtures import LEVELS, causal, into, tokens
+from core.mixtures import LEVELS, causal, into, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from bases import causal_base
-from model.mixtures import causal, factors, tokens
+from core.mixtures import causal, factors, tokens
 
 from moelora import ROUTERS, MoeLoraConfig
 from moelora.config import AUX_LOSS_WINDOWS, FORMAT_VERSION, ROUTER_POOLINGS, ROUTER_SCOPES, ROUTING_LEVELS

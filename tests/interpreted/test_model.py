@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.mixtures import NO_ROUTER_LOSS, causal
+from core.mixtures import NO_ROUTER_LOSS, causal
 
 INPUT = torch.arange(2 * 7).view(2, 7) % 11 + 3
 SCOPES = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from model.mixtures import causal, classifier
+from core.mixtures import causal, classifier
 from torch.nn.parallel import DistributedDataParallel
 from training.runs import LOSSES, NO_LOSSES, batch, classes, gradients_of, open_window, rows_of, train
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from bases import VOCAB
-from model.mixtures import tokens
+from core.mixtures import tokens
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model.mixtures import NO_ROUTER_LOSS, causal
+from core.mixtures import NO_ROUTER_LOSS, causal
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.mixtures import LEVELS, causal
+from core.mixtures import LEVELS, causal
 from training.runs import assert_bits, batch, bits, gradients, rows_of, train, trainer
 
 DECAY = {"weight_decay": 0.5, "learning_rate": 0.05, "max_steps": 3}

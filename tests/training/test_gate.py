@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from model.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal
+from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal
 from training.tasks import GATE, choices, gate, share, task, tasks
 
-from moelora.routing.descriptor import DescriptorRouter
-from moelora.routing.routers import ROUTERS
+from moelora.routers.base import ROUTERS
+from moelora.routers.descriptor import DescriptorRouter
 from moelora.training import Texts, prompt_features, train_gate
 
 KINDS: dict[str, dict[str, Any]] = {

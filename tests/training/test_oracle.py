@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bases import causal_base
-from model.mixtures import activate, causal, classifier
+from core.mixtures import activate, causal, classifier
 from safetensors.torch import load_file, save_file
 from training.tasks import GATE, choices, gate, task, tasks
 from transformers import PreTrainedModel

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from model.mixtures import classifier
+from core.mixtures import classifier
 from training.recipes import arguments, bits, same, state
 from training.tasks import gate, task, tasks
 
-from moelora.training import Texts, train_expert, train_in_stages, train_jointly, train_mixda
+from moelora.recipes import train_mixda
+from moelora.training import Texts, train_expert, train_in_stages, train_jointly
 from moelora.training import fitting as module
 
 

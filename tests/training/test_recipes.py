@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.mixtures import LEVELS, SCOPES, classifier
+from core.mixtures import LEVELS, SCOPES, classifier
 from training.recipes import Broken, arguments, bits, loss, moved, of_expert, same, state
 from training.runs import classes, rows_of
 from training.tasks import gate, share, task, tasks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.mixtures import NO_ROUTER_LOSS, causal
+from core.mixtures import NO_ROUTER_LOSS, causal
 from tokenizers import normalizers, processors
 from training.tasks import gate, task, word_tokenizer
 from transformers import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bases import CAUSAL, CLASSIFIERS, causal_base
-from model.mixtures import LEVELS, SCOPES, causal, classifier
+from core.mixtures import LEVELS, SCOPES, causal, classifier
 from training.runs import (
     LOSSES,
     Recorder,

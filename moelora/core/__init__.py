@@ -1,0 +1,1 @@
+"""What runs when the model runs: one forward pass, its routing, its losses."""

@@ -1,0 +1,121 @@
+"""Seeing where tokens go: `RoutingReport`, and the heatmap of experts by domain (or layer)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..routers.base import Routing
+
+if TYPE_CHECKING:
+    from ..config import MoeLoraConfig
+    from .mixture import Mixture
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """Which experts the routers chose for a batch, and how probable each was; padding is left out.
+
+    choice_names: the experts, and with `null_expert` after them "(base)": C names. router_names: what each routes.
+    by_router: `[num_routers, C]` each choice's share of a router's slots (rows sum to 1).
+    by_sequence: `[batch, C]` each choice's share of a sequence's slots, over all routers.
+    probabilities: `[batch, C]` the softmax of the logits, mean over a sequence's tokens and over routers; where
+    experts are forced, by_sequence.
+    routing: one `Routing` a router, as they came.
+    """
+
+    choice_names: list[str]
+    router_names: list[str]
+    by_router: Tensor
+    by_sequence: Tensor
+    probabilities: Tensor
+    routing: tuple[Routing, ...]
+
+    @property
+    def expert_share(self) -> Tensor:
+        """Each choice's share of all slots, `[C]`: the mean over routers."""
+        return self.by_router.mean(0)
+
+    def top_experts(self) -> list[str]:
+        """For each sequence the name of the most probable choice."""
+        return [self.choice_names[i] for i in self.probabilities.argmax(1).tolist()]
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{n} {s:.1%}" for n, s in zip(self.choice_names, self.expert_share.tolist()))
+        return f"RoutingReport({len(self.router_names)} routers; {shares})"
+
+    @classmethod
+    def of(cls, mixture: Mixture, routing: tuple[Routing, ...], inputs: dict[str, Any]) -> RoutingReport:
+        """Count the choices in `routing` of a forward pass on `inputs`."""
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        assert tokens is not None
+        batch, length = tokens.shape[:2]
+        names = mixture.config.choice_names
+        mask = inputs.get("attention_mask")
+        present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
+        by_router, by_sequence, probabilities = [], torch.zeros(batch, len(names)), 0.0
+        for router in routing:
+            per_sequence = _by_sequence(_slots(router, mixture.config), present)
+            by_router.append(_shares(per_sequence.sum(0)))
+            by_sequence += _shares(per_sequence)
+            if router.logits.shape[-1] == len(names):
+                probable = _by_sequence(router.logits.detach().cpu().softmax(-1), present)
+                probabilities += _shares(probable) / len(routing)
+        by_sequence /= len(routing)
+        if not isinstance(probabilities, Tensor):
+            probabilities = by_sequence
+        routers = list(mixture.routers)
+        return cls(names, routers, torch.stack(by_router), by_sequence, probabilities, routing)
+
+
+def plot_routing_heatmap(
+    shares: Tensor,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    path: str | Path,
+    title: str = "Share of choices",
+) -> None:
+    """Write `shares` `[rows, E]` as a PNG heatmap with its numbers in the cells (needs matplotlib)."""
+    from matplotlib.figure import Figure
+
+    rows, columns = shares.shape
+    figure = Figure(figsize=(1.6 + 0.75 * columns, 1.4 + 0.45 * rows), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.cpu().numpy(), cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(columns), labels=column_labels, rotation=45, ha="right")
+    axes.set_yticks(range(rows), labels=row_labels)
+    axes.set_title(title)
+    middle = float(shares.max()) / 2
+    if rows * columns <= 400:
+        for i in range(rows):
+            for j in range(columns):
+                value = float(shares[i, j])
+                color = "white" if value < middle else "black"
+                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=120)
+
+
+def _slots(routing: Routing, config: MoeLoraConfig) -> Tensor:
+    """How many slots of each row went to each choice, `[N, C]`."""
+    experts = config.num_experts
+    counts = torch.nn.functional.one_hot(routing.expert_ids.cpu() + 1, experts + 1).sum(1).float()
+    # An empty slot is a choice where routers may choose no expert, and else nothing (a banned expert's).
+    return counts.roll(-1, dims=1) if config.null_expert else counts[:, 1:]
+
+
+def _by_sequence(rows: Tensor, present: Tensor) -> Tensor:
+    """rows `[N, C]` of tokens or sequences, summed over the tokens in present `[batch, S]`: `[batch, C]`."""
+    batch, choices = len(present), rows.shape[-1]
+    if len(rows) == present.numel():
+        return (rows.view(*present.shape, choices) * present.unsqueeze(-1)).sum(1)
+    return rows.view(batch, -1, choices).sum(1)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Putting a mixture into a base and taking it out again."""

@@ -1,0 +1,244 @@
+"""Finding sites by a probe forward, and putting a mixture into a base and taking it out again."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from ..config import MoeLoraConfig
+from ..core.linear import LayerRouting, MoeLoraLinear, Site
+from ..core.mixture import Mixture
+from .targets import decoder_layer, features, find_targets, layer_number, saved_modules
+
+NOT_CALLED = "its forward is not called (the base reads its weight directly)"
+
+
+def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
+    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the linears.
+
+    Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
+
+    Raises:
+        ValueError: nothing to adapt, or a named module that cannot be adapted, with the reason.
+    """
+    if hasattr(model, "moelora"):
+        raise ValueError(
+            f"{type(model).__name__} holds a mixture already; take it out with model.unload() first."
+        )
+    mixture = Mixture(config)
+    if config.sites is None:
+        config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
+    else:
+        _check_sites(model, config.sites)
+    model.requires_grad_(False)
+    for _, module in saved_modules(model, config, is_classifier):
+        module.requires_grad_(True)
+    _add_routers(model, mixture)
+    for names in config.sites:
+        _add_site(model, mixture, names)
+    mixture.finish(next(mixture.sites.parameters()).device)
+    model.moelora = mixture  # type: ignore[assignment]
+    return mixture
+
+
+def eject(model: PreTrainedModel) -> None:
+    """Take the mixture out of `model`, in place: the base is as it was, still frozen."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    model._modules.pop("moelora", None)
+
+
+@contextmanager
+def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """If what is done to `model` inside fails, give it back as it was: class, hooks, what trains."""
+    cls, attributes = type(model), dict(model.__dict__)
+    settings = dict(model.config.__dict__)
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        eject(model)
+        model.__class__ = cls
+        for owner, before in ((model, attributes), (model.config, settings)):
+            owner.__dict__.clear()
+            owner.__dict__.update(before)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+        raise
+
+
+def find_sites(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]
+) -> list[list[str]]:
+    """Group the target linears that read the same tensor in one decoder layer.
+
+    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
+    """
+    targets, named = find_targets(model, config, is_classifier)
+    layers = {name: decoder_layer(model, name) for name in targets}
+    inputs = probe_inputs(model, targets)
+    usable = {}
+    for name in targets:
+        reason = _why_not(name, inputs, layers[name], config)
+        if reason is None:
+            usable[name] = inputs[name]
+        elif named:
+            raise ValueError(f"target_modules names {name!r}, which cannot be adapted: {reason}.")
+        else:
+            unadapted[name] = reason
+    if not usable:
+        raise ValueError(f"No target module can be adapted: {unadapted}.")
+    if config.router_scope == "projection":
+        return [[name] for name in usable]
+    groups: dict[tuple[str | None, int], list[str]] = {}
+    for name, tensor in usable.items():
+        groups.setdefault((layers[name], id(tensor)), []).append(name)
+    return list(groups.values())
+
+
+def _check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
+    """Raise ValueError where a checkpoint's sites name what `model` has not."""
+    modules = dict(model.named_modules())
+    for name in (name for names in sites for name in names):
+        if name not in modules or features(modules[name]) is None:
+            raise ValueError(
+                f"The checkpoint's experts belong to {name!r}, which is no linear of this "
+                f"{type(model).__name__}."
+            )
+
+
+def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The first input of each target that a forward pass of two tokens calls.
+
+    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator without a
+    fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the weights are real; so
+    is a base that accelerate moves between devices, whose hooks know no fake weights.
+    """
+    dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not dispatched:
+        try:
+            with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
+                _forward_two_tokens(model)
+            return inputs
+        except Exception:
+            if model.device.type == "meta":
+                raise
+    with _recording(model, targets) as inputs:
+        _forward_two_tokens(model)
+    return inputs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operator without a fake implementation, which is met below."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextmanager
+def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the first input of each target; afterwards buffers and training mode are as before."""
+    inputs: dict[str, Tensor] = {}
+    handles = [m.register_forward_pre_hook(_Recorder(name, inputs)) for name, m in targets.items()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, before in buffers:
+            module._buffers.update(before)
+        for module in training:
+            module.training = True
+
+
+class _Recorder:
+    def __init__(self, name: str, inputs: dict[str, Tensor]):
+        self.name, self.inputs = name, inputs
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        # Keeping the tensor keeps its id from being used again.
+        self.inputs.setdefault(self.name, args[0])
+
+
+def _forward_two_tokens(model: PreTrainedModel) -> None:
+    ids = torch.zeros(1, 2, dtype=torch.long, device=_device_of(model))
+    parameters = inspect.signature(model.forward).parameters
+    keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    if "decoder_input_ids" in parameters:
+        keywords["decoder_input_ids"] = ids
+    model(input_ids=ids, **keywords)
+
+
+def _why_not(name: str, inputs: dict[str, Tensor], layer: str | None, config: MoeLoraConfig) -> str | None:
+    """Why target `name` cannot be adapted, or None."""
+    if name not in inputs:
+        return NOT_CALLED
+    if config.router_scope not in ("layer", "model"):
+        return None
+    if layer is None:
+        return f"it lies outside of the decoder layers, which router_scope={config.router_scope!r} routes"
+    if config.router_scope == "model" and (layer_number(layer) or 0) < config.router_layer:
+        return f"it lies before router_layer={config.router_layer}, whose input the model's router reads"
+    return None
+
+
+def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
+    """Make the routers of scopes "layer" and "model", and the hooks that run them."""
+    config = mixture.config
+    assert config.sites is not None
+    if config.router_scope in ("site", "projection"):
+        return
+    layers = dict.fromkeys(decoder_layer(model, names[0]) for names in config.sites)
+    if config.router_scope == "model":
+        stack = next(layer for layer in layers if layer is not None).rpartition(".")[0]
+        layers = {f"{stack}.{config.router_layer}": None}
+    for layer in layers:
+        assert layer is not None
+        module = model.get_submodule(layer)
+        hidden = model.config.get_text_config().hidden_size
+        index = mixture.add_router(layer, hidden, device=_device_of(module))
+        module.register_forward_pre_hook(LayerRouting(mixture, index), with_kwargs=True)
+
+
+def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:
+    """Make the site of the linears `names`, its router where scope asks for one, and the hooks."""
+    linears = [model.get_submodule(name) for name in names]
+    sizes = [features(linear) for linear in linears]
+    weight = next(linears[0].parameters())
+    # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays float64.
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    device = _device_of(linears[0])
+    site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
+    if mixture.config.router_scope in ("site", "projection"):
+        site.router_index = mixture.add_router(names[0], site.in_features, device=device)
+    mixture.sites[names[0].replace(".", "-")] = site
+    for linear, hook in zip(linears, site.linears):
+        linear.register_forward_hook(hook)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes: its weights' device, or the one that accelerate brings offloaded weights to."""
+    for part in module.modules():
+        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return next(module.parameters()).device

@@ -1,0 +1,1 @@
+"""Routers: from hidden states to the experts that act."""

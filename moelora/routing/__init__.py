@@ -1,1 +1,0 @@
-"""From hidden states to the experts that act: routers, their losses, forcing, reports."""

@@ -1,0 +1,104 @@
+"""Mixtures on the tiny bases whose experts do something, and what tests read out of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bases import CAUSAL, UNHEARD_OF, VOCAB, causal_base, classifier_base
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.core.experts import Factor
+
+SCOPES = ROUTER_SCOPES
+LEVELS = ROUTING_LEVELS
+ALL_CAUSAL = [*CAUSAL, *UNHEARD_OF]
+FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2, "target_modules": "all-linear"}
+# The router losses off, so that what a router learns comes through its weights.
+NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+
+
+# The probe is most of the time that making a tiny mixture takes, and answers the same for the same configurations.
+_FOUND: dict[tuple, list[list[str]]] = {}
+
+
+def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fields: Any) -> Any:
+    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is new.
+
+    probe: find the sites in this very base, as `from_base` does; else a base of this kind was probed once.
+    """
+    classifier = type(base).__name__.endswith("ForSequenceClassification")
+    public = MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
+    config = MoeLoraConfig(**{**FIELDS, **fields})
+    key = (public, base.config.to_json_string(), config.router_scope, config.router_layer)
+    key += (str(config.target_modules), str(config.layers_to_transform))
+    torch.manual_seed(1)
+    if probe or key not in _FOUND:
+        model = public.from_base(base, config)
+        _FOUND[key] = model.moelora_config.sites
+    else:
+        config.sites = copy.deepcopy(_FOUND[key])
+        model = public.put_into(base, config)
+    return activate(model.eval()) if active else model.eval()
+
+
+def causal(name: str = "llama", active: bool = True, **fields: Any) -> Any:
+    """A mixture in the tiny causal language model `name`."""
+    return into(causal_base(name), active, **fields)
+
+
+def classifier(name: str = "bert", active: bool = True, **fields: Any) -> Any:
+    """A mixture in the tiny sequence classifier `name`."""
+    return into(classifier_base(name), active, **fields)
+
+
+@torch.no_grad()
+def activate(model: Any, seed: int = 2, std: float = 0.3) -> Any:
+    """Draw every B, so that which experts act shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for site in model.moelora.sites.values():
+        for linear in site.linears:
+            linear.lora_B.copy_(torch.randn(linear.lora_B.stacked().shape, generator=generator) * std)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 10, seed: int = 3) -> Tensor:
+    """Random token ids `[batch, length]`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def prompt_mask(ids: Tensor, length: int) -> Tensor:
+    """True on the first `length` tokens of each row."""
+    return (torch.arange(ids.shape[1]) < length).expand_as(ids)
+
+
+def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Rows of different lengths as one batch, padded on the left with token 0."""
+    width = max(len(row) for row in rows)
+    pad = [(width - len(row), 0) for row in rows]
+    return {
+        "input_ids": torch.stack([nn.functional.pad(row, p) for row, p in zip(rows, pad)]),
+        "attention_mask": torch.stack([nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]),
+    }
+
+
+def adapted(model: Any) -> dict[str, tuple[Any, int]]:
+    """Each adapted linear's site and its number there, by the linear's name."""
+    return {name: (site, i) for site in model.moelora.sites.values() for i, name in enumerate(site.names)}
+
+
+def factors(
+    model: Any, expert: int, of: Callable[[Factor], Tensor] = Factor.stacked
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """One expert's A `[r, d_in]` and B `[d_out, r]` by the linear's name; `of` gives the stack."""
+    found = {}
+    for name, (site, i) in adapted(model).items():
+        a, b = site.lora_A, site.linears[i].lora_B
+        found[name] = (of(a)[a.expert_rows(expert)[i]], of(b)[b.expert_rows(expert)[0]].T)
+    return {name: (a.detach(), b.detach()) for name, (a, b) in found.items()}

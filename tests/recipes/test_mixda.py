@@ -1,0 +1,170 @@
+"""MixDA: domain experts and gate on unlabelled text beside the base, then gate and task expert on labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from core.mixtures import LEVELS
+from training.recipes import Broken, arguments, bits, loss, moved, same, state
+from training.tasks import FIRST, WIDTH, gate, task
+
+from moelora.recipes import MixdaReport, train_mixda
+from moelora.recipes import mixda as module
+from moelora.training import Texts
+
+NAMES = ["red", "green", "answer", "spare"]
+PREFIX = 4
+
+
+def mixture(**fields: Any) -> Any:
+    """Two domains' experts, the task's, and one that nobody speaks of; fresh, so all are the base."""
+    given = {"num_experts": 4, "expert_names": NAMES, "null_expert": True, "num_experts_per_tok": 2}
+    given |= {"active": False, "router_prefix_tokens": PREFIX}
+    return gate(**{**given, **fields})
+
+
+def domain(number: int, rows: int = 24, seed: int = 0) -> Texts:
+    """Unlabelled texts of 12 tokens of the domain's own range."""
+    generator = torch.Generator().manual_seed(10 * number + seed)
+    ids = torch.randint(FIRST + WIDTH * number, FIRST + WIDTH * (number + 1), (rows, 12), generator=generator)
+    return Texts([{"input_ids": row, "labels": row} for row in ids])
+
+
+DOMAINS = {"red": domain(0), "green": domain(1)}
+
+
+def run(model: Any, folder: Any, general: Texts | None = None, **settings: Any) -> MixdaReport:
+    collator = settings.pop("collator", None)
+    args = arguments(folder, **settings)
+    return train_mixda(
+        model, DOMAINS, task(2), args, task_expert="answer", general=general, collator=collator
+    )
+
+
+@torch.no_grad()
+def weights(model: Any, texts: Texts) -> torch.Tensor:
+    """The mean probability of each choice on the beginnings of the texts, `[choices]`."""
+    ids = torch.stack([row["input_ids"][:PREFIX] for row in texts.rows])
+    return model.route(input_ids=ids).probabilities.mean(0)
+
+
+class Stages:
+    """In the place of `fit`: notes what moved in each run, what was told, and who was banned."""
+
+    def __init__(self, monkeypatch):
+        self.runs: list[dict[str, Any]] = []
+        self.fit = module.fit
+        monkeypatch.setattr(module, "fit", self)
+
+    def __call__(self, model, data, args, folder, collator, checkpoints):
+        before, forcing = bits(model), model.moelora.forcing
+        found = self.fit(model, data, args, folder, collator, checkpoints)
+        banned = None if forcing is None else forcing.banned.tolist()
+        self.runs.append(
+            {"folder": folder, "moved": moved(before, bits(model)), "banned": banned, "rows": data.rows}
+        )
+        return found
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_in_each_stage_its_own_expert_and_the_gate_train(level, monkeypatch, tmp_path):
+    stages, model = Stages(monkeypatch), mixture(routing_level=level)
+    was, base = state(model), bits(model)
+    report = run(model, tmp_path, weight_decay=0.5)
+    gates = {"moelora.routers"}
+    assert [one["folder"] for one in stages.runs] == ["domains/red", "domains/green", "task/answer"]
+    assert [one["moved"] for one in stages.runs] == [
+        {"expert.red", *gates},
+        {"expert.green", *gates},
+        {"expert.answer", *gates},
+    ]
+    banned = [one["banned"] for one in stages.runs]
+    assert banned == [[False, True, True, True], [True, False, True, True], None]
+    assert not any("expert_targets" in row for one in stages.runs for row in one["rows"])
+    assert state(model) == was and "base" not in moved(base, bits(model))
+    assert list(report.domains) == ["red", "green"] and report.task.steps == 2
+    assert report.seconds == report.task.seconds + sum(one.seconds for one in report.domains.values())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_first_stage_weighs_the_expert_against_the_base_alone(level, tmp_path):
+    model, seen = mixture(routing_level=level), []
+    (router,) = model.moelora.routers.values()
+    router.register_forward_hook(lambda _, args, found: seen.append(found))
+    run(model, tmp_path, max_steps=2)
+    for number, routing in enumerate(seen[:4]):
+        allowed = {number // 2, -1}
+        assert set(routing.expert_ids.unique().tolist()) == allowed
+        probability = routing.logits.softmax(-1)[:, number // 2]
+        torch.testing.assert_close(routing.expert_weights.sum(-1), probability)
+        assert bool(((probability > 0.01) & (probability < 0.99)).all())
+    assert len(set(torch.cat([r.expert_ids for r in seen[4:]]).unique().tolist())) > 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_domains_and_task_are_learned(level, tmp_path):
+    model = mixture(routing_level=level)
+    texts = {"red": domain(0, seed=1), "green": domain(1, seed=1), "answer": task(2, seed=1)}
+    first = {name: loss(model, own) for name, own in texts.items()}
+    run(model, tmp_path, max_steps=40)
+    # Of the domains' share the gate gives some away while it learns the task.
+    alone = {name: loss(model, own, name) for name, own in texts.items() if name != "answer"}
+    assert all(alone[name] < first[name] - 0.1 for name in alone)
+    assert loss(model, texts["answer"]) < first["answer"] - 0.1
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(level, monkeypatch, tmp_path):
+    stages, general = Stages(monkeypatch), domain(3)
+    model = mixture(routing_level=level, expert_target_loss_coef=3.0)
+    run(model, tmp_path, general, max_steps=30)
+    for number, one in enumerate(stages.runs[:2]):
+        told = [int(row["expert_targets"]) for row in one["rows"]]
+        assert told == [number] * 24 + [4] * 24
+    assert not any("expert_targets" in row for row in stages.runs[2]["rows"])
+    elsewhere = weights(model, domain(3, seed=1))
+    assert int(elsewhere.argmax()) == 4
+    for number in (0, 1):
+        found = weights(model, domain(number, seed=1))
+        assert found[4] < elsewhere[4] and found[number] > elsewhere[number]
+
+
+def test_general_texts_keep_the_experts_off_them(tmp_path):
+    """What a mixture loses on texts of no domain, with and without them in the first stage."""
+    losses = {}
+    for given in (None, domain(3)):
+        model = mixture(expert_target_loss_coef=3.0)
+        run(model, tmp_path, given, max_steps=30)
+        ban = ["answer", "spare"]
+        with model.use_experts(ban=ban):
+            losses[given is None] = loss(model, domain(3, seed=1))
+    assert losses[False] < losses[True]
+
+
+def test_labels_that_texts_bring_along_are_not_asked(monkeypatch, tmp_path):
+    stages, model = Stages(monkeypatch), mixture()
+    domains = {"red": domain(0).labelled(3)}
+    train_mixda(model, domains, task(2).labelled(1), arguments(tmp_path), task_expert="answer")
+    assert not any("expert_targets" in row for one in stages.runs for row in one["rows"])
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path):
+    def made(seed: int) -> dict[str, torch.Tensor]:
+        model = mixture(lora_dropout=0.2)
+        run(model, tmp_path, domain(3), seed=seed, max_steps=2)
+        return bits(model)
+
+    first = made(1)
+    assert same(made(1), first) and not same(made(2), first)
+
+
+@pytest.mark.parametrize("last", [1, 4, 8])
+def test_a_run_that_fails_halfway_leaves_nothing_frozen_or_banned(last, tmp_path):
+    model = mixture()
+    model.freeze_experts("spare")
+    was = state(model)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run(model, tmp_path, collator=Broken(last))
+    assert state(model) == was
