@@ -1,4 +1,5 @@
-"""Decoding on CPU with the KV cache: tokens a second of the base, PEFT's LoRA, a mixture, and PEFT's X-LoRA, in turns.
+"""Decoding on CPU with the KV cache: tokens a second of the base, PEFT's LoRA, a mixture, and
+PEFT's X-LoRA, in turns.
 
 python -m benchmarks.bench_generation
 """
@@ -42,7 +43,9 @@ def decoding(model, batch: int, prompt: int, new_tokens: int) -> Callable[[], ob
 
 
 def measure(settings: argparse.Namespace, batch: int) -> list[dict]:
-    """Tokens a second and their share of the base's; the prompt's own time is measured and taken off."""
+    """Tokens a second and their share of the base's; the prompt's own time is measured and taken
+    off.
+    """
     base = load_base(settings.base, settings.layers)
     models = {c.name: build(c, base) for c in (BASE, LORA, MIXTURE)}
     candidates = {}
@@ -52,23 +55,31 @@ def measure(settings: argparse.Namespace, batch: int) -> list[dict]:
     timings = in_turns(candidates, settings.rounds)
     decode = Timings(
         {
-            n: [a - b for a, b in zip(timings.seconds[n], timings.seconds[f"{n}, prompt"], strict=True)]
+            n: [
+                a - b
+                for a, b in zip(timings.seconds[n], timings.seconds[f"{n}, prompt"], strict=True)
+            ]
             for n in models
         }
     )
     tokens = batch * (settings.new_tokens - 1)
     rows = []
     for name in models:
-        # Seconds of the base over seconds of the candidate: the candidate's share of its tokens a second.
+        # Seconds of the base over seconds of the candidate: the candidate's share of its tokens a
+        # second.
         share, low, high = decode.ratio(BASE.name, name)
         row = {"batch": batch, "what": name, "tokens/s": tokens / decode.median(name)}
         row |= {"share of base": share, "min": low, "max": high}
-        rows.append(row | ({"target": TARGETS[batch]} if name == MIXTURE.name and batch in TARGETS else {}))
+        rows.append(
+            row | ({"target": TARGETS[batch]} if name == MIXTURE.name and batch in TARGETS else {})
+        )
     return rows
 
 
 def measure_xlora(settings: argparse.Namespace, base_rate: float) -> dict:
-    """X-LoRA at batch 1: it runs the base twice and whole for every token, so a few tokens are enough."""
+    """X-LoRA at batch 1: it runs the base twice and whole for every token, so a few tokens are
+    enough.
+    """
     model = build(XLORA, load_base(settings.base, settings.layers))
     few = max(2, settings.new_tokens // 16)
     timings = in_turns({XLORA.name: decoding(model, 1, settings.prompt, few)}, rounds=2)

@@ -1,7 +1,9 @@
-"""The kernels on a CPU or a GPU: against the frozen linear, single LoRAs and other ways to compute a mixture.
+"""The kernels on a CPU or a GPU: against the frozen linear, single LoRAs and other ways to compute
+a mixture.
 
-python -m benchmarks.bench_kernels [--quick] [--device cpu|cuda] [--out FOLDER] [--only forward,decode,…]
-Run it from the root; where the packages are not installed, with PYTHONPATH=kernels. It needs torch and no more.
+python -m benchmarks.bench_kernels [--quick] [--device cpu|cuda] [--out FOLDER] [--only
+forward,decode,…] Run it from the root; where the packages are not installed, with
+PYTHONPATH=kernels. It needs torch and no more.
 """
 
 from __future__ import annotations
@@ -35,12 +37,22 @@ MEASURES: dict[str, Callable[[Run], Iterable[Row]]] = {
     "questions": questions,
 }
 NAMES = (*(mode.name for mode in MODES), *MEASURES)
-SHOWN = ("candidate", "path", "microseconds", "over frozen linear", "over ours", "ratio", "share of bound")
+SHOWN = (
+    "candidate",
+    "path",
+    "microseconds",
+    "over frozen linear",
+    "over ours",
+    "ratio",
+    "share of bound",
+)
 MORE_SHOWN = ("value", "own MiB", "peak MiB", "TFLOP/s", "not run")
 
 
 def measure(run: Run, only: list[str], rows: list[Row]) -> None:
-    """Add to rows what each asked measure finds, and print it: what was measured stays if a later one raises."""
+    """Add to rows what each asked measure finds, and print it: what was measured stays if a later
+    one raises.
+    """
     steps: list[Callable[[Run], Iterable[Row]]] = []
     modes = [mode for mode in MODES if mode.name in only]
     if modes:
@@ -59,7 +71,9 @@ def default_ours(suite: Suite, device: torch.device) -> str:
     """Our candidate that the library itself would choose on this device."""
     case = suite.growth[0]
     inputs = make_inputs(case, device, suite.dtype)
-    plan = build_plan(inputs.ids, inputs.weights, case.experts, total_rank=case.rank, dtype=suite.dtype)
+    plan = build_plan(
+        inputs.ids, inputs.weights, case.experts, total_rank=case.rank, dtype=suite.dtype
+    )
     return ours(plan.backend)
 
 
@@ -77,7 +91,9 @@ def main(words: list[str] | None = None) -> None:
     settings = parser.parse_args(words)
     only = settings.only.split(",")
     if unknown := set(only) - set(NAMES):
-        parser.error(f"--only has {', '.join(sorted(unknown))}, expected some of {', '.join(NAMES)}")
+        parser.error(
+            f"--only has {', '.join(sorted(unknown))}, expected some of {', '.join(NAMES)}"
+        )
     device = torch.device(settings.device)
     suite = suite_for(device.type, settings.quick)
     peaks, source = peaks_of(device, suite.dtype, settings.quick)
@@ -87,7 +103,12 @@ def main(words: list[str] | None = None) -> None:
         measure(run, only, rows)
     finally:
         lines = summary(suite, device.type, run.default, rows)
-        shown = {"suite": suite.name, "dtype": str(suite.dtype), "rounds": suite.rounds, "only": only}
+        shown = {
+            "suite": suite.name,
+            "dtype": str(suite.dtype),
+            "rounds": suite.rounds,
+            "only": only,
+        }
         shown |= {"ours": run.default, "peaks": f"{source}: {peaks}"}
         path = save(f"kernels_{device.type}", shown, rows, settings.out, summary=lines)
     print(f"\npeaks {source}: {peaks}\n\n{table(lines)}\n\n{path}")

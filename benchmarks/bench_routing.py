@@ -1,4 +1,5 @@
-"""The selector on tasks: does it find the right expert, what does that bring, and what does it cost, on CPU.
+"""The selector on tasks: does it find the right expert, what does that bring, and what does it
+cost, on CPU.
 
 python -m benchmarks.bench_routing [--tasks FOLDER] [--base smollm2|tiny|ID_OR_FOLDER] [--quick]
 """
@@ -27,28 +28,36 @@ SOURCE = (
     "Data: a sample of what LLM-Adapters (EMNLP 2023) distributes under ODC-By 1.0; the sets are SVAMP, BoolQ, ARC, "
     "WinoGrande and OpenBookQA."
 )
-CORPUS = (
-    "Data: the demo's corpus (sources, headers, documentation and licences on this machine), cut into blocks."
-)
+CORPUS = "Data: the demo's corpus (sources, headers, documentation and licences on this machine), cut into blocks."
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tasks", type=Path, help="a folder with <task>/train.jsonl, test.jsonl (default: the demo's corpus)"
+        "--tasks",
+        type=Path,
+        help="a folder with <task>/train.jsonl, test.jsonl (default: the demo's corpus)",
     )
-    parser.add_argument("--names", default=NAMES, help="the tasks, of --tasks (default: %(default)s)")
-    parser.add_argument("--harder", default=HARDER, help='more tasks, hard to tell apart; "" for none')
+    parser.add_argument(
+        "--names", default=NAMES, help="the tasks, of --tasks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--harder", default=HARDER, help='more tasks, hard to tell apart; "" for none'
+    )
     parser.add_argument(
         "--base", default="smollm2", help="smollm2 (the demo's base), tiny, an id or a folder"
     )
     parser.add_argument("--layers", type=int, help="cut smollm2 or tiny to so many layers")
     parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes side by side, one thread each"
+    )
     parser.add_argument("--quick", action="store_true", help="few texts and steps, one seed")
     parser.add_argument(
-        "--only", choices=list(ALONE), help="the gates' accuracies alone, or the harder tasks' losses"
+        "--only",
+        choices=list(ALONE),
+        help="the gates' accuracies alone, or the harder tasks' losses",
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(words)
@@ -101,7 +110,11 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, Path(folder))
         results = run_parts(settings, options.workers, options.only)
-        shown = {k: v for k, v in vars(options).items() if k not in ("output", "tasks", "names", "harder")}
+        shown = {
+            k: v
+            for k, v in vars(options).items()
+            if k not in ("output", "tasks", "names", "harder")
+        }
         shown |= {"names": settings.names, "harder": [task.name for task in settings.harder]}
         source = CORPUS if options.tasks is None else _source(options.tasks, settings)
         shown["minutes"] = round((time.perf_counter() - start) / 60, 1)
@@ -114,7 +127,9 @@ def main(words: list[str] | None = None) -> None:
 
 def _source(folder: Path, settings: Settings) -> str:
     known = {*NAMES.split(","), *HARDER.split(",")}
-    return SOURCE if {task.name for task in settings.all_tasks} <= known else f"Data: {folder.name}."
+    return (
+        SOURCE if {task.name for task in settings.all_tasks} <= known else f"Data: {folder.name}."
+    )
 
 
 if __name__ == "__main__":

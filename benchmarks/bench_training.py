@@ -1,4 +1,5 @@
-"""Training step on CPU: mixtures against PEFT's single LoRA, time in turns, memory in processes of their own.
+"""Training step on CPU: mixtures against PEFT's single LoRA, time in turns, memory in processes of
+their own.
 
 python -m benchmarks.bench_training
 """
@@ -46,7 +47,9 @@ def training_step(model, batch: int, length: int) -> Callable[[], object]:
 def measure_time(settings: argparse.Namespace) -> list[dict]:
     """Median seconds of each candidate's step and the ratios that have a target."""
     base = load_base(settings.base, settings.layers)
-    steps = {c.name: training_step(build(c, base), settings.batch, settings.length) for c in CANDIDATES}
+    steps = {
+        c.name: training_step(build(c, base), settings.batch, settings.length) for c in CANDIDATES
+    }
     timings = in_turns(steps, settings.rounds)
     rows = [{"what": c.name, "seconds a step": timings.median(c.name)} for c in CANDIDATES]
     for what, over, target in TIME_TARGETS:
@@ -64,7 +67,9 @@ def measure_time(settings: argparse.Namespace) -> list[dict]:
 
 
 def measure_memory(settings: argparse.Namespace) -> list[dict]:
-    """Peak resident memory of a process that trains one candidate, for the two candidates of the target."""
+    """Peak resident memory of a process that trains one candidate, for the two candidates of the
+    target.
+    """
     what, over, target = MEMORY_TARGET
     peaks: dict[str, list[dict]] = {c.name: [] for c in (what, over)}
     for _ in range(settings.memory_rounds):
@@ -74,9 +79,16 @@ def measure_memory(settings: argparse.Namespace) -> list[dict]:
     for key in ("peak MiB", "step's own MiB"):
         values = [min(p[key] for p in peaks[c.name]) for c in (what, over)]
         rows.append(
-            {"what": f"{key}: {what.name} / {over.name}", "ratio": values[0] / values[1], "target": target}
+            {
+                "what": f"{key}: {what.name} / {over.name}",
+                "ratio": values[0] / values[1],
+                "target": target,
+            }
         )
-        rows += [{"what": f"{key}: {c.name}", "MiB": v} for c, v in zip((what, over), values, strict=True)]
+        rows += [
+            {"what": f"{key}: {c.name}", "MiB": v}
+            for c, v in zip((what, over), values, strict=True)
+        ]
     return rows
 
 
@@ -91,7 +103,9 @@ def _peak_in_process(candidate: Candidate, settings: argparse.Namespace) -> dict
 
 
 def print_peak(settings: argparse.Namespace) -> None:
-    """Train the candidate named by --peak-of for two steps and print the process's peak memory as JSON."""
+    """Train the candidate named by --peak-of for two steps and print the process's peak memory as
+    JSON.
+    """
     candidate = next(c for c in CANDIDATES if c.name == settings.peak_of)
     model = build(candidate, load_base(settings.base, settings.layers))
     step = training_step(model, settings.batch, settings.length)

@@ -1,4 +1,6 @@
-"""The models that are compared: the base alone, PEFT's LoRA and X-LoRA, and mixtures, all on one kind of base."""
+"""The models that are compared: the base alone, PEFT's LoRA and X-LoRA, and mixtures, all on one
+kind of base.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row: `kind` base, lora, xlora or mixture, with `experts` experts of rank `r`, `top_k` a token."""
+    """One row: `kind` base, lora, xlora or mixture, with `experts` experts of rank `r`, `top_k` a
+    token.
+    """
 
     name: str
     kind: str
@@ -64,7 +68,9 @@ def build(candidate: Candidate, base: PreTrainedModel):
         )
         model = MoeLoraForCausalLM.from_base(model, config)
     else:
-        raise ValueError(f"kind={candidate.kind!r} is unknown; expected base, lora, xlora or mixture.")
+        raise ValueError(
+            f"kind={candidate.kind!r} is unknown; expected base, lora, xlora or mixture."
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -73,7 +79,9 @@ def build(candidate: Candidate, base: PreTrainedModel):
 
 
 def _lora(rank: int) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def _xlora(model: PreTrainedModel, candidate: Candidate) -> PeftModel:

@@ -1,10 +1,12 @@
-"""`make gpu`: all that only a GPU can tell, in one run of at most eight minutes, as JSON in a folder.
+"""`make gpu`: all that only a GPU can tell, in one run of at most eight minutes, as JSON in a
+folder.
 
-python3 -m benchmarks.gpu [--out FOLDER]      from the root, with PYTHONPATH=kernels where nothing is installed
+python3 -m benchmarks.gpu [--out FOLDER]      from the root, with PYTHONPATH=kernels where nothing
+is installed
 
-First what must be true (gpu_checks), then the open questions and the figures of bench_kernels, then, in the time
-that is left, a tuned table of tiles. What was found is written after each step, so that nothing is lost; the exit
-status says whether everything that must be true was.
+First what must be true (gpu_checks), then the open questions and the figures of bench_kernels,
+then, in the time that is left, a tuned table of tiles. What was found is written after each step,
+so that nothing is lost; the exit status says whether everything that must be true was.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ def run(device: torch.device, out: Path, quick: bool = False) -> bool:
     started, rows = time.perf_counter(), []
     on_gpu = device.type == "cuda"
     # Triton's interpreter, which stands in for a GPU in the tests, multiplies bf16 wrongly.
-    shapes, dtypes = (gpu_checks.SMALL, [torch.float32]) if quick else (gpu_checks.SHAPES, list(DTYPES))
+    shapes, dtypes = (
+        (gpu_checks.SMALL, [torch.float32]) if quick else (gpu_checks.SHAPES, list(DTYPES))
+    )
     steps: dict[str, Callable[[], Iterable[Row]]] = {
-        "correctness": lambda: gpu_checks.correctness(shapes, device, dtypes),
+        "correctness": lambda: gpu_checks.correctness(shapes, device, dtypes)
     }
     if on_gpu:
         steps |= {
@@ -59,12 +63,16 @@ def run(device: torch.device, out: Path, quick: bool = False) -> bool:
     seconds = time.perf_counter() - started
     path = save("kernels_gpu_checks", {"device": str(device), "seconds": seconds}, rows, out)
     wrong = [row for row in rows if row.get("ok") is False]
-    print(f"\n{len(rows)} rows, {len(wrong)} wrong, {seconds:.0f} s: {path}\n{table(wrong) if wrong else ''}")
+    print(
+        f"\n{len(rows)} rows, {len(wrong)} wrong, {seconds:.0f} s: {path}\n{table(wrong) if wrong else ''}"
+    )
     return not wrong
 
 
 def _step(name: str, step: Callable[[], Iterable[Row]], rows: list[Row]) -> None:
-    """Add what a step finds; one that dies is a row, and the others go on: the machine is lent for once."""
+    """Add what a step finds; one that dies is a row, and the others go on: the machine is lent for
+    once.
+    """
     start, before = time.perf_counter(), len(rows)
     try:
         for row in step():

@@ -1,4 +1,6 @@
-"""What every benchmark shares: the machine's line, timings taken in turns, and results as JSON and a table."""
+"""What every benchmark shares: the machine's line, timings taken in turns, and results as JSON and
+a table.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PACKAGES = ("torch", "triton", "transformers", "peft")
 
 @dataclass
 class Timings:
-    """Seconds of each candidate, taken in turns: the i-th of all candidates lie beside each other in time."""
+    """Seconds of each candidate, taken in turns: the i-th of all candidates lie beside each other
+    in time.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -31,13 +35,17 @@ class Timings:
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, reference: str) -> tuple[float, float, float]:
-        """(median, minimum, maximum) over rounds of the seconds of `name` over those of `reference`."""
+        """(median, minimum, maximum) over rounds of the seconds of `name` over those of
+        `reference`.
+        """
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
     def divided_by(self, count: int) -> Timings:
         """The same for one of `count` things that each call did."""
-        return Timings({name: [s / count for s in seconds] for name, seconds in self.seconds.items()})
+        return Timings(
+            {name: [s / count for s in seconds] for name, seconds in self.seconds.items()}
+        )
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Timings:
@@ -54,7 +62,9 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processors, threads, versions, commit; None is what cannot be known here."""
+    """What the figures depend on: processors, threads, versions, commit; None is what cannot be
+    known here.
+    """
     commit = _git("rev-parse", "--short", "HEAD")
     return {
         "processor": _processor(),
@@ -63,7 +73,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")) if commit else None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py"))
+        if commit
+        else None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -75,7 +87,9 @@ def save(
     folder: Path = RESULTS,
     **more: list[dict[str, Any]],
 ) -> Path:
-    """Write `<folder>/<name>.json` with the machine, the settings, the rows and more lists; returns its path."""
+    """Write `<folder>/<name>.json` with the machine, the settings, the rows and more lists; returns
+    its path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, **more}

@@ -85,7 +85,11 @@ def train(model: PreTrainedModel | PeftModel, corpus: Corpus, recipe: Recipe) ->
     return time.perf_counter() - start
 
 
-def held_out_loss(model: PreTrainedModel | PeftModel, corpus: Corpus, recipe: Recipe) -> dict[str, float]:
+def held_out_loss(
+    model: PreTrainedModel | PeftModel, corpus: Corpus, recipe: Recipe
+) -> dict[str, float]:
     """Return the mean loss on each domain's held-out blocks, in nats a token."""
     trainer = _trainer(model, recipe)
-    return {domain: trainer.evaluate(held_out)["eval_loss"] for domain, (_, held_out) in corpus.items()}
+    return {
+        domain: trainer.evaluate(held_out)["eval_loss"] for domain, (_, held_out) in corpus.items()
+    }

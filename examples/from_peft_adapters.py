@@ -1,10 +1,12 @@
-"""Four adapters trained with stock PEFT become one model that picks among them by itself, and go out again.
+"""Four adapters trained with stock PEFT become one model that picks among them by itself, and go
+out again.
 
-    python examples/from_peft_adapters.py [--model ID_OR_FOLDER] [--steps N] [--output FOLDER] [--seed N]
+    python examples/from_peft_adapters.py [--model ID_OR_FOLDER] [--steps N] [--output FOLDER]
+    [--seed N]
 
-Each adapter sees its own domain alone. Composed, the mixture routes without any training (arrow: from the
-adapters' weights; prototype: from a few texts of each), then with its router trained and the experts frozen. One
-expert is exported and checked in stock PEFT.
+Each adapter sees its own domain alone. Composed, the mixture routes without any training (arrow:
+from the adapters' weights; prototype: from a few texts of each), then with its router trained and
+the experts frozen. One expert is exported and checked in stock PEFT.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def train_adapters(
     base: str, corpus: Corpus, recipe: Recipe, folder: Path
 ) -> tuple[dict[str, Path], list[Result]]:
-    """Train one PEFT LoRA on each domain and save it as PEFT does; return the folders and the table's lines."""
+    """Train one PEFT LoRA on each domain and save it as PEFT does; return the folders and the
+    table's lines.
+    """
     folders, results = {}, []
     for domain, rank in RANKS.items():
         reporting.headline(f"PEFT LoRA, rank {rank}, on {domain} alone")
@@ -65,7 +69,9 @@ def train_adapters(
         lora.save_pretrained(folders[domain])
         parameters = count_trainable(lora)
         losses = held_out_loss(lora, corpus, recipe)
-        results.append(Result(f"adapter {domain}, r={rank}", parameters, parameters, seconds, losses))
+        results.append(
+            Result(f"adapter {domain}, r={rank}", parameters, parameters, seconds, losses)
+        )
     return folders, results
 
 
@@ -94,7 +100,9 @@ def share_of_own(model: Any, corpus: Corpus) -> float:
 
 def measured(name: str, model: Any, corpus: Corpus, recipe: Recipe, seconds: float = 0.0) -> Result:
     """The table's line of a mixture; printed with it how often it chose the domain's own expert."""
-    reporting.line(f"{name}: the domain's own expert has {share_of_own(model, corpus):.1%} of the choices")
+    reporting.line(
+        f"{name}: the domain's own expert has {share_of_own(model, corpus):.1%} of the choices"
+    )
     routers = sum(p.numel() for p in model.moelora.routers.parameters())
     return Result(name, routers, routers, seconds, held_out_loss(model, corpus, recipe))
 
@@ -105,7 +113,8 @@ def train_router(model: Any, corpus: Corpus, recipe: Recipe, labelled: bool) -> 
     before = {name: p.clone() for name, p in model.moelora.sites.named_parameters()}
     if labelled:
         corpus = {
-            d: (Labelled(b.tokens, b.domains, b.sources), held_out) for d, (b, held_out) in corpus.items()
+            d: (Labelled(b.tokens, b.domains, b.sources), held_out)
+            for d, (b, held_out) in corpus.items()
         }
     seconds = train(model, corpus, replace(recipe, learning_rate=ROUTER_LEARNING_RATE))
     if not all(torch.equal(p, before[name]) for name, p in model.moelora.sites.named_parameters()):
@@ -114,7 +123,9 @@ def train_router(model: Any, corpus: Corpus, recipe: Recipe, labelled: bool) -> 
 
 
 def export_and_check(model: Any, base: str, corpus: Corpus, folder: Path, name: str) -> None:
-    """Export one expert as a PEFT folder; raises RuntimeError where stock PEFT gives other logits with it."""
+    """Export one expert as a PEFT folder; raises RuntimeError where stock PEFT gives other logits
+    with it.
+    """
     model.export_expert(name, folder)
     peft = PeftModel.from_pretrained(load_base(base), folder).eval()
     ids = corpus[name][1].tokens[:4]
@@ -145,7 +156,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     reporting.headline("composed, nothing trained")
     start = time.perf_counter()
     model = compose(base, folders, "arrow", router_init="arrow")
-    reporting.line(f"base and four adapters loaded and composed in {time.perf_counter() - start:.1f} s")
+    reporting.line(
+        f"base and four adapters loaded and composed in {time.perf_counter() - start:.1f} s"
+    )
     results.append(measured("arrow", model, corpus, recipe))
     with model.use_experts(dict.fromkeys(RANKS, 0.25)):
         results.append(Result("uniform merge", 0, 0, 0.0, held_out_loss(model, corpus, recipe)))

@@ -99,7 +99,9 @@ def mixture(base: str, seed: int) -> PreTrainedModel:
     return MoeLoraForCausalLM.from_base(base, config, dtype="float32")
 
 
-def run_candidates(base: str, corpus: Corpus, recipe: Recipe) -> tuple[list[Result], PreTrainedModel]:
+def run_candidates(
+    base: str, corpus: Corpus, recipe: Recipe
+) -> tuple[list[Result], PreTrainedModel]:
     """Train and measure the base, the two single LoRAs and the mixture; return the mixture too."""
     trained = mixture(base, recipe.seed)
     total = count_trainable(trained)

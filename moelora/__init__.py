@@ -1,4 +1,6 @@
-"""Mixtures of LoRA experts for Hugging Face transformers. Importing this registers the Auto classes."""
+"""Mixtures of LoRA experts for Hugging Face transformers. Importing this registers the Auto
+classes.
+"""
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -22,4 +24,6 @@ __all__ = [
 
 AutoConfig.register(MoeLoraConfig.model_type, MoeLoraConfig, exist_ok=True)
 AutoModelForCausalLM.register(MoeLoraConfig, MoeLoraForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(MoeLoraConfig, MoeLoraForSequenceClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    MoeLoraConfig, MoeLoraForSequenceClassification, exist_ok=True
+)

@@ -23,16 +23,22 @@ WEIGHTS = "model.safetensors"
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 Adapters = Annotated[
-    list[str], typer.Option("--adapter", "-a", help="NAME=FOLDER or NAME=HUB_ID; once for each adapter.")
+    list[str],
+    typer.Option("--adapter", "-a", help="NAME=FOLDER or NAME=HUB_ID; once for each adapter."),
 ]
 Weights = Annotated[
-    list[str], typer.Option("--weight", "-w", help="EXPERT=NUMBER; once for each expert of the merge.")
+    list[str],
+    typer.Option("--weight", "-w", help="EXPERT=NUMBER; once for each expert of the merge."),
 ]
 Base = Annotated[str, typer.Argument(help="The base: a hub id or a folder.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A folder written by save_pretrained or compose.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
-Classifier = Annotated[bool, typer.Option("--classifier", help="The base is a sequence classifier.")]
-Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="The adapters may name another base.")]
+Classifier = Annotated[
+    bool, typer.Option("--classifier", help="The base is a sequence classifier.")
+]
+Mismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="The adapters may name another base.")
+]
 OtherBase = Annotated[
     str | None, typer.Option("--base", help="Where the base is, if not where the checkpoint says.")
 ]
@@ -40,7 +46,10 @@ OtherBase = Annotated[
 
 @app.command(epilog="Example: moelora check my-base -a math=adapters/math -a code=adapters/code")
 def check(
-    base: Base, adapter: Adapters, allow_base_mismatch: Mismatch = False, classifier: Classifier = False
+    base: Base,
+    adapter: Adapters,
+    allow_base_mismatch: Mismatch = False,
+    classifier: Classifier = False,
 ) -> None:
     """List all that is wrong with a set of adapters. Exit status 1 where anything is."""
     from .adapters.preflight import preflight
@@ -59,14 +68,20 @@ def check(
         size = f"{described.nbytes / 2**20:.1f} MiB" if described else ""
         targets = str(len(described.targets)) if described else ""
         table.add_row(
-            entry.name, ", ".join(map(str, ranks)), targets, size, "\n".join(entry.problems) or "none"
+            entry.name,
+            ", ".join(map(str, ranks)),
+            targets,
+            size,
+            "\n".join(entry.problems) or "none",
         )
     out.print(table)
     if not found.ok:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: moelora compose my-base -a math=adapters/math -a code=adapters/code -o mixture")
+@app.command(
+    epilog="Example: moelora compose my-base -a math=adapters/math -a code=adapters/code -o mixture"
+)
 def compose(
     base: Base,
     adapter: Adapters,
@@ -105,7 +120,9 @@ def export(
     expert: Annotated[str, typer.Argument(help="The expert's name.")],
     out_folder: Out,
     base: OtherBase = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in the folder.")
+    ] = False,
 ) -> None:
     """Write one expert as a stock PEFT LoRA folder."""
     with _refused(), _busy(f"exporting {expert}"):
@@ -118,20 +135,28 @@ def merge(
     checkpoint: Checkpoint,
     weight: Weights,
     out_folder: Out,
-    rank: Annotated[int | None, typer.Option(help="Compress to this rank by SVD; else exact.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Compress to this rank by SVD; else exact.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="How the experts' changes become one.")] = "linear",
     density: Annotated[
         float | None, typer.Option(help="Of ties, dare_… and breadcrumbs: the part kept.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of dare_…: what is dropped.")] = None,
     base: OtherBase = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in the folder.")
+    ] = False,
 ) -> None:
     """Write a fixed mixture of experts as one stock PEFT LoRA folder."""
     with _refused(), _busy("merging"):
         weights = {name: _number(name, value) for name, value in _pairs(weight)}
         model = _load(checkpoint, base)
-        options = {name: value for name, value in (("density", density), ("seed", seed)) if value is not None}
+        options = {
+            name: value
+            for name, value in (("density", density), ("seed", seed))
+            if value is not None
+        }
         report = model.export_merged(
             weights, out_folder, rank=rank, recipe=recipe, overwrite=overwrite, **options
         )
@@ -145,22 +170,30 @@ def route(
         Path, typer.Option("--model", "-m", help="A folder written by save_pretrained or compose.")
     ],
     base: OtherBase = None,
-    input_file: Annotated[Path | None, typer.Option("--input", "-i", help="Else standard input.")] = None,
-    output_file: Annotated[Path | None, typer.Option("--output", "-o", help="Else standard output.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines read before they are answered.")] = 16,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Else standard input.")
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Else standard output.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Lines read before they are answered.")
+    ] = 16,
     field: Annotated[
         str | None, typer.Option(help="Where the prompt is; else prompt, instruction or messages.")
     ] = None,
     top: Annotated[
         int | None, typer.Option(min=1, help="Show the N most probable experts; else all.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file.")
+    ] = False,
 ) -> None:
     """Say which expert each prompt needs, for an engine that serves them.
 
-    A line in is a JSON object with a prompt (a text, or chat messages), or a string; a line out has "expert",
-    "probabilities" and the line's "id", or "error". One line out for each line in, in order, batch by batch.
-    Exit status 1 where any line could not be routed.
+    A line in is a JSON object with a prompt (a text, or chat messages), or a string; a line out has
+    "expert", "probabilities" and the line's "id", or "error". One line out for each line in, in
+    order, batch by batch. Exit status 1 where any line could not be routed.
     """
     from .serving import load_tokenizer, route_lines, write_answers
 
@@ -169,7 +202,9 @@ def route(
             if input_file is not None and output_file.samefile(input_file):
                 raise ValueError(f"{output_file} is the input too: choose another --output.")
             if not overwrite:
-                raise ValueError(f"{output_file} exists: choose another --output, or pass --overwrite.")
+                raise ValueError(
+                    f"{output_file} exists: choose another --output, or pass --overwrite."
+                )
         with _busy("loading"):
             loaded = _load(model, base)
             tokenizer = load_tokenizer(loaded, model)
@@ -228,7 +263,9 @@ def _load(checkpoint: Path, base: str | None) -> Any:
 
     _, config, _ = read(checkpoint / WEIGHTS)
     classifier = str(config.base_architecture or "").endswith("ForSequenceClassification")
-    return _class(classifier).from_pretrained(str(checkpoint), **({} if base is None else {"base": base}))
+    return _class(classifier).from_pretrained(
+        str(checkpoint), **({} if base is None else {"base": base})
+    )
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:

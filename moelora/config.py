@@ -1,4 +1,6 @@
-"""`MoeLoraConfig`: everything that defines a mixture, and the only place where its fields are validated."""
+"""`MoeLoraConfig`: everything that defines a mixture, and the only place where its fields are
+validated.
+"""
 
 from __future__ import annotations
 
@@ -46,35 +48,39 @@ _INHERITED_KEYWORDS = {
 
 
 class MoeLoraConfig(PreTrainedConfig):
-    """Configuration of a mixture of LoRA experts; the fields are the ones of PEFT's LoRA and Mixtral's MoE.
+    """Configuration of a mixture of LoRA experts; the fields are the ones of PEFT's LoRA and
+    Mixtral's MoE.
 
-    Experts: `num_experts`, `r` and `lora_alpha` (one number, or one for each expert), `lora_dropout`,
-    `use_rslora`, `expert_names` (default expert_0 …).
-    `expert_ranks` and `expert_scaling` give every expert's rank (0: it is not there) and scaling for single
-    linears, by their names; `from_adapters` fills them in.
-    Where: `target_modules`, `layers_to_transform` and `modules_to_save`, matched as PEFT's `LoraConfig` does;
-    `target_modules=None` takes PEFT's table, else all linears minus what PEFT refuses.
-    Routing: `router` (a name in `ROUTERS`), `num_experts_per_tok`, `routing_level` ("token": each token its own
-    experts; "sequence": one choice a sequence, from its prompt), `router_scope` ("projection": a router for
-    each linear; "site": for the linears that read one tensor; "layer": for each decoder layer; "model": one,
-    on the input of decoder layer `router_layer`, with experts in that layer and after),
-    `router_prefix_tokens` (what a sequence router reads where every token is a label), `norm_topk_prob`
-    (without effect at one expert a token, where the weight would be the constant 1), `router_jitter_noise`.
-    `router_pooling`: how a sequence router makes one vector of the prompt ("mean"; "last": its last token;
-    "attention": weighted by a learned query). `router_input_norm`: routers read each token divided by its root mean
-    square. `router_hidden_size`: the width inside router="mlp" and "descriptor".
-    `null_expert`: routers may choose "no expert" too, the base alone: one output more, after the experts'.
+    Experts: `num_experts`, `r` and `lora_alpha` (one number, or one for each expert),
+    `lora_dropout`, `use_rslora`, `expert_names` (default expert_0 …).
+    `expert_ranks` and `expert_scaling` give every expert's rank (0: it is not there) and scaling
+    for single linears, by their names; `from_adapters` fills them in.
+    Where: `target_modules`, `layers_to_transform` and `modules_to_save`, matched as PEFT's
+    `LoraConfig` does; `target_modules=None` takes PEFT's table, else all linears minus what PEFT
+    refuses.
+    Routing: `router` (a name in `ROUTERS`), `num_experts_per_tok`, `routing_level` ("token": each
+    token its own experts; "sequence": one choice a sequence, from its prompt), `router_scope`
+    ("projection": a router for each linear; "site": for the linears that read one tensor; "layer":
+    for each decoder layer; "model": one, on the input of decoder layer `router_layer`, with experts
+    in that layer and after), `router_prefix_tokens` (what a sequence router reads where every token
+    is a label), `norm_topk_prob` (without effect at one expert a token, where the weight would be
+    the constant 1), `router_jitter_noise`. `router_pooling`: how a sequence router makes one vector
+    of the prompt ("mean"; "last": its last token; "attention": weighted by a learned query).
+    `router_input_norm`: routers read each token divided by its root mean square.
+    `router_hidden_size`: the width inside router="mlp" and "descriptor". `null_expert`: routers may
+    choose "no expert" too, the base alone: one output more, after the experts'.
     Router losses: `router_aux_loss_coef` (load balancing, arXiv:2101.03961), `router_z_loss_coef`
     (arXiv:2202.08906), `expert_target_loss_coef` (cross-entropy on `expert_targets`), and
-    `router_aux_loss_window`: whose tokens give the expert fractions of the balancing loss: "previous_step"
-    (those of the previous optimizer step over all processes: additive over micro-batches) or "micro_batch"
-    (the classic form: its gradient depends on how a batch is cut). `router_bias_update_rate` balances by a
-    selection bias instead (arXiv:2408.15664).
+    `router_aux_loss_window`: whose tokens give the expert fractions of the balancing loss:
+    "previous_step" (those of the previous optimizer step over all processes: additive over
+    micro-batches) or "micro_batch" (the classic form: its gradient depends on how a batch is cut).
+    `router_bias_update_rate` balances by a selection bias instead (arXiv:2408.15664).
 
     The fields that begin with `base_`, and `sites`, are filled in by `save_pretrained`.
 
     Raises:
-        ValueError, TypeError: a field that does not exist, or a value out of range, with the valid ones.
+        ValueError, TypeError: a field that does not exist, or a value out of range, with the valid
+        ones.
     """
 
     model_type = "moelora"
@@ -128,7 +134,9 @@ class MoeLoraConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}: upgrade moelora."
             )
         if unknown:
-            raise ValueError(f"MoeLoraConfig has no field {unknown}. Its fields are: {', '.join(own)}.")
+            raise ValueError(
+                f"MoeLoraConfig has no field {unknown}. Its fields are: {', '.join(own)}."
+            )
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         if self.expert_names is None:
@@ -137,7 +145,9 @@ class MoeLoraConfig(PreTrainedConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Check every field; called at construction and again after keywords changed a loaded config."""
+        """Check every field; called at construction and again after keywords changed a loaded
+        config.
+        """
         for name, low in (
             ("num_experts", 1),
             ("num_experts_per_tok", 1),
@@ -184,7 +194,9 @@ class MoeLoraConfig(PreTrainedConfig):
         return [f.name for f in fields(cls) if f.name in MoeLoraConfig.__annotations__]
 
     def own_fields(self) -> dict[str, Any]:
-        """What is saved: these fields alone; the inherited ones come and go with transformers' versions."""
+        """What is saved: these fields alone; the inherited ones come and go with transformers'
+        versions.
+        """
         everything = self.to_dict()
         kept = ("model_type", "transformers_version", *self.field_names())
         return {name: everything[name] for name in kept if name in everything}
@@ -204,7 +216,9 @@ class MoeLoraConfig(PreTrainedConfig):
 
     @property
     def scaling(self) -> tuple[float, ...]:
-        """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each expert."""
+        """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each
+        expert.
+        """
         pairs = zip(self._per_expert("lora_alpha"), self.ranks)
         return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in pairs)
 
@@ -268,7 +282,9 @@ class MoeLoraConfig(PreTrainedConfig):
                 f"(num_experts={self.num_experts})."
             )
         if NO_EXPERT in names:
-            raise ValueError(f"expert_names contains {NO_EXPERT!r}, which stands for no expert: rename it.")
+            raise ValueError(
+                f"expert_names contains {NO_EXPERT!r}, which stands for no expert: rename it."
+            )
         self.expert_names = names
 
     def _check_targets(self) -> None:
@@ -279,11 +295,15 @@ class MoeLoraConfig(PreTrainedConfig):
         elif targets is not None:
             self.target_modules = string_list("target_modules", targets)
         if self.modules_to_save is not None:
-            self.modules_to_save = string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
+            self.modules_to_save = string_list(
+                "modules_to_save", self.modules_to_save, may_be_empty=True
+            )
         if layers is not None:
             numbers = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
             if not numbers:
-                raise ValueError("layers_to_transform is empty: give layer numbers, or None for all layers.")
+                raise ValueError(
+                    "layers_to_transform is empty: give layer numbers, or None for all layers."
+                )
             for number in numbers:
                 check_integer("layers_to_transform", number, 0)
             self.layers_to_transform = layers if isinstance(layers, int) else sorted(numbers)

@@ -1,4 +1,6 @@
-"""Routing for other engines: prompts in, expert names with probabilities out, one answer for each line."""
+"""Routing for other engines: prompts in, expert names with probabilities out, one answer for each
+line.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RoutedPrompt:
-    """Which expert a prompt needs: the most probable choice, and the probability of every one, falling."""
+    """Which expert a prompt needs: the most probable choice, and the probability of every one,
+    falling.
+    """
 
     expert: str
     probabilities: dict[str, float]
@@ -33,10 +37,12 @@ class RoutedPrompt:
 def route_prompts(
     model: Any, tokenizer: Any, prompts: Iterable[Prompt], batch_size: int = 16
 ) -> list[RoutedPrompt]:
-    """Which expert each prompt needs; a prompt is a text, or chat messages for the tokenizer's template.
+    """Which expert each prompt needs; a prompt is a text, or chat messages for the tokenizer's
+    template.
 
     Raises:
-        ValueError, TypeError: a prompt that is empty, too long, or neither; all are checked before any is routed.
+        ValueError, TypeError: a prompt that is empty, too long, or neither; all are checked before
+        any is routed.
     """
     check_integer("batch_size", batch_size, 1)
     rows, limit = [], context_length(model, tokenizer)
@@ -46,7 +52,11 @@ def route_prompts(
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"prompts[{number}]: {error}") from error
-    return [answer for batch in _batches(rows, batch_size) for answer in route_ids(model, batch, tokenizer)]
+    return [
+        answer
+        for batch in _batches(rows, batch_size)
+        for answer in route_ids(model, batch, tokenizer)
+    ]
 
 
 def route_ids(model: Any, rows: Sequence[list[int]], tokenizer: Any) -> list[RoutedPrompt]:
@@ -55,9 +65,12 @@ def route_ids(model: Any, rows: Sequence[list[int]], tokenizer: Any) -> list[Rou
         return []
     width = max(map(len, rows))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    # On the right, whatever the tokenizer prefers: every prompt begins at position 0, as it does alone.
+    # On the right, whatever the tokenizer prefers: every prompt begins at position 0, as it does
+    # alone.
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor(
+        [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device
+    )
     training = model.training
     model.eval()
     try:
@@ -72,15 +85,20 @@ def route_ids(model: Any, rows: Sequence[list[int]], tokenizer: Any) -> list[Rou
 
 
 def context_length(model: Any, tokenizer: Any) -> int | None:
-    """How many tokens a prompt may have: what the base and the tokenizer allow, None where neither says."""
+    """How many tokens a prompt may have: what the base and the tokenizer allow, None where neither
+    says.
+    """
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    limits = [n for n in (*named, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < LONGEST]
+    limits = [
+        n for n in (*named, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < LONGEST
+    ]
     return min(limits, default=None)
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int | None) -> list[int]:
-    """The token ids of a text, or of chat messages in the tokenizer's template with the answer's beginning.
+    """The token ids of a text, or of chat messages in the tokenizer's template with the answer's
+    beginning.
 
     Raises:
         ValueError: it is empty, longer than `limit`, or not what the template takes.
@@ -111,7 +129,9 @@ def _in_template(messages: Any, tokenizer: Any) -> str:
     if not messages:
         raise ValueError("The messages are empty.")
     if tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template for messages: give the prompt as a text.")
+        raise ValueError(
+            "The tokenizer has no chat template for messages: give the prompt as a text."
+        )
     for message in messages:
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
             raise ValueError(
@@ -120,8 +140,12 @@ def _in_template(messages: Any, tokenizer: Any) -> str:
     if not any(str(message.get("content") or "").strip() for message in messages):
         raise ValueError("The messages are empty.")
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # A template is a program of the tokenizer's maker, and fails as it likes.
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except (
+        Exception
+    ) as error:  # A template is a program of the tokenizer's maker, and fails as it likes.
         raise ValueError(f"The tokenizer's chat template refuses the messages: {error}") from error
 
 
@@ -135,9 +159,9 @@ def route_lines(
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers to lines of JSON, batch by batch: one for each line, in their order.
 
-    A line is an object with its prompt under `field` (by default the first of `FIELDS` that it has), or a string. Its
-    answer has "expert", "probabilities" (of the `top` most probable choices) and the line's "id", where it has one; or
-    "error", which names the line.
+    A line is an object with its prompt under `field` (by default the first of `FIELDS` that it
+    has), or a string. Its answer has "expert", "probabilities" (of the `top` most probable choices)
+    and the line's "id", where it has one; or "error", which names the line.
 
     Raises:
         ValueError, TypeError: batch_size or top is no number from 1 on.
@@ -212,7 +236,9 @@ def _prompt(content: Any, field: str | None) -> Any:
         if name in content:
             return content[name]
     names = " or ".join(f'"{name}"' for name in wanted)
-    raise ValueError(f"It has no field {names}; its fields are: {', '.join(map(str, content)) or 'none'}.")
+    raise ValueError(
+        f"It has no field {names}; its fields are: {', '.join(map(str, content)) or 'none'}."
+    )
 
 
 def load_tokenizer(model: Any, checkpoint: str | Path) -> Any:
@@ -221,7 +247,11 @@ def load_tokenizer(model: Any, checkpoint: str | Path) -> Any:
     Raises:
         ValueError: there is none.
     """
-    places = [str(checkpoint), model.config._name_or_path, model.moelora_config.base_model_name_or_path]
+    places = [
+        str(checkpoint),
+        model.config._name_or_path,
+        model.moelora_config.base_model_name_or_path,
+    ]
     for place in dict.fromkeys(filter(None, places)):
         if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
             continue

@@ -17,11 +17,15 @@ def check_integer(name: str, value, low: int) -> None:
         raise ValueError(f"{name}={value} is too small; expected an integer of at least {low}.")
 
 
-def check_number(name: str, value, low: float, high: float, open_low=False, open_high=False) -> None:
+def check_number(
+    name: str, value, low: float, high: float, open_low=False, open_high=False
+) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number in the range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected a number.")
-    inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+    inside = (value > low if open_low else value >= low) and (
+        value < high if open_high else value <= high
+    )
     if not (inside and math.isfinite(value)):
         brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
         raise ValueError(f"{name}={value} is out of range; expected a finite number in {brackets}.")
@@ -49,7 +53,9 @@ def check_regex(name: str, value: str) -> None:
 
 def string_list(name: str, value, may_be_empty: bool = False) -> list[str]:
     """`value` as a list of strings; a lone string is refused, since iterating it gives letters."""
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
+    if not isinstance(value, (list, tuple, set)) or not all(
+        isinstance(v, str) and v for v in value
+    ):
         raise TypeError(f"{name}={value!r}: expected a list of non-empty strings.")
     if not value and not may_be_empty:
         raise ValueError(f"{name} is empty: name at least one, or leave it out for the default.")
@@ -62,8 +68,12 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")
 
 
-def check_by_linear(name: str, table: dict | None, num_experts: int, check: Callable, *bounds: float) -> None:
-    """Raise TypeError or ValueError unless `table` has for each linear a list with one good number an expert."""
+def check_by_linear(
+    name: str, table: dict | None, num_experts: int, check: Callable, *bounds: float
+) -> None:
+    """Raise TypeError or ValueError unless `table` has for each linear a list with one good number
+    an expert.
+    """
     for linear, values in (table or {}).items():
         if not isinstance(values, list) or len(values) != num_experts:
             raise ValueError(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 VOCAB = 64
 _LLAMA_LIKE = dict(
@@ -28,7 +33,13 @@ _BERT_LIKE = dict(
     pad_token_id=0,
 )
 _GPT_LIKE = dict(
-    vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    vocab_size=VOCAB,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=128,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 
 CAUSAL = {
@@ -41,12 +52,22 @@ CAUSAL = {
     "gpt_neox": {**_BERT_LIKE, "bos_token_id": 1, "eos_token_id": 2},
     "gptj": {**_GPT_LIKE, "rotary_dim": 4},
     "opt": {
-        **{k: v for k, v in _LLAMA_LIKE.items() if k not in ("intermediate_size", "num_key_value_heads")},
+        **{
+            k: v
+            for k, v in _LLAMA_LIKE.items()
+            if k not in ("intermediate_size", "num_key_value_heads")
+        },
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
     },
     "bloom": dict(
-        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=VOCAB,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
     "mamba": dict(
         vocab_size=VOCAB,
@@ -60,11 +81,18 @@ CAUSAL = {
 }
 CLASSIFIERS = {
     "bert": _BERT_LIKE,
-    "modernbert": {**_BERT_LIKE, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+    "modernbert": {
+        **_BERT_LIKE,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama": _LLAMA_LIKE,
 }
-# Not asked for by anyone, and so a test that nothing knows the names above: a fused parallel block, routed
-# experts of its own (an operator that the fake forward lacks in fp32), another state space model.
+# Not asked for by anyone, and so a test that nothing knows the names above: a fused parallel block,
+# routed experts of its own (an operator that the fake forward lacks in fp32), another state space
+# model.
 UNHEARD_OF = {
     "falcon": dict(
         vocab_size=VOCAB,

@@ -13,7 +13,8 @@ import transformers
 
 torch.set_num_threads(1)
 
-# A process either interprets Triton's kernels or compiles them: `make test` runs those tests in one of their own.
+# A process either interprets Triton's kernels or compiles them: `make test` runs those tests in one
+# of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

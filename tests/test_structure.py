@@ -29,7 +29,9 @@ def names(paths: list[Path]) -> list[str]:
 
 def committed() -> list[Path]:
     """The files of the repository, found without git: a copy without its history is checked alike."""
-    folders = [ROOT / name for name in ("moelora", "kernels", "tests", "benchmarks", "examples", ".ci")]
+    folders = [
+        ROOT / name for name in ("moelora", "kernels", "tests", "benchmarks", "examples", ".ci")
+    ]
     found = [path for folder in folders for path in folder.rglob("*")]
     text = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ""}
     # Of a worktree .git is a file; scratch is where benchmarks put what is not kept.
@@ -37,7 +39,9 @@ def committed() -> list[Path]:
     return [
         path
         for path in sorted([*found, *ROOT.iterdir()])
-        if path.is_file() and path.suffix in text and not ignored & set(path.relative_to(ROOT).parts)
+        if path.is_file()
+        and path.suffix in text
+        and not ignored & set(path.relative_to(ROOT).parts)
     ]
 
 
@@ -52,14 +56,18 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", LIBRARY + KERNELS + SCRIPTS, ids=names(LIBRARY + KERNELS + SCRIPTS))
+@pytest.mark.parametrize(
+    "path", LIBRARY + KERNELS + SCRIPTS, ids=names(LIBRARY + KERNELS + SCRIPTS)
+)
 def test_files_and_functions_are_short_and_documented(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= (400 if path in KERNELS else 300)
     tree = ast.parse(text)
     assert ast.get_docstring(tree)
     assert_functions_are_short(tree)
-    public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"]
+    public = [
+        n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"
+    ]
     methods = [n for c in public if isinstance(c, ast.ClassDef) for n in c.body]
     public += [n for n in methods if isinstance(n, ast.FunctionDef) and n.name[0] != "_"]
     for node in public:
@@ -140,7 +148,9 @@ def test_committed_files_name_no_registry_and_no_path_of_a_machine():
     hosts = ["".join(parts) for parts in (("py", "pi."), ("python", "hosted"), ("npm", "js."))]
     folders = [f"/{folder}/" for folder in ("root", "home", "work", "tmp")]
     pattern = re.compile("|".join(map(re.escape, hosts + folders)))
-    assert {"README.md", "Makefile", "run", "test_structure.py"} <= {path.name for path in committed()}
+    assert {"README.md", "Makefile", "run", "test_structure.py"} <= {
+        path.name for path in committed()
+    }
     for path in committed():
         assert not pattern.search(path.read_text(encoding="utf-8")), path
 

@@ -13,7 +13,9 @@ from benchmarks.kernels.cases import Case
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device reaches: bytes a second of a copy (read and written), operations a second of a product."""
+    """What a device reaches: bytes a second of a copy (read and written), operations a second of a
+    product.
+    """
 
     bytes_per_second: float
     flops_per_second: float
@@ -36,7 +38,9 @@ class Work:
 
 
 def base_pass(case: Case, itemsize: int) -> Work:
-    """The frozen product, forward or for dx: T·d_in, T·d_out and d_in·d_out elements, 2·T·d_in·d_out operations."""
+    """The frozen product, forward or for dx: T·d_in, T·d_out and d_in·d_out elements,
+    2·T·d_in·d_out operations.
+    """
     moved = case.tokens * (case.d_in + case.d_out) + case.d_in * case.d_out
     return Work(moved * itemsize, 2 * case.tokens * case.d_in * case.d_out)
 
@@ -60,8 +64,11 @@ def added_forward(case: Case, itemsize: int, *, dense: bool = False) -> Work:
     return Work(moved * itemsize, 2 * case.tokens * times * case.rank * width)
 
 
-def added_backward(case: Case, itemsize: int, *, dense: bool = False, with_base: bool = True) -> Work:
-    """What it adds to a backward pass: dy read twice, x once, dx read and written, experts read, gradients written.
+def added_backward(
+    case: Case, itemsize: int, *, dense: bool = False, with_base: bool = True
+) -> Work:
+    """What it adds to a backward pass: dy read twice, x once, dx read and written, experts read,
+    gradients written.
 
     2·T·d_out + 3·T·d_in + (used + E)·r·(d_in + d_out) elements, 4·T·K·r·(d_in + d_out) operations.
     Without the base there is no dx to add to: 2·T·d_in.
@@ -74,7 +81,9 @@ def added_backward(case: Case, itemsize: int, *, dense: bool = False, with_base:
     return Work(moved * itemsize, 4 * case.tokens * times * case.rank * width)
 
 
-def bound(case: Case, itemsize: int, peaks: Peaks, *, base: bool, adapter: bool, backward: bool) -> float:
+def bound(
+    case: Case, itemsize: int, peaks: Peaks, *, base: bool, adapter: bool, backward: bool
+) -> float:
     """Seconds: the sum over what runs one after the other of each one's longest side."""
     parts = []
     if base:
@@ -104,7 +113,9 @@ def peaks_of(device: torch.device, dtype: torch.dtype, quick: bool = False) -> t
 
 
 def _fastest(call: Callable[[], object], device: torch.device, limit: float) -> float:
-    """The shortest of the calls that begin within `limit` seconds: others may use the machine for a while."""
+    """The shortest of the calls that begin within `limit` seconds: others may use the machine for a
+    while.
+    """
     seconds, begin = [], time.perf_counter()
     while time.perf_counter() < begin + limit:
         _wait(device)

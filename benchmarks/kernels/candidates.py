@@ -1,4 +1,6 @@
-"""What the kernel benchmark compares: what a user would otherwise run, and every path of every backend of ours."""
+"""What the kernel benchmark compares: what a user would otherwise run, and every path of every
+backend of ours.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ SCALING = 2.0
 class Inputs:
     """The tensors of one case; every trained one is a leaf, the base's weight is frozen.
 
-    x [T, d_in], base [d_out, d_in], A [R, d_in], B [R, d_out], ids and weights [rows, K], dy [T, d_out];
+    x [T, d_in], base [d_out, d_in], A [R, d_in], B [R, d_out], ids and weights [rows, K], dy [T,
+    d_out];
     lora: the factors of a single LoRA of rank K·r, lora_16 of rank 16.
-    given: what stands in for the base's output where the mixture is measured alone; None runs the base.
+    given: what stands in for the base's output where the mixture is measured alone; None runs the
+    base.
     """
 
     case: Case
@@ -71,9 +75,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row. add(inputs, y) returns y with the adapter's part added, and may write into `inputs.writable(y)`.
+    """One row. add(inputs, y) returns y with the adapter's part added, and may write into
+    `inputs.writable(y)`.
 
-    kind: base, lora or mixture. own_bytes: its largest intermediates, forward and backward, in elements.
+    kind: base, lora or mixture. own_bytes: its largest intermediates, forward and backward, in
+    elements.
     captured: whether a CUDA graph can hold it. backend and path: ours only.
     """
 
@@ -104,12 +110,17 @@ class Candidate:
 
 @cache
 def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What our backend says that it cannot run on this device and dtype, or None: it is asked with one token."""
+    """What our backend says that it cannot run on this device and dtype, or None: it is asked with
+    one token.
+    """
     x, factor = (
         torch.zeros(1, 16, device=device, dtype=dtype),
         torch.zeros(16, 16, device=device, dtype=dtype),
     )
-    ids, weights = torch.zeros(1, 1, device=device, dtype=torch.int64), torch.ones(1, 1, device=device)
+    ids, weights = (
+        torch.zeros(1, 1, device=device, dtype=torch.int64),
+        torch.ones(1, 1, device=device),
+    )
     try:
         lora_mixture(x, factor, factor, ids, weights, (0, 16), (SCALING,), backend=backend)
     except ValueError as error:
@@ -118,7 +129,9 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random tensors, of such sizes that base and mixture weigh alike in y; every token's experts differ."""
+    """Random tensors, of such sizes that base and mixture weigh alike in y; every token's experts
+    differ.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, leaf: bool = True) -> Tensor:
@@ -126,7 +139,9 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
         return values.to(dtype).requires_grad_(leaf)
 
     def factors(rank: int, terms: int) -> tuple[Tensor, Tensor]:
-        return normal(rank, case.d_in, std=case.d_in**-0.5), normal(rank, case.d_out, std=terms**-0.5)
+        return normal(rank, case.d_in, std=case.d_in**-0.5), normal(
+            rank, case.d_out, std=terms**-0.5
+        )
 
     rows = case.tokens // case.tokens_per_row
     logits = torch.randn(rows, case.experts, generator=generator, device=device)
@@ -147,18 +162,32 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
 
 
 def candidates() -> list[Candidate]:
-    """All of them; ours for each backend but the specification: the table's choice, then every path by name."""
+    """All of them; ours for each backend but the specification: the table's choice, then every path
+    by name.
+    """
     found = [
         Candidate(FROZEN, "base", lambda inputs, y: y, lambda i: (i.x,)),
         Candidate(LORA, "lora", _lora, lambda i: (i.x, *i.lora)),
         Candidate(LORA_16, "lora", _lora_addmm, lambda i: (i.x, *i.lora_16)),
         Candidate(
-            PEFT_LOOP, "mixture", _peft_loop, own_elements=lambda c: c.experts * c.tokens * (c.d_in + c.d_out)
+            PEFT_LOOP,
+            "mixture",
+            _peft_loop,
+            own_elements=lambda c: c.experts * c.tokens * (c.d_in + c.d_out),
         ),
         Candidate(LOOP, "mixture", _loop_over_experts, captured=False),
-        Candidate(EINSUM, "mixture", _dense_einsum, own_elements=lambda c: 4 * c.tokens * c.experts * c.rank),
-        Candidate(GROUPED, "mixture", _grouped, own_elements=lambda c: 2 * _slots(c) * (c.d_in + c.d_out)),
-        Candidate(PAIRS, "mixture", _pair_rows, own_elements=lambda c: 4 * _slots(c) * (c.d_in + c.d_out)),
+        Candidate(
+            EINSUM,
+            "mixture",
+            _dense_einsum,
+            own_elements=lambda c: 4 * c.tokens * c.experts * c.rank,
+        ),
+        Candidate(
+            GROUPED, "mixture", _grouped, own_elements=lambda c: 2 * _slots(c) * (c.d_in + c.d_out)
+        ),
+        Candidate(
+            PAIRS, "mixture", _pair_rows, own_elements=lambda c: 4 * _slots(c) * (c.d_in + c.d_out)
+        ),
     ]
     for backend in BACKENDS:
         if backend != "reference":
@@ -182,7 +211,8 @@ def _ours(backend: str, path: str | None) -> Candidate:
         )  # fmt: skip
 
     def own_elements(case: Case) -> int:
-        # eager's sequence path gathers a row's factors, and in the backward pass makes their gradients.
+        # eager's sequence path gathers a row's factors, and in the backward pass makes their
+        # gradients.
         rows = case.tokens // case.tokens_per_row
         gathered = rows * case.top_k * case.rank * (case.d_in + case.d_out)
         return 2 * gathered if (backend, path) == ("eager", "sequence") else 0
@@ -220,21 +250,29 @@ def _lora_addmm(inputs: Inputs, y: Tensor) -> Tensor:
 
 
 def _peft_loop(inputs: Inputs, y: Tensor) -> Tensor:
-    """Each expert on all tokens, whose input carries the weight, 0 where it was not chosen: PEFT's X-LoRA layer."""
+    """Each expert on all tokens, whose input carries the weight, 0 where it was not chosen: PEFT's
+    X-LoRA layer.
+    """
     ids, weights = inputs.routing()
     gate = weights.new_zeros(len(ids), inputs.case.experts).scatter(1, ids, weights).to(y.dtype)
     y = inputs.writable(y)
-    factors = zip(inputs.by_expert(inputs.A).unbind(), inputs.by_expert(inputs.B).unbind(), strict=True)
+    factors = zip(
+        inputs.by_expert(inputs.A).unbind(), inputs.by_expert(inputs.B).unbind(), strict=True
+    )
     for expert, (A, B) in enumerate(factors):
         y += linear(linear(inputs.x * gate[:, expert, None], A), B.T) * SCALING
     return y
 
 
 def _loop_over_experts(inputs: Inputs, y: Tensor) -> Tensor:
-    """Each expert in turn on its own tokens alone, as mixture blocks in plain PyTorch do it: the best of loops."""
+    """Each expert in turn on its own tokens alone, as mixture blocks in plain PyTorch do it: the
+    best of loops.
+    """
     ids, weights = inputs.routing()
     y = inputs.writable(y)
-    factors = zip(inputs.by_expert(inputs.A).unbind(), inputs.by_expert(inputs.B).unbind(), strict=True)
+    factors = zip(
+        inputs.by_expert(inputs.A).unbind(), inputs.by_expert(inputs.B).unbind(), strict=True
+    )
     for expert, (A, B) in enumerate(factors):
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
         weight = weights[tokens, slots, None] * SCALING
@@ -248,19 +286,27 @@ def _dense_einsum(inputs: Inputs, y: Tensor) -> Tensor:
     ids, weights = inputs.routing()
     gate = weights.new_zeros(len(ids), inputs.case.experts).scatter(1, ids, weights) * SCALING
     h = torch.einsum("td,erd->ter", inputs.x, inputs.by_expert(inputs.A))
-    return y + torch.einsum("ter,erd->td", (h * gate[:, :, None]).to(h.dtype), inputs.by_expert(inputs.B))
+    return y + torch.einsum(
+        "ter,erd->td", (h * gate[:, :, None]).to(h.dtype), inputs.by_expert(inputs.B)
+    )
 
 
 def _grouped(inputs: Inputs, y: Tensor) -> Tensor:
-    """Two grouped products over slots sorted by expert, weighted in rank space, added token by token."""
+    """Two grouped products over slots sorted by expert, weighted in rank space, added token by
+    token.
+    """
     order, tokens, ends, weights = _sorted_slots(inputs)
     h = grouped_mm(inputs.x[tokens], _padded(inputs, inputs.A).mT, offs=ends)
     h = (h * (weights.flatten()[order, None] * SCALING)).to(h.dtype)
-    return inputs.writable(y).index_add_(0, tokens, grouped_mm(h, _padded(inputs, inputs.B), offs=ends))
+    return inputs.writable(y).index_add_(
+        0, tokens, grouped_mm(h, _padded(inputs, inputs.B), offs=ends)
+    )
 
 
 def _pair_rows(inputs: Inputs, y: Tensor) -> Tensor:
-    """ScatterMoE's way: a row of d_out for each pair of token and slot, kept for the weights' gradient, then summed."""
+    """ScatterMoE's way: a row of d_out for each pair of token and slot, kept for the weights'
+    gradient, then summed.
+    """
     order, tokens, ends, weights = _sorted_slots(inputs)
     h = grouped_mm(inputs.x[tokens], _padded(inputs, inputs.A).mT, offs=ends)
     rows = grouped_mm(h, _padded(inputs, inputs.B), offs=ends)
@@ -272,11 +318,15 @@ def _sorted_slots(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The slots sorted by expert, their tokens, where each expert's end, and the tokens' weights."""
     ids, weights = inputs.routing()
     experts, order = ids.flatten().sort(stable=True)
-    ends = torch.searchsorted(experts, torch.arange(inputs.case.experts, device=ids.device), right=True)
+    ends = torch.searchsorted(
+        experts, torch.arange(inputs.case.experts, device=ids.device), right=True
+    )
     return order, order // ids.shape[1], ends.to(torch.int32), weights
 
 
 def _padded(inputs: Inputs, factor: Tensor) -> Tensor:
-    """The factor as [E, r, d] with r filled up to a multiple of 8: grouped_mm wants strides of 16 bytes."""
+    """The factor as [E, r, d] with r filled up to a multiple of 8: grouped_mm wants strides of 16
+    bytes.
+    """
     blocks = inputs.by_expert(factor)
     return pad(blocks, (0, 0, 0, -inputs.case.rank % 8)) if inputs.case.rank % 8 else blocks

@@ -9,7 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One linear d_in → d_out under E experts of rank r, K a token, T tokens; rows of tokens_per_row share theirs."""
+    """One linear d_in → d_out under E experts of rank r, K a token, T tokens; rows of
+    tokens_per_row share theirs.
+    """
 
     tokens: int
     d_in: int
@@ -24,9 +26,7 @@ class Case:
     def name(self) -> str:
         """Where the shape is from, and the shape."""
         rows = f" rows of {self.tokens_per_row}" if self.tokens_per_row > 1 else ""
-        shape = (
-            f"T={self.tokens}{rows} {self.d_in}→{self.d_out} E={self.experts} r={self.rank} K={self.top_k}"
-        )
+        shape = f"T={self.tokens}{rows} {self.d_in}→{self.d_out} E={self.experts} r={self.rank} K={self.top_k}"
         return f"{self.where} {shape}".strip()
 
 
@@ -68,7 +68,9 @@ class Suite:
 
     def decoding(self) -> list[Case]:
         """Every shape of `decode` with every number of tokens."""
-        return [replace(case, tokens=tokens) for case in self.decode for tokens in self.decode_tokens]
+        return [
+            replace(case, tokens=tokens) for case in self.decode for tokens in self.decode_tokens
+        ]
 
     def scaling(self) -> list[tuple[str, int, Case]]:
         """(field, value, case) of every point of the scaling plots."""
@@ -134,7 +136,8 @@ CPU = Suite(
     growth=(replace(SMALL, experts=64, rank=8), replace(SMALL, experts=1024, rank=8)),
     decode=(SMALL, replace(SMALL, experts=64, rank=8)),
     layer=Layer(
-        "SmolLM2-135M layer", ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
+        "SmolLM2-135M layer",
+        ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))),
     ),
     sweep=Case(1024, 512, 512, 32, 8),
     axes=(

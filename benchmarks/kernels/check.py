@@ -8,13 +8,16 @@ from torch import Tensor
 
 from benchmarks.kernels.candidates import SCALING, Candidate, Inputs
 
-# ‖got − wanted‖ / ‖wanted‖ of each tensor: some roundings of the dtype, much less than one wrong expert.
+# ‖got − wanted‖ / ‖wanted‖ of each tensor: some roundings of the dtype, much less than one wrong
+# expert.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("y", "dx", "dA", "dB", "dweights")
-# A weight's gradient is one scalar product over d_out, whose terms nearly cancel where tokens are few.
+# A weight's gradient is one scalar product over d_out, whose terms nearly cancel where tokens are
+# few.
 CANCELLING = {"dweights": 10.0}
 TOKENS = 128
-# The gradient of a slice is as large as what it is cut from: give the reference few experts at a time.
+# The gradient of a slice is as large as what it is cut from: give the reference few experts at a
+# time.
 EXPERTS_AT_ONCE = 16
 
 
@@ -23,7 +26,9 @@ class WrongResult(AssertionError):
 
 
 class Specification:
-    """The mixture and its gradients in float64 on some tokens of a case, evenly picked; dy is 0 elsewhere."""
+    """The mixture and its gradients in float64 on some tokens of a case, evenly picked; dy is 0
+    elsewhere.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         count = inputs.case.tokens
@@ -44,7 +49,9 @@ class Specification:
         for (name, wanted), value in zip(self.wanted.items(), got, strict=True):
             error = float((value.double() - wanted).norm() / wanted.norm())
             if not error <= TOLERANCES[inputs.x.dtype] * CANCELLING.get(name, 1.0):
-                raise WrongResult(f"{candidate.name}, {inputs.case.name}: {name} is off by {error:.1e}")
+                raise WrongResult(
+                    f"{candidate.name}, {inputs.case.name}: {name} is off by {error:.1e}"
+                )
 
     def _compute(self) -> tuple[Tensor, ...]:
         inputs, case = self.inputs, self.inputs.case
@@ -54,16 +61,22 @@ class Specification:
         used = ids.unique()
         chunks = used.split(EXPERTS_AT_ONCE)
         factors = [
-            [_leaf(inputs.by_expert(f)[c].flatten(0, 1)) for c in chunks] for f in (inputs.A, inputs.B)
+            [_leaf(inputs.by_expert(f)[c].flatten(0, 1)) for c in chunks]
+            for f in (inputs.A, inputs.B)
         ]
         y = x @ inputs.base.double().T
         for chunk, A, B in zip(chunks, *factors, strict=True):
             local = torch.where(torch.isin(ids, chunk), torch.searchsorted(chunk, ids), -1)
             offsets = tuple(range(0, len(A) + 1, case.rank))
-            y = reference.lora_mixture(x, A, B, local, token_weights, offsets, (SCALING,) * len(chunk), y)
+            y = reference.lora_mixture(
+                x, A, B, local, token_weights, offsets, (SCALING,) * len(chunk), y
+            )
         leaves = (x, weights, *factors[0], *factors[1])
         dx, dweights, *parts = torch.autograd.grad(y, leaves, inputs.dy[self.picked].double())
-        dA, dB = (self._of_all_experts(used, part) for part in (parts[: len(chunks)], parts[len(chunks) :]))
+        dA, dB = (
+            self._of_all_experts(used, part)
+            for part in (parts[: len(chunks)], parts[len(chunks) :])
+        )
         return y.detach(), dx, dA, dB, dweights
 
     def _of_all_experts(self, used: Tensor, parts: list[Tensor]) -> Tensor:

@@ -1,4 +1,6 @@
-"""What must be true on a GPU before a time is worth taking: right, repeatable, compilable, capturable."""
+"""What must be true on a GPU before a time is worth taking: right, repeatable, compilable,
+capturable.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,11 @@ def outcome(function: Callable[..., Tensor], values: Outcome) -> Outcome:
     """y and the gradient of every input, for a fixed dy."""
     leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
     y = function(**leaves)
-    dy = torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float32)).view(y.shape).to(y.dtype)
+    dy = (
+        torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float32))
+        .view(y.shape)
+        .to(y.dtype)
+    )
     grads = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
 
@@ -110,7 +116,9 @@ def wanted(shape: Shape, ids: Tensor, values: Outcome) -> Outcome:
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         fixed = (ids, weights, shape.offsets, shape.scaling, out)
-        return reference.lora_mixture(x, lora_A, lora_B, *fixed, tokens_per_row=shape.tokens_per_row)
+        return reference.lora_mixture(
+            x, lora_A, lora_B, *fixed, tokens_per_row=shape.tokens_per_row
+        )
 
     return outcome(function, {name: t.double() for name, t in values.items()})
 
@@ -120,7 +128,9 @@ def paths_of(shape: Shape) -> tuple[str, ...]:
     return (*PATHS, "fused") if shape.offsets[-1] <= FUSED_RANKS_FP32 else PATHS
 
 
-def correctness(shapes: dict[str, Shape], device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Row]:
+def correctness(
+    shapes: dict[str, Shape], device: torch.device, dtypes: list[torch.dtype]
+) -> Iterator[Row]:
     """The largest error of every shape, path and dtype, of y and each gradient; and of decoding."""
     for (name, shape), dtype in product(shapes.items(), dtypes):
         ids, values = inputs_of(shape, device, dtype)
@@ -130,7 +140,12 @@ def correctness(shapes: dict[str, Shape], device: torch.device, dtypes: list[tor
             run = partial(outcome, ours(shape, ids, path), values)
             yield _judged(row, partial(_compared, run, exact, dtype))
     for dtype, tokens in product(dtypes, (1, 5, 64)):
-        row = {"check": "decoding", "case": f"{tokens} tokens", "path": "decode", "dtype": str(dtype)}
+        row = {
+            "check": "decoding",
+            "case": f"{tokens} tokens",
+            "path": "decode",
+            "dtype": str(dtype),
+        }
         yield _judged(row, partial(_decoding, device, dtype, tokens))
 
 
@@ -152,7 +167,10 @@ def graphs(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def _again(
-    check: str, device: torch.device, dtype: torch.dtype, how: Callable[[Callable[..., Tensor], Outcome], Any]
+    check: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    how: Callable[[Callable[..., Tensor], Outcome], Any],
 ) -> Iterator[Row]:
     """Every path in another way: the same bits."""
     shape = SHAPES["training"]

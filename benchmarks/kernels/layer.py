@@ -1,4 +1,6 @@
-"""Decoding through all linears of a decoder layer, as a model does it: one plan and one shrink for each site."""
+"""Decoding through all linears of a decoder layer, as a model does it: one plan and one shrink for
+each site.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ ROUTED = "ours triton, router inside"
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """A site's tensors: x [T, d_in], lora_A [L·R, d_in], and W_l [d_out, d_in], B_l [R, d_out] of its L linears.
+    """A site's tensors: x [T, d_in], lora_A [L·R, d_in], and W_l [d_out, d_in], B_l [R, d_out] of
+    its L linears.
 
     ids and weights [T, K] are what router [E, d_in] makes of x.
     """
@@ -54,7 +57,9 @@ def layer_decode(run: Run) -> list[Row]:
             if reason := refusal(backend, run.device, run.suite.dtype):
                 refused.append((backend, reason))
                 continue
-            found = {ours(backend): lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)}
+            found = {
+                ours(backend): lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)
+            }
             if backend == "triton":
                 found[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
                     sites, layer, backend, routes=True
@@ -64,7 +69,8 @@ def layer_decode(run: Run) -> list[Row]:
             calls |= found
         rows += _rows(run, name, calls)
         rows += [
-            {"case": name, "measure": MEASURE, "candidate": ours(b), "not run": why} for b, why in refused
+            {"case": name, "measure": MEASURE, "candidate": ours(b), "not run": why}
+            for b, why in refused
         ]
     return rows
 
@@ -105,7 +111,9 @@ def _bases(sites: list[SiteInputs]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _mixtures(sites: list[SiteInputs], layer: Layer, backend: str, routes: bool = False) -> list[Tensor]:
+def _mixtures(
+    sites: list[SiteInputs], layer: Layer, backend: str, routes: bool = False
+) -> list[Tensor]:
     offsets, scaling = _offsets(layer), (SCALING,) * layer.experts
     results = []
     for site in sites:

@@ -1,4 +1,6 @@
-"""The measures of the kernel benchmark: each checks its candidates, times them in turns and yields rows."""
+"""The measures of the kernel benchmark: each checks its candidates, times them in turns and yields
+rows.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,7 @@ import torch
 
 from benchmarks.harness import Timings
 from benchmarks.kernels.bounds import Peaks, bound
-from benchmarks.kernels.candidates import (
-    FROZEN,
-    LORA,
-    Candidate,
-    Inputs,
-    candidates,
-    make_inputs,
-)
+from benchmarks.kernels.candidates import FROZEN, LORA, Candidate, Inputs, candidates, make_inputs
 from benchmarks.kernels.cases import Case, Suite
 from benchmarks.kernels.check import Specification, WrongResult
 from benchmarks.kernels.timing import Call, captured, peak_bytes, timed
@@ -33,7 +28,9 @@ GROWTH_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Mode:
-    """How a candidate is called: with the base or with its output given, and with or without gradients."""
+    """How a candidate is called: with the base or with its output given, and with or without
+    gradients.
+    """
 
     name: str
     alone: bool
@@ -54,7 +51,9 @@ DECODE = Mode("decode", alone=False, backward=False)
 
 @dataclass
 class Run:
-    """One run: where, what, how fast the device could be, and the name of the candidate that is ours by default."""
+    """One run: where, what, how fast the device could be, and the name of the candidate that is
+    ours by default.
+    """
 
     suite: Suite
     device: torch.device
@@ -89,7 +88,9 @@ def cases(run: Run, modes: Iterable[Mode]) -> Iterator[Row]:
 
 
 def scaling(run: Run) -> Iterator[Row]:
-    """The mixture's part alone, forward and backward, along each axis, for one candidate of each kind."""
+    """The mixture's part alone, forward and backward, along each axis, for one candidate of each
+    kind.
+    """
     for axis, value, case in run.suite.scaling():
         inputs = run.inputs(case)
         named = [c for c in candidates() if c.kind != "lora" or c.name == LORA]
@@ -99,7 +100,8 @@ def scaling(run: Run) -> Iterator[Row]:
 
 
 def decode(run: Run) -> Iterator[Row]:
-    """A few tokens without gradients: on a GPU in a CUDA graph, over as many copies as leave the cache cold.
+    """A few tokens without gradients: on a GPU in a CUDA graph, over as many copies as leave the
+    cache cold.
 
     On a CPU there is one copy, and a base that fits into the cache is faster than its bound.
     """
@@ -116,7 +118,9 @@ def decode(run: Run) -> Iterator[Row]:
         calls, failures = _decoding(run, copies, able)
         timings = timed(calls, run.device, run.suite.rounds).divided_by(len(copies))
         yield from _rows(run, inputs, {name: able[name] for name in calls}, DECODE, timings)
-        yield from ({"case": case.name, "measure": DECODE.name, **reason} for reason in reasons + failures)
+        yield from (
+            {"case": case.name, "measure": DECODE.name, **reason} for reason in reasons + failures
+        )
 
 
 def growth(run: Run) -> list[Row]:
@@ -149,7 +153,9 @@ def growth(run: Run) -> list[Row]:
 
 
 def memory(run: Run) -> list[Row]:
-    """The most GPU memory of a forward and backward pass, in all and beyond what is trained, x and the base."""
+    """The most GPU memory of a forward and backward pass, in all and beyond what is trained, x and
+    the base.
+    """
     case = run.suite.cases[0]
     if not run.is_gpu:
         return [{"case": case.name, "measure": "memory", "not run": "needs a GPU"}]
@@ -157,16 +163,27 @@ def memory(run: Run) -> list[Row]:
     able, reasons = _able(run, inputs, candidates())
     rows: list[Row] = [{"case": case.name, "measure": "memory", **reason} for reason in reasons]
     own = {name: peak_bytes(_call(candidate, inputs, TRAINING)) for name, candidate in able.items()}
-    held = {name: sum(t.nbytes for t in (*c.trained(inputs), inputs.base)) for name, c in able.items()}
+    held = {
+        name: sum(t.nbytes for t in (*c.trained(inputs), inputs.base)) for name, c in able.items()
+    }
     for name in able:
-        row = {"case": case.name, "measure": "memory", "candidate": name, "own MiB": own[name] / 2**20}
+        row = {
+            "case": case.name,
+            "measure": "memory",
+            "candidate": name,
+            "own MiB": own[name] / 2**20,
+        }
         row["peak MiB"] = (own[name] + held[name]) / 2**20
         rows.append({**row, "ratio": (own[name] + held[name]) / (own[LORA] + held[LORA])})
     return rows
 
 
-def _able(run: Run, inputs: Inputs, asked: list[Candidate]) -> tuple[dict[str, Candidate], list[Row]]:
-    """Those that run here and compute the mixture, and the reasons of the others; WrongResult where one is wrong."""
+def _able(
+    run: Run, inputs: Inputs, asked: list[Candidate]
+) -> tuple[dict[str, Candidate], list[Row]]:
+    """Those that run here and compute the mixture, and the reasons of the others; WrongResult where
+    one is wrong.
+    """
     specification = Specification(inputs)
     able, reasons = {}, []
     for candidate in asked:
@@ -239,7 +256,9 @@ def _timed_rows(run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode
     return _rows(run, inputs, able, mode, timed(calls, run.device, run.suite.rounds))
 
 
-def _rows(run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timings: Timings) -> list[Row]:
+def _rows(
+    run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timings: Timings
+) -> list[Row]:
     rows = []
     for name, candidate in able.items():
         case = inputs.case
@@ -247,7 +266,10 @@ def _rows(run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timi
             case = Case(case.tokens, case.d_in, case.d_out, 1, case.top_k * case.rank, 1)
         elif candidate.kind == "lora":
             case = Case(case.tokens, case.d_in, case.d_out, 1, 16, 1)
-        parts = {"base": candidate.kind == "base" or not mode.alone, "adapter": candidate.kind != "base"}
+        parts = {
+            "base": candidate.kind == "base" or not mode.alone,
+            "adapter": candidate.kind != "base",
+        }
         ideal = bound(case, inputs.x.element_size(), run.peaks, backward=mode.backward, **parts)
         rows.append(
             {
@@ -258,7 +280,11 @@ def _rows(run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timi
                 "microseconds": 1e6 * timings.median(name),
                 "microseconds min": 1e6 * min(timings.seconds[name]),
                 **spread("over frozen linear", timings.ratio(name, FROZEN)),
-                **(spread("over ours", timings.ratio(name, run.default)) if run.default in able else {}),
+                **(
+                    spread("over ours", timings.ratio(name, run.default))
+                    if run.default in able
+                    else {}
+                ),
                 "bound microseconds": 1e6 * ideal,
                 "share of bound": ideal / timings.median(name),
             }

@@ -8,7 +8,12 @@ from typing import Any
 from benchmarks.kernels.candidates import FROZEN
 from benchmarks.kernels.cases import Suite
 
-LABELS = {"tokens": "tokens T", "experts": "experts E", "top_k": "experts a token K", "rank": "rank r"}
+LABELS = {
+    "tokens": "tokens T",
+    "experts": "experts E",
+    "top_k": "experts a token K",
+    "rank": "rank r",
+}
 
 
 def plot(rows: list[dict[str, Any]], suite: Suite, path: Path) -> str:
@@ -22,10 +27,15 @@ def plot(rows: list[dict[str, Any]], suite: Suite, path: Path) -> str:
     for panel, (axis, values) in zip(panels, suite.axes, strict=True):
         found = [row for row in rows if row.get("measure") == f"scaling {axis}" and "value" in row]
         for name in dict.fromkeys(row["candidate"] for row in found):
-            points = [(row["value"], row["microseconds"]) for row in found if row["candidate"] == name]
+            points = [
+                (row["value"], row["microseconds"]) for row in found if row["candidate"] == name
+            ]
             style = "k--" if name == FROZEN else "o-"
             panel.plot(
-                *zip(*points, strict=True), style, label=name, linewidth=2.5 if "ours" in name else 1.2
+                *zip(*points, strict=True),
+                style,
+                label=name,
+                linewidth=2.5 if "ours" in name else 1.2,
             )
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="microseconds")
         panel.set_xticks(values, labels=[str(value) for value in values])

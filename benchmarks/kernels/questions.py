@@ -16,12 +16,16 @@ LAUNCHES = 1000
 def questions(run: Run) -> list[Row]:
     """Both of them; slot passes against pair rows are candidates of the other measures."""
     if not run.is_gpu:
-        return [{"case": "thin products, launches", "measure": "questions", "not run": "needs a GPU"}]
+        return [
+            {"case": "thin products, launches", "measure": "questions", "not run": "needs a GPU"}
+        ]
     return thin_products(run) + launches(run)
 
 
 def thin_products(run: Run, tokens: int = TOKENS, features: int = FEATURES) -> list[Row]:
-    """x [T, d] @ [d, N] and back, h [T, N] @ [N, d]: time and share of the bound, T·(d + N) + d·N elements."""
+    """x [T, d] @ [d, N] and back, h [T, N] @ [N, d]: time and share of the bound, T·(d + N) + d·N
+    elements.
+    """
     dtype, rows = run.suite.dtype, []
     x = torch.randn(tokens, features, device=run.device).to(dtype)
     calls: dict[str, Call] = {}

@@ -31,7 +31,9 @@ class Target:
     inverse: bool = False
 
     def judged(self, rows: list[Row]) -> Row:
-        """What came out, the least and the most of it, and whether the target is met; None if it was not measured."""
+        """What came out, the least and the most of it, and whether the target is met; None if it
+        was not measured.
+        """
         found = [row for row in rows if self._is_of(row)]
         line = {"what": self.what, "target": f"{'≥' if self.at_least else '≤'} {self.limit}"}
         if not found:
@@ -61,10 +63,22 @@ def cpu_targets(suite: Suite, default: str) -> list[Target]:
     for mode in (TRAINING, ALONE):
         of = f", {mode.name}"
         found += [
-            Target(f"{PEFT_LOOP} / ours{of}", mode.name, PEFT_LOOP, "over ours", 3.0, first, at_least=True),
+            Target(
+                f"{PEFT_LOOP} / ours{of}",
+                mode.name,
+                PEFT_LOOP,
+                "over ours",
+                3.0,
+                first,
+                at_least=True,
+            ),
             Target(f"ours / {LORA}{of}", mode.name, LORA, "over ours", 1.3, first, inverse=True),
             Target(
-                f"ours, E={many.experts} / E={few.experts}{of}", f"growth, {mode.name}", default, "ratio", 1.5
+                f"ours, E={many.experts} / E={few.experts}{of}",
+                f"growth, {mode.name}",
+                default,
+                "ratio",
+                1.5,
             ),
         ]
     return found
@@ -79,7 +93,11 @@ def gpu_targets(suite: Suite, default: str) -> list[Target]:
         Target(f"ours / {FROZEN}, {both}", both, default, over, 1.28, first),
         Target(f"ours / {FROZEN}, E={many.experts}, {both}", both, default, over, 1.45, many.name),
         Target(
-            f"ours, E={many.experts} / E={few.experts}, {both}", f"growth, {both}", default, "ratio", 1.15
+            f"ours, E={many.experts} / E={few.experts}, {both}",
+            f"growth, {both}",
+            default,
+            "ratio",
+            1.15,
         ),
     ]
     for peer, limit in (
@@ -90,20 +108,32 @@ def gpu_targets(suite: Suite, default: str) -> list[Target]:
     ):
         found += [
             Target(
-                f"{peer} / ours, E={c.experts}, {both}", both, peer, "over ours", limit, c.name, at_least=True
+                f"{peer} / ours, E={c.experts}, {both}",
+                both,
+                peer,
+                "over ours",
+                limit,
+                c.name,
+                at_least=True,
             )
             for c in suite.growth
         ]
-    found.append(Target(f"ours / {LORA_16}, {both}", both, LORA_16, "over ours", 1.10, first, inverse=True))
+    found.append(
+        Target(f"ours / {LORA_16}, {both}", both, LORA_16, "over ours", 1.10, first, inverse=True)
+    )
     layer = suite.layer
     for tokens in suite.decode_tokens:
         what = f"ours / the bases of a {layer.name}, decode, T={tokens}"
         found.append(Target(what, LAYER, default, over, 1.10, layer.named(tokens)))
-        found.append(Target(f"{what}, router and all", LAYER, ROUTED, over, 1.10, layer.named(tokens)))
+        found.append(
+            Target(f"{what}, router and all", LAYER, ROUTED, over, 1.10, layer.named(tokens))
+        )
     for case, path, limit in ((few, "dense", 0.75), (many, "grouped", 0.60)):
         for measure in ("mixture forward", ALONE.name):
             what = f"share of the bound, {path}, {measure}"
             name = ours(default.removeprefix("ours "), path)
-            found.append(Target(what, measure, name, "share of bound", limit, case.name, at_least=True))
+            found.append(
+                Target(what, measure, name, "share of bound", limit, case.name, at_least=True)
+            )
     found.append(Target(f"peak memory, ours / {LORA}", "memory", default, "ratio", 1.10, first))
     return found

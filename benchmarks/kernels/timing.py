@@ -13,15 +13,16 @@ from benchmarks.harness import Timings
 Call = Callable[[], object]
 # One measurement lasts at least half of this, however wrong the first guess was.
 AIM = 2e-3
-# The GPU waits so long (in cycles) while the first calls are queued, or their launches would be measured.
+# The GPU waits so long (in cycles) while the first calls are queued, or their launches would be
+# measured.
 HEAD_START = 1_000_000
 
 
 def timed(calls: dict[str, Call], device: torch.device, rounds: int) -> Timings:
     """Seconds of every call, each once a round as the mean of as many repeats as fill 1 ms or more.
 
-    Before each measurement the call runs once uncounted: the cache and the allocator are as it leaves
-    them, not as the candidate before it does.
+    Before each measurement the call runs once uncounted: the cache and the allocator are as it
+    leaves them, not as the candidate before it does.
     """
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     repeats = {name: _repeats(call, device) for name, call in calls.items()}

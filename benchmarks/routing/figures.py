@@ -1,4 +1,6 @@
-"""From what the parts found to rows: losses and accuracies of the candidates, and the targets with what came."""
+"""From what the parts found to rows: losses and accuracies of the candidates, and the targets with
+what came.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from benchmarks.routing.parts import Results
 from benchmarks.routing.scoring import Score
 from benchmarks.routing.settings import Settings
 
-ORACLE, TOTAL, ACTIVE = "each task by its own expert (oracle)", "joint LoRA, total", "joint LoRA, active"
+ORACLE, TOTAL, ACTIVE = (
+    "each task by its own expert (oracle)",
+    "joint LoRA, total",
+    "joint LoRA, active",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,12 @@ def candidates(settings: Settings, results: Results) -> dict[str, list[Scores]]:
     found[UNIFORM] = [m[UNIFORM] for m in mixtures]
     found[ORACLE] = [{name: m[name][name] for name in settings.names} for m in mixtures]
     found |= {SEQUENCE: [m[SEQUENCE] for m in mixtures], TOKEN: [m[TOKEN] for m in mixtures]}
-    found[f"{TOTAL} parameters of the experts, r={many}"] = [r["scores"] for r in results["joint, total"]]
-    found[f"{ACTIVE} parameters of the mixture, r={rank}"] = [r["scores"] for r in results["joint, active"]]
+    found[f"{TOTAL} parameters of the experts, r={many}"] = [
+        r["scores"] for r in results["joint, total"]
+    ]
+    found[f"{ACTIVE} parameters of the mixture, r={rank}"] = [
+        r["scores"] for r in results["joint, active"]
+    ]
     return found
 
 
@@ -98,7 +108,9 @@ def gate_accuracies(results: Results) -> dict[str, Spread]:
     """By kind of gate its routing accuracy; the selector's too."""
     found = {}
     for part in (results["gates"], results["bare"]):
-        found |= {kind: Spread.of(r["accuracy"][kind] for r in part) for kind in part[0]["accuracy"]}
+        found |= {
+            kind: Spread.of(r["accuracy"][kind] for r in part) for kind in part[0]["accuracy"]
+        }
     if "selector" in results:
         found["selector that writes the name"] = selector_accuracy(results)
     return found
@@ -114,12 +126,16 @@ def same_prompts(results: Results) -> Spread:
     gates = [r["on the selector's prompts"] for r in results["gates"]]
     written = [accuracy(r["confusion"]) for r in results["selector"]]
     # Nothing right has no ratio: as if one prompt were.
-    least = 1 / max(1, sum(sum(own.values()) for own in results["selector"][0]["confusion"].values()))
+    least = 1 / max(
+        1, sum(sum(own.values()) for own in results["selector"][0]["confusion"].values())
+    )
     # Not every seed has a selector.
     return Spread.of(a / max(b, least) for a, b in zip(gates, written))
 
 
-def replay_spreads(results: Results, share: float, field: str = "accuracy") -> dict[tuple[str, str], Spread]:
+def replay_spreads(
+    results: Results, share: float, field: str = "accuracy"
+) -> dict[tuple[str, str], Spread]:
     """By (task added, task asked) the accuracy at this share of replay."""
     runs = [[row for row in r["rows"] if row["replay"] == share] for r in results["replay"]]
     return {
@@ -144,7 +160,9 @@ def shares(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> list[list[float
 
 
 def targets(settings: Settings, results: Results) -> list[dict[str, Any]]:
-    """What was to be reached, what came (mean over seeds, worst seed), and whether the mean reaches it."""
+    """What was to be reached, what came (mean over seeds, worst seed), and whether the mean reaches
+    it.
+    """
     found, gates = candidates(settings, results), gate_accuracies(results)[MAIN]
     latency = results["latency"][0]["ratios"]
     singles = [f"expert {name}" for name in settings.names]
@@ -158,14 +176,25 @@ def targets(settings: Settings, results: Results) -> list[dict[str, Any]]:
             strict=True,
         ),
         _row(
-            "choosing over a forward of the base", Spread(*latency["gate over a forward of the base"]), 0.05
+            "choosing over a forward of the base",
+            Spread(*latency["gate over a forward of the base"]),
+            0.05,
         ),
-        _row("gated forward over a forced one", Spread(*latency["gated forward over a forced one"]), 1.05),
         _row(
-            "selector's seconds over the gate's", Spread(*latency["selector over the gate"]), 10.0, least=True
+            "gated forward over a forced one",
+            Spread(*latency["gated forward over a forced one"]),
+            1.05,
+        ),
+        _row(
+            "selector's seconds over the gate's",
+            Spread(*latency["selector over the gate"]),
+            10.0,
+            least=True,
         ),
         _row("gated loss over the oracle's", ratio(found, SEQUENCE, ORACLE), 1.01),
-        _row("gated loss over the uniform merge's", ratio(found, SEQUENCE, UNIFORM), 1.0, strict=True),
+        _row(
+            "gated loss over the uniform merge's", ratio(found, SEQUENCE, UNIFORM), 1.0, strict=True
+        ),
     ]
     best = min(singles, key=lambda name: Spread.of(map(mean_loss, found[name])).mean)
     rows.append(
@@ -177,13 +206,17 @@ def targets(settings: Settings, results: Results) -> list[dict[str, Any]]:
         )
     )
     if "harder" in results:
-        rows.append(_row("the same with the harder tasks: over the oracle's", harder_ratio(results), 1.03))
+        rows.append(
+            _row("the same with the harder tasks: over the oracle's", harder_ratio(results), 1.03)
+        )
     kept = min(old_tasks(replay_spreads(results, 0.1)), key=lambda spread: spread.mean)
     rows.append(_row("worst old task after adding one with 10 % replay", kept, 0.97, least=True))
     return rows
 
 
-def _row(what: str, came: Spread, target: float, least: bool = False, strict: bool = False) -> dict[str, Any]:
+def _row(
+    what: str, came: Spread, target: float, least: bool = False, strict: bool = False
+) -> dict[str, Any]:
     beyond = came.mean > target if least else came.mean < target
     met = beyond or (not strict and came.mean == target)
     sign = (">" if least else "<") if strict else ("≥" if least else "≤")

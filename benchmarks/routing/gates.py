@@ -1,4 +1,6 @@
-"""Gates over prompts: kinds of them, trained on labels, and how often each names a prompt's own task."""
+"""Gates over prompts: kinds of them, trained on labels, and how often each names a prompt's own
+task.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ GATES: dict[str, dict[str, Any]] = {
 
 
 def gate_config(names: list[str], **changes: Any) -> MoeLoraConfig:
-    """One choice a sequence, from the embeddings; experts of rank 1 in one layer, for what needs no experts."""
+    """One choice a sequence, from the embeddings; experts of rank 1 in one layer, for what needs no
+    experts.
+    """
     fields: dict[str, Any] = {
         "num_experts": len(names),
         "expert_names": names,
@@ -84,7 +88,9 @@ def accuracy(counts: Mapping[str, Mapping[str, int]]) -> float:
 
 
 def run_gates(settings: Settings, seed: int) -> dict[str, Any]:
-    """Routing accuracy of every kind of gate on all test prompts, and the main one's confusion matrices."""
+    """Routing accuracy of every kind of gate on all test prompts, and the main one's confusion
+    matrices.
+    """
     tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
     texts = settings.gate_texts(settings.all_tasks, seed, tokenizer)
     tests = {task.name: Texts.of(task.test, tokenizer) for task in settings.all_tasks}
@@ -108,14 +114,19 @@ def run_gates(settings: Settings, seed: int) -> dict[str, Any]:
             counts = measured(kind, model, own, own_tests)
             if kind == MAIN:
                 found["confusion"] = counts
-                asked = {t.name: _sample(settings, t, seed, "selector", tokenizer) for t in settings.tasks}
+                asked = {
+                    t.name: _sample(settings, t, seed, "selector", tokenizer)
+                    for t in settings.tasks
+                }
                 found["on the selector's prompts"] = accuracy(confusion(model, asked))
     few = settings.sizes.prototype_texts
     with gated(base, names, seed) as model:
         initialise(model, "prototype", {n: own[n].prompts()[:few] for n in names})
         measured(f"prototypes of {few} texts, untrained", model, None, own_tests)
     layer = min(settings.sizes.router_layer, base.config.num_hidden_layers - 1)
-    sample = {task.name: _sample(settings, task, seed, "deep", tokenizer) for task in settings.tasks}
+    sample = {
+        task.name: _sample(settings, task, seed, "deep", tokenizer) for task in settings.tasks
+    }
     with gated(base, names, seed, router_layer=layer) as model:
         measured(f"linear, mean before layer {layer}", model, own, sample)
     found["accuracy"] |= left_out(base, own, own_tests, seed)
@@ -127,7 +138,9 @@ def run_gates(settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def run_bare(settings: Settings, seed: int) -> dict[str, Any]:
-    """Routing accuracy of the gates where prompts, to learn from and to be asked, lack their template's words."""
+    """Routing accuracy of the gates where prompts, to learn from and to be asked, lack their
+    template's words.
+    """
     tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
     tasks = [task.without_template() for task in settings.tasks]
     texts = settings.gate_texts(tasks, seed, tokenizer)
@@ -136,7 +149,9 @@ def run_bare(settings: Settings, seed: int) -> dict[str, Any]:
     for kind, changes in GATES.items():
         with gated(base, settings.names, seed, **changes) as model:
             train_gate(model, texts, seed=seed)
-            found[f"{kind}; prompts without their template's words"] = accuracy(confusion(model, tests))
+            found[f"{kind}; prompts without their template's words"] = accuracy(
+                confusion(model, tests)
+            )
     return {"accuracy": found}
 
 
@@ -151,9 +166,11 @@ def _sample(
 def left_out(
     base: PreTrainedModel, texts: Mapping[str, Texts], tests: Mapping[str, Texts], seed: int
 ) -> dict[str, float]:
-    """The descriptor router with each task in turn left out of its training and described afterwards.
+    """The descriptor router with each task in turn left out of its training and described
+    afterwards.
 
-    Its accuracy on all tasks, and on the prompts of the tasks that were left out; means over the tasks in turn.
+    Its accuracy on all tasks, and on the prompts of the tasks that were left out; means over the
+    tasks in turn.
     """
     on_all, on_new = [], []
     for new in texts:

@@ -1,4 +1,6 @@
-"""What choosing costs for one prompt: the gate, the selector that writes a name, and a forward pass, in turns."""
+"""What choosing costs for one prompt: the gate, the selector that writes a name, and a forward
+pass, in turns.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,21 @@ GATED, FORCED = "mixture: forward, gated", "mixture: forward, expert forced"
 
 
 def run_latency(settings: Settings, seed: int) -> dict[str, Any]:
-    """Median milliseconds a prompt at batch 1, and ratios (median, minimum, maximum) taken round by round."""
+    """Median milliseconds a prompt at batch 1, and ratios (median, minimum, maximum) taken round by
+    round.
+    """
     tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
     count = sizes.latency_prompts
-    rows = [row for task in settings.tasks for row in drawn(task.test, count, seed, f"{task.name}, latency")]
+    rows = [
+        row
+        for task in settings.tasks
+        for row in drawn(task.test, count, seed, f"{task.name}, latency")
+    ]
     prompts = [prompt[None] for prompt in Texts.of(rows, tokenizer).prompts()]
-    base, mixture = bases.load(settings.base), sequence_gated(settings, settings.tasks, seed, tokenizer)
+    base, mixture = (
+        bases.load(settings.base),
+        sequence_gated(settings, settings.tasks, seed, tokenizer),
+    )
     selector = PeftModel.from_pretrained(
         bases.load(settings.base), str(settings.adapter(seed, SELECTOR))
     ).eval()

@@ -1,4 +1,6 @@
-"""The adapters as one mixture: routed by sequence and by token, forced one by one, and merged evenly."""
+"""The adapters as one mixture: routed by sequence and by token, forced one by one, and merged
+evenly.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.training import Texts, train_gate
 from moelora.training.router_init import initialise
 
-# Two experts a prompt, weights summing to 1: where tasks are alike, the gate is unsure which of them it is.
+# Two experts a prompt, weights summing to 1: where tasks are alike, the gate is unsure which of
+# them it is.
 TOP_2 = "gated, sequence, top 2"
 SEQUENCE, TOKEN, UNIFORM, BASE = "gated, sequence", "gated, token", "uniform merge", "base"
 ROUTER_LEARNING_RATE = 1e-2
@@ -39,7 +42,11 @@ def compose(settings: Settings, tasks: tuple[Task, ...], seed: int, **fields: An
 
 
 def sequence_gated(
-    settings: Settings, tasks: tuple[Task, ...], seed: int, tokenizer: PreTrainedTokenizerBase, **fields: Any
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    **fields: Any,
 ) -> Any:
     """The mixture with one choice a prompt, from the embeddings, its gate trained on labels."""
     model = compose(settings, tasks, seed, routing_level="sequence", router_scope="model", **fields)
@@ -48,13 +55,19 @@ def sequence_gated(
 
 
 def token_gated(settings: Settings, seed: int, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The mixture with a router a layer that chooses for each token: prototypes, then trained on loss and labels."""
+    """The mixture with a router a layer that chooses for each token: prototypes, then trained on
+    loss and labels.
+    """
     sizes = settings.sizes
     model = compose(settings, settings.tasks, seed, routing_level="token", router_scope="layer")
     texts = settings.gate_texts(settings.tasks, seed, tokenizer)
-    initialise(model, "prototype", {n: t.prompts()[: sizes.prototype_texts] for n, t in texts.items()})
+    initialise(
+        model, "prototype", {n: t.prompts()[: sizes.prototype_texts] for n, t in texts.items()}
+    )
     each = sizes.token_gate_steps * sizes.batch // len(texts)
-    labelled = [own.subset(range(min(each, len(own)))).labelled(i) for i, own in enumerate(texts.values())]
+    labelled = [
+        own.subset(range(min(each, len(own)))).labelled(i) for i, own in enumerate(texts.values())
+    ]
     model.freeze_experts(settings.names)
     train(
         model,
@@ -69,7 +82,9 @@ def token_gated(settings: Settings, seed: int, tokenizer: PreTrainedTokenizerBas
 
 
 def run_mixtures(settings: Settings, seed: int) -> dict[str, Any]:
-    """The score on every task of the base, each expert, their even merge, and the mixture at both levels."""
+    """The score on every task of the base, each expert, their even merge, and the mixture at both
+    levels.
+    """
     tokenizer, tasks = bases.load_tokenizer(settings.base), settings.tasks
     sheets = {task.name: settings.sheet(task, seed, tokenizer) for task in tasks}
     seconds = _Clock()
@@ -93,7 +108,9 @@ def run_mixtures(settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def run_harder(settings: Settings, seed: int) -> dict[str, Any]:
-    """The score on all tasks, the harder ones too, of the gate among all of them, and of each task's own expert."""
+    """The score on all tasks, the harder ones too, of the gate among all of them, and of each
+    task's own expert.
+    """
     tokenizer, tasks = bases.load_tokenizer(settings.base), settings.all_tasks
     sheets = {task.name: settings.sheet(task, seed, tokenizer) for task in tasks}
     model = sequence_gated(settings, tasks, seed, tokenizer)

@@ -1,4 +1,6 @@
-"""The base as a choice: how many texts of no task go to it, of kinds that its gate has seen and of others."""
+"""The base as a choice: how many texts of no task go to it, of kinds that its gate has seen and of
+others.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from moelora.training import Texts, train_gate
 
 
 def run_outside(settings: Settings, seed: int) -> dict[str, Any]:
-    """The share of each source's test prompts that goes to the base, and what kind of source each is.
+    """The share of each source's test prompts that goes to the base, and what kind of source each
+    is.
 
-    The gate chooses among all tasks but the last, and the base, for which it learns texts of some sources. Where
-    those sources are tasks themselves, it chooses among the other tasks.
+    The gate chooses among all tasks but the last, and the base, for which it learns texts of some
+    sources. Where those sources are tasks themselves, it chooses among the other tasks.
     """
     tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
     inside = [task for task in settings.tasks if task not in settings.outside]

@@ -1,4 +1,6 @@
-"""The parts of a run, one call each for a seed, done in processes side by side and the timing alone."""
+"""The parts of a run, one call each for a seed, done in processes side by side and the timing
+alone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Part:
 
 
 def parts_of(settings: Settings, only: str | None = None) -> list[Part]:
-    """All parts but the timing, in the order in which they are begun: what others wait for, then long before short."""
+    """All parts but the timing, in the order in which they are begun: what others wait for, then
+    long before short.
+    """
     rank, many = settings.sizes.rank, len(settings.tasks) * settings.sizes.rank
     seeds = range(settings.seeds)
     kinds = [
@@ -57,14 +61,22 @@ def parts_of(settings: Settings, only: str | None = None) -> list[Part]:
     ]
     if only is not None:
         kinds = [kind for kind in kinds if kind[0] in ALONE[only]]
-    parts = [Part(name, seed, call, words, after) for name, call, words, after in kinds for seed in seeds]
-    return [part for part in parts if part.name != "selector" or part.seed < settings.sizes.selector_seeds]
+    parts = [
+        Part(name, seed, call, words, after) for name, call, words, after in kinds for seed in seeds
+    ]
+    return [
+        part
+        for part in parts
+        if part.name != "selector" or part.seed < settings.sizes.selector_seeds
+    ]
 
 
 def run_parts(settings: Settings, workers: int, only: str | None = None) -> Results:
-    """What every part found, by its name, one a seed; "selector" has its first seeds alone, "latency" one.
+    """What every part found, by its name, one a seed; "selector" has its first seeds alone,
+    "latency" one.
 
-    only: a key of `ALONE`. workers: processes side by side, each with one thread; 1 does all of it in this one.
+    only: a key of `ALONE`. workers: processes side by side, each with one thread; 1 does all of it
+    in this one.
     """
     waiting, running, found = parts_of(settings, only), {}, {}
     start = time.perf_counter()
@@ -75,7 +87,9 @@ def run_parts(settings: Settings, workers: int, only: str | None = None) -> Resu
                 if len(running) >= workers:
                     break
                 waiting.remove(part)
-                running[executor.submit(timed, part.call, settings, part.seed, *part.arguments)] = part
+                running[executor.submit(timed, part.call, settings, part.seed, *part.arguments)] = (
+                    part
+                )
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 part = running.pop(future)
                 found[part.name, part.seed] = future.result()

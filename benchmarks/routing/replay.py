@@ -1,4 +1,6 @@
-"""A pool that grows: each task added last to the others, with some of their texts replayed, then one deleted."""
+"""A pool that grows: each task added last to the others, with some of their texts replayed, then
+one deleted.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def run_replay(settings: Settings, seed: int) -> dict[str, Any]:
                 # A copy is sooner made than the same pool anew.
                 model = copy.deepcopy(before)
                 add_task(model, new, texts[new], old=old, replay=share, seed=seed)
-                row = {"added": new, "replay": share, "accuracy": by_source(confusion(model, tests))}
+                row = {
+                    "added": new,
+                    "replay": share,
+                    "accuracy": by_source(confusion(model, tests)),
+                }
                 deleted = next(iter(old))
                 model.remove_expert(deleted)
                 left = {name: own for name, own in tests.items() if name != deleted}

@@ -30,7 +30,9 @@ from benchmarks.routing.settings import Settings
 from moelora.core.report import plot_routing_heatmap
 
 
-def write(settings: Settings, results: Results, shown: dict[str, Any], source: str, folder: Path) -> str:
+def write(
+    settings: Settings, results: Results, shown: dict[str, Any], source: str, folder: Path
+) -> str:
     """Write routing_cpu.json, routing_cpu.md and the PNGs into `folder`; returns the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join(sections(settings, results, source)) + "\n"
@@ -45,7 +47,9 @@ def write(settings: Settings, results: Results, shown: dict[str, Any], source: s
         routing=[{"gate": kind, **vars(spread)} for kind, spread in gates.items()],
         confusion=[r["confusion"] for r in results["gates"]],
         selector=[r["confusion"] for r in results["selector"]],
-        latency=[{k: v for k, v in results["latency"][0].items() if k not in ("wall", "processor")}],
+        latency=[
+            {k: v for k, v in results["latency"][0].items() if k not in ("wall", "processor")}
+        ],
         replay=[row | {"seed": s} for s, r in enumerate(results["replay"]) for row in r["rows"]],
         base=[{k: r[k] for k in ("share", "kinds")} for r in results.get("outside", [])],
         harder=_harder_json(results),
@@ -55,15 +59,26 @@ def write(settings: Settings, results: Results, shown: dict[str, Any], source: s
 
 
 def write_alone(results: Results, shown: dict[str, Any], source: str, folder: Path) -> str:
-    """Write routing_gates_cpu.json or routing_harder_cpu.json, of a run of that alone; returns its table."""
+    """Write routing_gates_cpu.json or routing_harder_cpu.json, of a run of that alone; returns its
+    table.
+    """
     if "harder" in results:
         scores = [r["scores"] for r in results["harder"]]
         found = {name: [s[name] for s in scores] for name in scores[0]}
         over = [{"gate": name, **vars(harder_ratio(results, name))} for name in found]
-        save("routing_harder_cpu", {**shown, "data": source}, candidate_rows(found), folder, over_oracle=over)
+        save(
+            "routing_harder_cpu",
+            {**shown, "data": source},
+            candidate_rows(found),
+            folder,
+            over_oracle=over,
+        )
         lines = [_candidate_line(name, seeds) for name, seeds in found.items()]
         return table(
-            [line | {"over the oracle": harder_ratio(results, line["model"]).text()} for line in lines]
+            [
+                line | {"over the oracle": harder_ratio(results, line["model"]).text()}
+                for line in lines
+            ]
         )
     gates = gate_accuracies(results)
     rows = [{"gate": kind, "accuracy": spread.text(".4f")} for kind, spread in gates.items()]
@@ -84,7 +99,9 @@ def _harder_json(results: Results) -> list[dict[str, Any]]:
 
 def seconds(results: Results) -> dict[str, list[float]]:
     """By part the processor's seconds for each seed."""
-    return {name: [round(found["processor"], 1) for found in seeds] for name, seeds in results.items()}
+    return {
+        name: [round(found["processor"], 1) for found in seeds] for name, seeds in results.items()
+    }
 
 
 def sections(settings: Settings, results: Results, source: str) -> list[str]:
@@ -99,10 +116,17 @@ def sections(settings: Settings, results: Results, source: str) -> list[str]:
         f"Share of prompts that go to their own task's expert: {tests} test prompts, {sizes.gate_texts} training texts "
         f"a task (before a deeper layer {sizes.deep_texts} prompts a task, the selector {sizes.selector_samples}; "
         f"seeds with a selector: {len(results['selector'])}).",
-        table([{"gate": k, "accuracy": s.text(".4f")} for k, s in gate_accuracies(results).items()]),
+        table(
+            [{"gate": k, "accuracy": s.text(".4f")} for k, s in gate_accuracies(results).items()]
+        ),
         "What choosing costs for one prompt, batch 1, one thread, medians "
         f"({results['latency'][0]['prompts']} prompts of {results['latency'][0]['tokens']:.0f} tokens on average).",
-        table([{"what": k, "ms": f"{v:.1f}"} for k, v in results["latency"][0]["milliseconds"].items()]),
+        table(
+            [
+                {"what": k, "ms": f"{v:.1f}"}
+                for k, v in results["latency"][0]["milliseconds"].items()
+            ]
+        ),
         "Adding each task last to the others, with a share of their texts replayed: routing accuracy, and that of the "
         "tasks that remain when one of the old ones is deleted again.",
         table([_replay_line(results, share) for share in SHARES]),
@@ -172,12 +196,16 @@ def _harder_section(settings: Settings, results: Results) -> list[str]:
 
 
 def plots(settings: Settings, results: Results, folder: Path) -> None:
-    """The confusion matrices, the share that goes to the base, and replay, as PNGs (needs matplotlib)."""
+    """The confusion matrices, the share that goes to the base, and replay, as PNGs (needs
+    matplotlib).
+    """
     counts = [r["confusion"] for r in results["gates"]]
     _heatmap(counts, folder / "routing_confusion.png", f"Prompts by expert ({MAIN})")
     if settings.harder:
         harder = [r["confusion_harder"] for r in results["gates"]]
-        _heatmap(harder, folder / "routing_confusion_harder.png", "Prompts by expert, harder tasks added")
+        _heatmap(
+            harder, folder / "routing_confusion_harder.png", "Prompts by expert, harder tasks added"
+        )
     if "outside" in results:
         found = results["outside"]
         labels = [f"{source}\n({kind})" for source, kind in found[0]["kinds"].items()]
@@ -201,11 +229,15 @@ def _heatmap(counts: Sequence[Mapping[str, Mapping[str, int]]], path: Path, titl
     plot_routing_heatmap(torch.tensor(shares(counts)), sources, names, path, title)
 
 
-def _bars(groups: Mapping[str, Sequence[Spread]], labels: Sequence[str], what: str, path: Path) -> None:
+def _bars(
+    groups: Mapping[str, Sequence[Spread]], labels: Sequence[str], what: str, path: Path
+) -> None:
     """Bars of means, with a line from the least to the greatest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 1.1 * len(labels) * max(1, len(groups) / 4), 3.6), layout="constrained")
+    figure = Figure(
+        figsize=(2 + 1.1 * len(labels) * max(1, len(groups) / 4), 3.6), layout="constrained"
+    )
     axes, width = figure.subplots(), 0.8 / len(groups)
     for number, (name, spreads) in enumerate(groups.items()):
         places = [i + (number - (len(groups) - 1) / 2) * width for i in range(len(spreads))]

@@ -1,7 +1,8 @@
-"""How well a model knows a task's answers: the loss on the target tokens, and the share of answers that are right.
+"""How well a model knows a task's answers: the loss on the target tokens, and the share of answers
+that are right.
 
-An answer of a closed set is right where its output is the likeliest among the options'; any other one where each of
-its tokens is the likeliest, which is what greedy decoding gives.
+An answer of a closed set is right where its output is the likeliest among the options'; any other
+one where each of its tokens is the likeliest, which is what greedy decoding gives.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the rows of a task: nats and tokens of the targets, and how many answers were right of how many."""
+    """Sums over the rows of a task: nats and tokens of the targets, and how many answers were right
+    of how many.
+    """
 
     nats: float
     tokens: int
@@ -45,8 +48,8 @@ class Score:
 class Sheet:
     """The rows of one task that are scored, as token ids, with the options of each.
 
-    finals: for each row the options' last tokens, where all else of their outputs is the same; None where an
-    option needs a forward pass of its own, or there is no closed set.
+    finals: for each row the options' last tokens, where all else of their outputs is the same; None
+    where an option needs a forward pass of its own, or there is no closed set.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Sheet:
         self.gold = [options.index(row["answer"]) for row in rows] if options else []
         stems = [row["output"].removesuffix(row.get("answer", "")) for row in rows]
         self.variants = [
-            Texts.of([{**row, "output": stem + option} for row, stem in zip(rows, stems)], tokenizer)
+            Texts.of(
+                [{**row, "output": stem + option} for row, stem in zip(rows, stems)], tokenizer
+            )
             for option in options
         ]
         self.finals = self._finals()
@@ -101,7 +106,9 @@ def score(model: Any, sheet: Sheet, batch_size: int = 16) -> Score:
 
 
 def _right_among_variants(model: Any, sheet: Sheet, batch_size: int) -> int:
-    """How many rows give their own option the highest log-likelihood, each option in a row of its own."""
+    """How many rows give their own option the highest log-likelihood, each option in a row of its
+    own.
+    """
     found = torch.zeros(len(sheet.texts), len(sheet.options))
     for option, texts in enumerate(sheet.variants):
         for i, logits, labels in _targets(model, texts, sheet.pad, batch_size):
@@ -110,8 +117,12 @@ def _right_among_variants(model: Any, sheet: Sheet, batch_size: int) -> int:
     return int((found.argmax(1) == torch.tensor(sheet.gold)).sum())
 
 
-def _targets(model: Any, texts: Texts, pad: int, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each row its number, the log-probabilities `[n, V]` at its target tokens, and those tokens `[n]`."""
+def _targets(
+    model: Any, texts: Texts, pad: int, batch_size: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each row its number, the log-probabilities `[n, V]` at its target tokens, and those
+    tokens `[n]`.
+    """
     collate = TailLogits(PadRouting(pad_token_id=pad), model)
     for numbers in by_length(texts, batch_size):
         batch = collate([texts[i] for i in numbers])
@@ -132,10 +143,11 @@ def by_length(texts: Texts, batch_size: int) -> Iterator[list[int]]:
 
 
 class TailLogits:
-    """A collator that pads on the right by another and asks for no logits before a batch's first target.
+    """A collator that pads on the right by another and asks for no logits before a batch's first
+    target.
 
-    The language modelling head is a fifth of SmolLM2-135M's work, and most positions are prompt. Bases without
-    `logits_to_keep` get whole labels, models that route no prompts no router_mask.
+    The language modelling head is a fifth of SmolLM2-135M's work, and most positions are prompt.
+    Bases without `logits_to_keep` get whole labels, models that route no prompts no router_mask.
     """
 
     def __init__(self, collate: Any, model: Any):

@@ -1,4 +1,6 @@
-"""The paper's way (Adapters Selector, COLING 2025): a LoRA that writes the task's name after the prompt, as text."""
+"""The paper's way (Adapters Selector, COLING 2025): a LoRA that writes the task's name after the
+prompt, as text.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SELECTOR = "selector"
 
 
 def run_selector(settings: Settings, seed: int) -> dict[str, Any]:
-    """Train a selector on the texts that the gates learn from; the share of names that it writes right."""
+    """Train a selector on the texts that the gates learn from; the share of names that it writes
+    right.
+    """
     tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
     rows = [
         {"instruction": row["instruction"], "output": task.name}
@@ -44,7 +48,9 @@ def run_selector(settings: Settings, seed: int) -> dict[str, Any]:
 def written(
     model: Any, prompts: list[Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
 ) -> list[str]:
-    """The label that the model writes greedily after each prompt, up to the end of the text or line."""
+    """The label that the model writes greedily after each prompt, up to the end of the text or
+    line.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = {}
     for start in range(0, len(order), batch_size):
@@ -72,7 +78,9 @@ def left_padded(prompts: list[Tensor], pad: int) -> dict[str, Tensor]:
     length = max(len(prompt) for prompt in prompts)
     gaps = [length - len(prompt) for prompt in prompts]
     return {
-        "input_ids": torch.stack([torch.cat([p.new_full((g,), pad), p]) for p, g in zip(prompts, gaps)]),
+        "input_ids": torch.stack(
+            [torch.cat([p.new_full((g,), pad), p]) for p, g in zip(prompts, gaps)]
+        ),
         "attention_mask": torch.tensor([[0] * g + [1] * (length - g) for g in gaps]),
     }
 

@@ -17,7 +17,8 @@ from moelora.training import Texts
 class Sizes:
     """Counts of texts are for each task; a training step has `batch` texts.
 
-    selector_seeds: for how many of the seeds a selector is trained, which takes as long as many adapters.
+    selector_seeds: for how many of the seeds a selector is trained, which takes as long as many
+    adapters.
     """
 
     expert_texts: int = 24
@@ -54,9 +55,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run: the base's folder or id, the tasks, more of them that are hard to tell apart, and texts of no task.
+    """One run: the base's folder or id, the tasks, more of them that are hard to tell apart, and
+    texts of no task.
 
-    outside: prompts by source for the choice of no expert; outside_train names those that it learns from.
+    outside: prompts by source for the choice of no expert; outside_train names those that it learns
+    from.
     folder: where adapters are put.
     """
 
@@ -84,7 +87,9 @@ class Settings:
         return self.folder / f"seed{seed}" / name
 
     def learned(self, task: Task, seed: int) -> list[Row]:
-        """The rows that a seed's gates and selector learn from; its experts learn from the first of them."""
+        """The rows that a seed's gates and selector learn from; its experts learn from the first of
+        them.
+        """
         return drawn(task.train, self.sizes.gate_texts, seed, f"{task.name}, train")
 
     def gate_texts(

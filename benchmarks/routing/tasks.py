@@ -1,4 +1,6 @@
-"""The tasks that are told apart: read from a folder, or the demo's corpus cut into prompts and continuations."""
+"""The tasks that are told apart: read from a folder, or the demo's corpus cut into prompts and
+continuations.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of text: rows of instruction, output and perhaps answer, to learn from and to be measured on."""
+    """One kind of text: rows of instruction, output and perhaps answer, to learn from and to be
+    measured on.
+    """
 
     name: str
     train: tuple[Row, ...]
@@ -29,7 +33,9 @@ class Task:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The answers of a closed set, or () where there is none or an output does not end with its answer."""
+        """The answers of a closed set, or () where there is none or an output does not end with its
+        answer.
+        """
         rows = self.train + self.test
         if not all(row.get("answer") and row["output"].endswith(row["answer"]) for row in rows):
             return ()
@@ -45,7 +51,8 @@ class Task:
     def without_template(self, share: float = 0.9) -> Task:
         """The same task without the words that at least this share of its training prompts have.
 
-        What a template says tells tasks apart at a glance. A prompt that has no other word stays as it is.
+        What a template says tells tasks apart at a glance. A prompt that has no other word stays as
+        it is.
         """
         prompts = [set(row["instruction"].split()) for row in self.train]
         counts = Counter(word for words in prompts for word in words)
@@ -65,14 +72,19 @@ def read_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
         ValueError: no such folder or task, or a malformed or empty line, with its file and number.
     """
     if not folder.is_dir():
-        raise ValueError(f"tasks={str(folder)!r} is no folder; expected one with a folder for each task.")
+        raise ValueError(
+            f"tasks={str(folder)!r} is no folder; expected one with a folder for each task."
+        )
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"{folder} has no task {', '.join(unknown)}. Its tasks are: {', '.join(there)}.")
+        raise ValueError(
+            f"{folder} has no task {', '.join(unknown)}. Its tasks are: {', '.join(there)}."
+        )
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"names={list(names)}: expected two different tasks at least.")
     return [
-        Task(n, read_rows(folder / n / "train.jsonl"), read_rows(folder / n / "test.jsonl")) for n in names
+        Task(n, read_rows(folder / n / "train.jsonl"), read_rows(folder / n / "test.jsonl"))
+        for n in names
     ]
 
 
@@ -99,26 +111,39 @@ def _row(line: str, place: str) -> Row:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is no JSON ({error}): {line[:60]!r}.") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is a {type(row).__name__}; expected an object with {', '.join(FIELDS)}.")
+        raise ValueError(
+            f"{place} is a {type(row).__name__}; expected an object with {', '.join(FIELDS)}."
+        )
     for field in (*FIELDS, *(["answer"] if "answer" in row else [])):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise ValueError(f"{place}: {field!r} is {row.get(field)!r}; expected text.")
     return {field: row[field] for field in (*FIELDS, "answer") if field in row}
 
 
-def corpus_tasks(tokenizer: PreTrainedTokenizerBase, train: int, test: int, seed: int = 0) -> list[Task]:
-    """The demo's domains as tasks: a block's first three quarters are the prompt, the rest its continuation."""
+def corpus_tasks(
+    tokenizer: PreTrainedTokenizerBase, train: int, test: int, seed: int = 0
+) -> list[Task]:
+    """The demo's domains as tasks: a block's first three quarters are the prompt, the rest its
+    continuation.
+    """
     corpus = load_corpus(tokenizer, block_size=64, train_blocks=train, eval_blocks=test, seed=seed)
-    return [Task(d, _rows(corpus[d][0], tokenizer), _rows(corpus[d][1], tokenizer)) for d in DOMAINS]
+    return [
+        Task(d, _rows(corpus[d][0], tokenizer), _rows(corpus[d][1], tokenizer)) for d in DOMAINS
+    ]
 
 
 def _rows(blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, ...]:
     cut = blocks.tokens.shape[1] * 3 // 4
-    pairs = [(str(tokenizer.decode(ids[:cut])), str(tokenizer.decode(ids[cut:]))) for ids in blocks.tokens]
+    pairs = [
+        (str(tokenizer.decode(ids[:cut])), str(tokenizer.decode(ids[cut:])))
+        for ids in blocks.tokens
+    ]
     # A run of blanks is a block too, but neither a prompt nor a target.
     return tuple({"instruction": p, "output": t} for p, t in pairs if p.strip() and t.strip())
 
 
 def drawn(rows: Sequence[Row], count: int, seed: int, part: str) -> list[Row]:
-    """`count` of the rows (all, if there are fewer) in an order that `seed` and the name of the part draw."""
+    """`count` of the rows (all, if there are fewer) in an order that `seed` and the name of the
+    part draw.
+    """
     return random.Random(f"{seed}:{part}").sample(list(rows), min(count, len(rows)))

@@ -80,9 +80,13 @@ def expand(
         if out is not None:
             _check_out(out, lora_B.shape[1], plan, h)
     if not _autocasts(h.device.type):
-        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype)
+        return module.expand(
+            h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype
+        )
     with torch.autocast(h.device.type, enabled=False):
-        return module.expand(h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype)
+        return module.expand(
+            h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype
+        )
 
 
 def lora_mixture(
@@ -127,7 +131,8 @@ def lora_mixture(
 
 
 def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """x Wᵀ [T, E], to the accuracy of W's dtype and never with a copy of x in it kept; differentiable.
+    """x Wᵀ [T, E], to the accuracy of W's dtype and never with a copy of x in it kept;
+    differentiable.
 
     x [T, d] of any floating dtype, weight [E, d] fp32, or fp64 with fp64 x. Outside of autocast.
 
@@ -137,7 +142,12 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
         raise TypeError(
             f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32: pass weight.float()"
         )
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.device:
+    if (
+        x.dim() != 2
+        or weight.dim() != 2
+        or x.shape[1] != weight.shape[1]
+        or x.device != weight.device
+    ):
         raise ValueError(
             f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on {weight.device}, expected [T, d]"
             " and [E, d] on one device: flatten x"
@@ -145,7 +155,9 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
     if backend is None:
         fits = weight.dtype == torch.float32
         backend = (
-            choose_backend(Shape(len(x), 1, len(weight), 1, 0, x.dtype, x.device.type)) if fits else "eager"
+            choose_backend(Shape(len(x), 1, len(weight), 1, 0, x.dtype, x.device.type))
+            if fits
+            else "eager"
         )
     module = _backend(backend)
     if backend == "triton":

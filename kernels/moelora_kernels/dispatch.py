@@ -15,7 +15,9 @@ HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Shape:
-    """What the table reads. rows of tokens_per_row tokens; E = num_experts, K = num_slots, R = total_rank."""
+    """What the table reads. rows of tokens_per_row tokens; E = num_experts, K = num_slots, R =
+    total_rank.
+    """
 
     rows: int
     tokens_per_row: int
@@ -80,15 +82,20 @@ RULES = (
 def can_decode(shape: Shape) -> bool:
     """Whether the kernels may route by themselves (path "decode"); R is that of one linear.
 
-    At most 64 tokens, where launches are the cost; a program holds all experts' logits and all ranks.
+    At most 64 tokens, where launches are the cost; a program holds all experts' logits and all
+    ranks.
     """
     few = shape.tokens_per_row == 1 and shape.tokens <= 64 and shape.num_experts <= 64
     return few and shape.total_rank <= DECODE_RANKS and shape.dtype.itemsize <= 4
 
 
 def choose_backend(shape: Shape) -> str:
-    """triton on a CUDA device for 16- and 32-bit floating point where Triton is installed, else eager."""
-    return "triton" if HAS_TRITON and shape.device == "cuda" and shape.dtype.itemsize <= 4 else "eager"
+    """triton on a CUDA device for 16- and 32-bit floating point where Triton is installed, else
+    eager.
+    """
+    return (
+        "triton" if HAS_TRITON and shape.device == "cuda" and shape.dtype.itemsize <= 4 else "eager"
+    )
 
 
 def choose_path(backend: str, shape: Shape) -> Rule:
@@ -98,7 +105,9 @@ def choose_path(backend: str, shape: Shape) -> Rule:
 
 
 def explain(shape: Shape, *, backend: str | None = None, path: str | None = None) -> str:
-    """Which backend and path this shape takes and why, with every line of the table that was asked before."""
+    """Which backend and path this shape takes and why, with every line of the table that was asked
+    before.
+    """
     chosen = backend or choose_backend(shape)
     reason = "named by the caller" if backend else f"{shape.device}, {shape.dtype}"
     lines = [f"backend {chosen}: {reason}"]

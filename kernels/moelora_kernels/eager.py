@@ -16,7 +16,9 @@ from .router import logits as logits
 Offsets = tuple[int, ...]
 
 
-def shrink(x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan) -> tuple[Tensor, ...]:
+def shrink(
+    x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan
+) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l of the site, of the experts that the path computes.
 
     x [T, d_in], lora_A [Σ_l R_l, d_in]. h_l: dense [T, R_l]; grouped and sequence

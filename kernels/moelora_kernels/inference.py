@@ -1,7 +1,8 @@
-"""Without gradients and with equal ranks: the dense and the one-token sequence path in the fewest operations.
+"""Without gradients and with equal ranks: the dense and the one-token sequence path in the fewest
+operations.
 
-While generating, a layer's products are so small that each call from Python costs as much as they do. What all
-linears under one router need alike is made once and kept on the plan.
+While generating, a layer's products are so small that each call from Python costs as much as they
+do. What all linears under one router need alike is made once and kept on the plan.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def expand(
 
 
 def _gate(plan: Plan, scaling: tuple[float, ...]) -> Tensor:
-    """w_e · s_e: dense [rows, 1, E, 1] for h as [rows, tokens, E, rank], sequence [T, 1, K, 1]; kept on the plan."""
+    """w_e · s_e: dense [rows, 1, E, 1] for h as [rows, tokens, E, rank], sequence [T, 1, K, 1];
+    kept on the plan.
+    """
     gate = plan.memo.get(scaling)
     if gate is None:
         weights = path_weights(plan)
@@ -89,12 +92,16 @@ def _gate(plan: Plan, scaling: tuple[float, ...]) -> Tensor:
 
 
 def _blocks(plan: Plan, linears: int) -> Tensor:
-    """Which blocks of rows of a factor the rows chose, for each linear and slot: [rows · L · K]; kept on the plan."""
+    """Which blocks of rows of a factor the rows chose, for each linear and slot: [rows · L · K];
+    kept on the plan.
+    """
     blocks = plan.memo.get(linears)
     if blocks is None:
         blocks = plan.slot_experts
         if linears > 1:
-            firsts = torch.arange(0, linears * plan.num_experts, plan.num_experts, device=blocks.device)
+            firsts = torch.arange(
+                0, linears * plan.num_experts, plan.num_experts, device=blocks.device
+            )
             blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
         blocks = plan.memo[linears] = blocks.view(-1)
     return blocks

@@ -34,8 +34,10 @@ class Plan:
     slot_experts [rows, K]: expert_ids with 0 in place of -1.
     distinct: no slot is empty and no row names an expert twice.
     backend: the one that runs it, if none is named. tiles: the tuned table of its kernels, by name.
-    router: of the decode path alone, whose kernels write expert_ids and weights with the first expand.
-    memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins a new one.
+    router: of the decode path alone, whose kernels write expert_ids and weights with the first
+    expand.
+    memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins
+    a new one.
     """
 
     path: str
@@ -106,7 +108,8 @@ def build_plan(
     gradients through the plan; total_rank: the largest R of the linears that share the plan.
     An expert named twice in a row counts with the sum of its weights. complete: no slot is
     empty and no row names an expert twice, as with a top-k; it spares looking for such.
-    backend, path: None lets the table of `dispatch` choose, for activations of `dtype`; see `explain`.
+    backend, path: None lets the table of `dispatch` choose, for activations of `dtype`; see
+    `explain`.
     tiles: a device's tuned tiles for the triton backend, by name or path; "" are the defaults.
 
     Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
@@ -114,7 +117,9 @@ def build_plan(
     """
     _check_routing(expert_ids, expert_weights, num_experts, tokens_per_row)
     rows, num_slots = expert_ids.shape
-    shape = Shape(rows, tokens_per_row, num_experts, num_slots, total_rank, dtype, expert_ids.device.type)
+    shape = Shape(
+        rows, tokens_per_row, num_experts, num_slots, total_rank, dtype, expert_ids.device.type
+    )
     backend = backend or choose_backend(shape)
     if path is None:
         path = choose_path(backend, shape).path
@@ -134,9 +139,11 @@ def build_plan(
 def build_decode_plan(
     router: TopK, rows: int, num_slots: int, *, backend: str = "triton", tiles: str = ""
 ) -> Plan:
-    """The plan of tokens that the kernels route themselves: path "decode", for T ≤ 64 and without gradients.
+    """The plan of tokens that the kernels route themselves: path "decode", for T ≤ 64 and without
+    gradients.
 
-    No φ may act between the halves. expert_ids and weights [rows, K] hold the routing after the first expand.
+    No φ may act between the halves. expert_ids and weights [rows, K] hold the routing after the
+    first expand.
 
     Raises: TypeError, ValueError for a router that is no fp32 matrix, or more slots than experts.
     """
@@ -146,10 +153,14 @@ def build_decode_plan(
             " pass router.weight.float()"
         )
     if not 1 <= num_slots <= len(router.weight):
-        raise ValueError(f"num_slots={num_slots}, expected 1 to the router's {len(router.weight)} experts")
+        raise ValueError(
+            f"num_slots={num_slots}, expected 1 to the router's {len(router.weight)} experts"
+        )
     ids = router.weight.new_empty((rows, num_slots), dtype=torch.int64)
     weights = router.weight.new_empty((rows, num_slots))
-    return Plan("decode", len(router.weight), rows, 1, ids, weights, ids, True, backend, tiles, router)
+    return Plan(
+        "decode", len(router.weight), rows, 1, ids, weights, ids, True, backend, tiles, router
+    )
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

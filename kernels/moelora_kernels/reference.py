@@ -41,7 +41,8 @@ def lora_mixture(
 def top_k(
     x: Tensor, router: Tensor, num_slots: int, bias: Tensor | None = None, norm: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(expert_ids, weights) [T, K]: the softmax of x Wᵀ, its K largest after adding bias; norm divides by their sum.
+    """(expert_ids, weights) [T, K]: the softmax of x Wᵀ, its K largest after adding bias; norm
+    divides by their sum.
 
     x [T, d], router [E, d], bias [E].
     """

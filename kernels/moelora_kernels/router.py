@@ -15,7 +15,9 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Logits(torch.autograd.Function):
-    """x Wᵀ. What is kept for the backward pass is x as it is: a cast copy would be twice its size, at each router."""
+    """x Wᵀ. What is kept for the backward pass is x as it is: a cast copy would be twice its size,
+    at each router.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

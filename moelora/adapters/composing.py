@@ -1,4 +1,6 @@
-"""One model from adapters that exist already: the configuration that they add up to, and their tensors put in."""
+"""One model from adapters that exist already: the configuration that they add up to, and their
+tensors put in.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,20 @@ class FromAdapters:
         tokenizer: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Put trained PEFT LoRA adapters into their base as experts; all of them train unless they are frozen.
+        """Put trained PEFT LoRA adapters into their base as experts; all of them train unless they
+        are frozen.
 
-        adapters: by expert name a folder, hub id or `PeftModel`; or the folder of an X-LoRA checkpoint.
+        adapters: by expert name a folder, hub id or `PeftModel`; or the folder of an X-LoRA
+        checkpoint.
         config: the routing; ranks, scalings, names and targets come from the adapters.
-        router_init, texts, tokenizer: where the routers begin, see `moelora.training.router_init.initialise`.
-        allow_base_mismatch: take adapters that name another base. kwargs: for the base's `from_pretrained`.
+        router_init, texts, tokenizer: where the routers begin, see
+        `moelora.training.router_init.initialise`.
+        allow_base_mismatch: take adapters that name another base. kwargs: for the base's
+        `from_pretrained`.
 
         Raises:
-            ValueError: an adapter that does not fit, with all that is wrong in a table; nothing is loaded then.
+            ValueError: an adapter that does not fit, with all that is wrong in a table; nothing is
+            loaded then.
         """
         if config is None:
             config = MoeLoraConfig(router="arrow") if router_init == "arrow" else MoeLoraConfig()
@@ -65,7 +72,11 @@ class FromAdapters:
         if loaded:
             cls._check_base(base)
         checked = preflight(
-            base, adapters, allow_base_mismatch=allow_base_mismatch, auto_class=cls.auto_class, **kwargs
+            base,
+            adapters,
+            allow_base_mismatch=allow_base_mismatch,
+            auto_class=cls.auto_class,
+            **kwargs,
         )
         checked.raise_if_bad()
         found = checked.adapters
@@ -88,8 +99,8 @@ class FromAdapters:
 def composed(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> MoeLoraConfig:
     """A copy of `config` whose experts are these adapters.
 
-    Each expert's most common rank and scaling become `r` and `lora_alpha`; a linear where any of them has another
-    is listed in `expert_ranks` or `expert_scaling`.
+    Each expert's most common rank and scaling become `r` and `lora_alpha`; a linear where any of
+    them has another is listed in `expert_ranks` or `expert_scaling`.
 
     Raises:
         ValueError: the configuration says itself, and otherwise, what the adapters say.
@@ -129,12 +140,16 @@ def composed(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> MoeLoraC
 
 @torch.no_grad()
 def put_experts(model: Any, adapters: Mapping[str, Adapter]) -> None:
-    """Copy every expert's tensors into the mixture, bit for bit; `adapters` has all experts, by name."""
+    """Copy every expert's tensors into the mixture, bit for bit; `adapters` has all experts, by
+    name.
+    """
     experts = [adapters[name] for name in model.moelora_config.expert_names]
     for site in model.moelora.sites.values():
         shape = site.lora_A.stacked().shape
         whole_a = torch.zeros(shape, dtype=site.lora_A.stacked().dtype)
-        whole_bs = [torch.zeros_like(linear.lora_B.stacked(), device="cpu") for linear in site.linears]
+        whole_bs = [
+            torch.zeros_like(linear.lora_B.stacked(), device="cpu") for linear in site.linears
+        ]
         for expert, adapter in enumerate(experts):
             a_rows = site.lora_A.expert_rows(expert)
             for i, name in enumerate(site.names):
@@ -152,7 +167,8 @@ def put_experts(model: Any, adapters: Mapping[str, Adapter]) -> None:
 def factors_of(
     source: Any, model: PreTrainedModel, *, allow_base_mismatch: bool = False
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """One adapter's A `[r, d_in]`, B `[r, d_out]` (rank-major, as `lora_B` is) and scaling, by linear of `model`.
+    """One adapter's A `[r, d_in]`, B `[r, d_out]` (rank-major, as `lora_B` is) and scaling, by
+    linear of `model`.
 
     Raises:
         ValueError: the adapter does not fit the model, with all that is wrong.
@@ -168,7 +184,9 @@ def factors_of(
 
 
 def unambiguous(targets: Sequence[str], model: torch.nn.Module) -> str | list[str]:
-    """`targets`, full names, such that PEFT's matching finds no other module, whose name merely ends like one."""
+    """`targets`, full names, such that PEFT's matching finds no other module, whose name merely
+    ends like one.
+    """
     exact = set(targets)
     for name, _ in model.named_modules():
         parts = name.split(".")
@@ -178,7 +196,9 @@ def unambiguous(targets: Sequence[str], model: torch.nn.Module) -> str | list[st
 
 
 def _usual(adapter: Adapter, use_rslora: bool) -> tuple[int, float]:
-    """The adapter's most common rank, and the alpha that gives its most common scaling at that rank."""
+    """The adapter's most common rank, and the alpha that gives its most common scaling at that
+    rank.
+    """
     rank = _most_common([target.r for target in adapter.targets.values()])
     alike: list[Target] = [target for target in adapter.targets.values() if target.r == rank]
     scaling = _most_common([target.scaling for target in alike])

@@ -1,4 +1,6 @@
-"""What an expert adds to a linear, as a product of two small factors: reading, approximating and comparing it."""
+"""What an expert adds to a linear, as a product of two small factors: reading, approximating and
+comparing it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Delta:
-    """What an expert adds to one linear: ΔW = s·B·A, with A `[r, d_in]` and B `[d_out, r]` as PEFT has them."""
+    """What an expert adds to one linear: ΔW = s·B·A, with A `[r, d_in]` and B `[d_out, r]` as PEFT
+    has them.
+    """
 
     A: Tensor
     B: Tensor
@@ -29,11 +33,17 @@ class Delta:
 
 def adapted(model: Any) -> dict[str, tuple[Any, int]]:
     """Each adapted linear's site and its number there, by the linear's name."""
-    return {name: (site, i) for site in model.moelora.sites.values() for i, name in enumerate(site.names)}
+    return {
+        name: (site, i)
+        for site in model.moelora.sites.values()
+        for i, name in enumerate(site.names)
+    }
 
 
 def delta_of(site: Any, index: int, expert: int) -> Delta:
-    """The delta of expert number `expert` in linear number `index` of a site; views of the mixture's own rows."""
+    """The delta of expert number `expert` in linear number `index` of a site; views of the
+    mixture's own rows.
+    """
     linear = site.linears[index]
     A = site.lora_A.stacked().detach()[site.lora_A.expert_rows(expert)[index]]
     B = linear.lora_B.stacked().detach()[linear.lora_B.expert_rows(expert)[0]]
@@ -49,10 +59,11 @@ def expert_deltas(model: Any, expert: str) -> dict[str, Delta]:
 
 @torch.no_grad()
 def compress(product: Delta | Tensor, rank: int) -> Delta:
-    """The best approximation of ΔW that has at most this rank, in Frobenius norm, its factors of equal size.
+    """The best approximation of ΔW that has at most this rank, in Frobenius norm, its factors of
+    equal size.
 
-    Of a `Delta` only the small core R_B·R_Aᵀ of the factors' QR decompositions is decomposed, so nothing of size
-    [d_out, d_in] is made. A `Delta` of no higher rank comes back as it is.
+    Of a `Delta` only the small core R_B·R_Aᵀ of the factors' QR decompositions is decomposed, so
+    nothing of size [d_out, d_in] is made. A `Delta` of no higher rank comes back as it is.
     """
     if isinstance(product, Tensor):
         U, S, Vh = torch.linalg.svd(product, full_matrices=False)
@@ -67,13 +78,17 @@ def compress(product: Delta | Tensor, rank: int) -> Delta:
 
 @torch.no_grad()
 def distance(product: Delta | Tensor, other: Delta) -> tuple[float, float]:
-    """‖ΔW - ΔW'‖ and ‖ΔW‖ in Frobenius norm, of `other` as it is; nothing of size [d_out, d_in] for a `Delta`."""
+    """‖ΔW - ΔW'‖ and ‖ΔW‖ in Frobenius norm, of `other` as it is; nothing of size [d_out, d_in] for
+    a `Delta`.
+    """
     if isinstance(product, Tensor):
         difference = product - other.full().to(product.device, product.dtype)
         return float(torch.linalg.matrix_norm(difference)), float(torch.linalg.matrix_norm(product))
     device = product.A.device
     A, B = wide(other.A.to(device)), wide(other.B.to(device)) * -other.scaling
-    both = Delta(torch.cat([wide(product.A), A]), torch.cat([wide(product.B) * product.scaling, B], dim=1))
+    both = Delta(
+        torch.cat([wide(product.A), A]), torch.cat([wide(product.B) * product.scaling, B], dim=1)
+    )
     return _norm(both), _norm(product)
 
 

@@ -1,4 +1,6 @@
-"""Experts out: one expert or a fixed mixture as a stock PEFT LoRA folder, or merged into the plain base."""
+"""Experts out: one expert or a fixed mixture as a stock PEFT LoRA folder, or merged into the plain
+base.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,23 @@ class ExpertExport:
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write one expert as a LoRA folder that `PeftModel.from_pretrained(base, folder)` loads to its logits.
+        """Write one expert as a LoRA folder that `PeftModel.from_pretrained(base, folder)` loads to
+        its logits.
 
-        Its A, B and trained head keep their bits; `dtype` casts A and B. Atomic: the folder is there as a whole or
-        not at all. overwrite: replace a folder that holds an adapter.
+        Its A, B and trained head keep their bits; `dtype` casts A and B. Atomic: the folder is
+        there as a whole or not at all. overwrite: replace a folder that holds an adapter.
 
         Raises:
-            ValueError, TypeError: no such expert, one without any rank or with NaN, or no dtype of floats.
+            ValueError, TypeError: no such expert, one without any rank or with NaN, or no dtype of
+            floats.
             FileExistsError: the folder is not empty. OSError: it cannot be written.
         """
         _check_dtype(dtype)
         deltas = expert_deltas(self, name)
         if not deltas:
-            raise ValueError(f"The expert {name!r} has rank 0 in every linear: there is nothing to export.")
+            raise ValueError(
+                f"The expert {name!r} has rank 0 in every linear: there is nothing to export."
+            )
         write_adapter(self, deltas, folder, dtype=dtype, overwrite=overwrite)
 
     def export_merged(
@@ -60,14 +66,17 @@ class ExpertExport:
         overwrite: bool = False,
         **options: Any,
     ) -> MergeReport:
-        """Write a fixed mixture of experts as one LoRA folder for PEFT; as `use_experts(weights)` by default.
+        """Write a fixed mixture of experts as one LoRA folder for PEFT; as `use_experts(weights)`
+        by default.
 
-        rank: None writes what the recipe makes, by concatenation along rank; else the best approximation of this
-        rank. recipe, options: one of `merging.RECIPES` and what it takes (density, seed …); those that make no
-        low rank (ties, dare_linear, dare_ties, breadcrumbs) need `rank`, and a full SVD for each linear.
+        rank: None writes what the recipe makes, by concatenation along rank; else the best
+        approximation of this rank. recipe, options: one of `merging.RECIPES` and what it takes
+        (density, seed …); those that make no low rank (ties, dare_linear, dare_ties, breadcrumbs)
+        need `rank`, and a full SVD for each linear.
 
         Raises:
-            ValueError, TypeError: weights of no or unknown experts or not finite, a rank out of range, an unknown
+            ValueError, TypeError: weights of no or unknown experts or not finite, a rank out of
+            range, an unknown
                 recipe or option. FileExistsError, OSError: as `export_expert`.
         """
         weights = check_weights(self, weights)
@@ -85,8 +94,14 @@ class ExpertExport:
         deltas, errors, squares = {}, {}, [0.0, 0.0]
         for linear, product in made:
             if rank is None and isinstance(product, Tensor):
-                raise ValueError(f"The recipe {recipe!r} makes no low rank: pass rank=… for the LoRA's.")
-            delta = product if rank is None and isinstance(product, Delta) else compress(product, rank or 0)
+                raise ValueError(
+                    f"The recipe {recipe!r} makes no low rank: pass rank=… for the LoRA's."
+                )
+            delta = (
+                product
+                if rank is None and isinstance(product, Delta)
+                else compress(product, rank or 0)
+            )
             deltas[linear] = _cast(delta, dtype or _master_dtype(self))
             off, norm = distance(product, deltas[linear])
             errors[linear] = off / norm if norm else 0.0
@@ -102,13 +117,16 @@ class ExpertExport:
     def merge_and_unload(
         self, weights: Mapping[str, float], *, recipe: str = "linear", **options: Any
     ) -> PreTrainedModel:
-        """Merge a fixed mixture into the base's weights, in place, and return the plain base without the mixture.
+        """Merge a fixed mixture into the base's weights, in place, and return the plain base
+        without the mixture.
 
-        Sums are in float64 and cast once. Until the last linear is merged the weights before are kept (in host
-        memory), so that nothing is changed where one fails. recipe, options: as `export_merged`.
+        Sums are in float64 and cast once. Until the last linear is merged the weights before are
+        kept (in host memory), so that nothing is changed where one fails. recipe, options: as
+        `export_merged`.
 
         Raises:
-            ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or tied, or whose
+            ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or
+            tied, or whose
                 merged weights the base's dtype cannot hold.
         """
         weights = check_weights(self, weights)
@@ -167,7 +185,9 @@ def _check_mergeable(model: Any, linears: Mapping[str, nn.Module]) -> None:
                 "quantisation, or use export_merged"
             )
         elif weight.device.type == "meta":
-            reason = "offloaded: load the base without a device_map that offloads, or use export_merged"
+            reason = (
+                "offloaded: load the base without a device_map that offloads, or use export_merged"
+            )
         elif owners[id(weight)] > 1:
             reason = "tied to another module's weight, which would change too: untie it, or use export_merged"
         else:
@@ -190,7 +210,9 @@ def _check_rank(model: Any, rank: int | None, recipe: str) -> None:
     modules = [model.get_submodule(name) for name in adapted(model)]
     largest = max(min(size) for size in map(features, modules) if size is not None)
     if rank > largest:
-        raise ValueError(f"rank={rank} is more than any adapted linear can have: expected at most {largest}.")
+        raise ValueError(
+            f"rank={rank} is more than any adapted linear can have: expected at most {largest}."
+        )
 
 
 def _master_dtype(model: Any) -> torch.dtype:

@@ -1,4 +1,6 @@
-"""Where an adapter's files lie: local folders and hub snapshots, and that none of them leads elsewhere."""
+"""Where an adapter's files lie: local folders and hub snapshots, and that none of them leads
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ MAX_CONFIG_BYTES = 2**22
 def find_folder(source: str | PathLike[str]) -> tuple[Path, Path]:
     """The folder of an adapter, downloaded if need be, and the folder that its files may lie in.
 
-    source: a folder, or a hub id (`id@revision` for a revision), of which *.json and *.safetensors are fetched.
+    source: a folder, or a hub id (`id@revision` for a revision), of which *.json and *.safetensors
+    are fetched.
 
     Raises:
         ValueError: there is no such folder, nor a repository that can be reached.
@@ -61,7 +64,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is too large, or holds no JSON object.
     """
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_CONFIG_BYTES}.")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; expected at most {MAX_CONFIG_BYTES}."
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -74,15 +79,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def xlora_sources(source: str | PathLike[str]) -> dict[str, str]:
     """The adapters of an X-LoRA checkpoint (arXiv:2402.07148) by name; its own router is not used.
 
-    An adapter is where `adapters` in adapter_config.json says, else a subfolder of its name; a checkpoint from the
-    hub is not followed to this machine's folders. (The subfolders that PEFT itself writes are not whole, and second.)
+    An adapter is where `adapters` in adapter_config.json says, else a subfolder of its name; a
+    checkpoint from the hub is not followed to this machine's folders. (The subfolders that PEFT
+    itself writes are not whole, and second.)
 
     Raises:
         ValueError: no X-LoRA checkpoint, or an adapter that is not where it should be.
     """
     folder, root = find_folder(source)
     if not (folder / CONFIG).exists():
-        raise ValueError(f"{folder} holds no {CONFIG}: it is no X-LoRA checkpoint, or not a whole one.")
+        raise ValueError(
+            f"{folder} holds no {CONFIG}: it is no X-LoRA checkpoint, or not a whole one."
+        )
     config = read_json(inside(folder / CONFIG, root))
     if str(config.get("peft_type")) != "XLORA":
         raise ValueError(
@@ -114,7 +122,9 @@ def _download(name: str) -> Path:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ValueError(f"There is no folder {name}, and it is no hub id either ({error}).") from error
+        raise ValueError(
+            f"There is no folder {name}, and it is no hub id either ({error})."
+        ) from error
     try:
         return Path(
             snapshot_download(

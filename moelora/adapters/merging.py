@@ -1,7 +1,9 @@
-"""Merging experts: recipes over their deltas, linear by linear, and the best approximation of a low rank.
+"""Merging experts: recipes over their deltas, linear by linear, and the best approximation of a low
+rank.
 
-A recipe is a function `(deltas, weights, **options)` in `RECIPES`. It gets the deltas of one linear and answers with a
-`Delta` where what it makes has a low rank, else with the whole ΔW `[d_out, d_in]`.
+A recipe is a function `(deltas, weights, **options)` in `RECIPES`. It gets the deltas of one linear
+and answers with a `Delta` where what it makes has a low rank, else with the whole ΔW `[d_out,
+d_in]`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ Recipe = Callable[..., Delta | Tensor]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `export_merged` wrote: each linear's rank, and how far its ΔW is from the recipe's, ‖ΔW' - ΔW‖ / ‖ΔW‖.
+    """What `export_merged` wrote: each linear's rank, and how far its ΔW is from the recipe's, ‖ΔW'
+    - ΔW‖ / ‖ΔW‖.
 
-    The error is measured on what was written, so it holds the rounding to the written dtype too (about 1e-8 in
-    fp32). error: the same ratio of Frobenius norms over all linears together.
+    The error is measured on what was written, so it holds the rounding to the written dtype too
+    (about 1e-8 in fp32). error: the same ratio of Frobenius norms over all linears together.
     """
 
     recipe: str
@@ -48,7 +51,9 @@ class MergeReport:
 
 
 def concatenation(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """Σ w·s·B·A exactly, as one LoRA: A rows one expert after another, B columns times w·s, scaling 1."""
+    """Σ w·s·B·A exactly, as one LoRA: A rows one expert after another, B columns times w·s, scaling
+    1.
+    """
     used = [(d, w) for d, w in zip(deltas, weights) if w != 0] or [(_nothing(deltas[0]), 0.0)]
     A = torch.cat([wide(d.A) for d, _ in used])
     return Delta(A, torch.cat([wide(d.B) * (w * d.scaling) for d, w in used], dim=1))
@@ -60,24 +65,31 @@ def svd(deltas: Sequence[Delta], weights: Sequence[float], *, rank: int) -> Delt
 
 
 def ties(deltas: Sequence[Delta], weights: Sequence[float], *, density: float) -> Tensor:
-    """TIES (arXiv:2306.01708): keep each ΔW's `density` largest values, elect signs, average what agrees.
+    """TIES (arXiv:2306.01708): keep each ΔW's `density` largest values, elect signs, average what
+    agrees.
 
-    PEFT's implementation, linear by linear: signs are elected by the sums of the trimmed deltas without weights, and
-    then w_e·ΔW_e is averaged over the experts that agree.
+    PEFT's implementation, linear by linear: signs are elected by the sums of the trimmed deltas
+    without weights, and then w_e·ΔW_e is averaged over the experts that agree.
     """
     _check_density(density)
     with _no_warning_at_one():
         return merge_utils.ties(*_full(deltas, weights), density)
 
 
-def dare_linear(deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int) -> Tensor:
-    """DARE (arXiv:2311.03099): keep each value with probability `density`, divided by it, and add. PEFT's."""
+def dare_linear(
+    deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int
+) -> Tensor:
+    """DARE (arXiv:2311.03099): keep each value with probability `density`, divided by it, and add.
+    PEFT's.
+    """
     _check_density(density)
     with _drawing(deltas[0].A.device, seed), _no_warning_at_one():
         return merge_utils.dare_linear(*_full(deltas, weights), density)
 
 
-def dare_ties(deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int) -> Tensor:
+def dare_ties(
+    deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int
+) -> Tensor:
     """DARE's random values (arXiv:2311.03099), merged by TIES' signs (arXiv:2306.01708). PEFT's."""
     _check_density(density)
     with _drawing(deltas[0].A.device, seed), _no_warning_at_one():
@@ -89,7 +101,8 @@ def breadcrumbs(
 ) -> Tensor:
     """Model Breadcrumbs (arXiv:2312.06795): drop both tails of each ΔW's magnitudes, and add.
 
-    gamma: the share of the largest that is dropped; of the smallest, as many as leave the share `density`.
+    gamma: the share of the largest that is dropped; of the smallest, as many as leave the share
+    `density`.
     """
     _check_density(density)
     check_number("gamma", gamma, 0.0, 1.0, open_high=True)
@@ -98,7 +111,9 @@ def breadcrumbs(
             f"density={density} and gamma={gamma} keep and drop more than there is: expected density + gamma ≤ 1."
         )
     tensors, factors = _full(deltas, weights)
-    return merge_utils.task_arithmetic([_without_tails(t, density, gamma) for t in tensors], factors)
+    return merge_utils.task_arithmetic(
+        [_without_tails(t, density, gamma) for t in tensors], factors
+    )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -119,21 +134,26 @@ def recipe_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: no such recipe, or an option that it lacks or needs.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"recipe={recipe!r} is unknown. The recipes are: {', '.join(sorted(RECIPES))}.")
+        raise ValueError(
+            f"recipe={recipe!r} is unknown. The recipes are: {', '.join(sorted(RECIPES))}."
+        )
     parameters = list(inspect.signature(RECIPES[recipe]).parameters.values())[2:]
     known = [p.name for p in parameters]
     needed = [p.name for p in parameters if p.default is p.empty]
     unknown, missing = sorted(set(options) - set(known)), [n for n in needed if n not in options]
     if unknown or missing:
         what = f"has no option {unknown}" if unknown else f"needs {', '.join(missing)}"
-        raise ValueError(f"The recipe {recipe!r} {what}. Its options are: {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"The recipe {recipe!r} {what}. Its options are: {', '.join(known) or 'none'}."
+        )
     return dict(options)
 
 
 def merged_deltas(
     model: Any, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, Delta | Tensor]]:
-    """Each adapted linear's name and merged ΔW, one after another; linears that none of the experts has are left out.
+    """Each adapted linear's name and merged ΔW, one after another; linears that none of the experts
+    has are left out.
 
     Each linear draws with a seed of its own, which follows from `seed`.
     """
@@ -157,10 +177,13 @@ def check_weights(model: Any, weights: Mapping[str, float]) -> dict[str, float]:
     """`weights` as floats, once it is sure that they weigh experts of `model`.
 
     Raises:
-        ValueError, TypeError: no mapping, none, an unknown name, or a weight that is no finite number.
+        ValueError, TypeError: no mapping, none, an unknown name, or a weight that is no finite
+        number.
     """
     if not isinstance(weights, Mapping):
-        raise TypeError(f"weights is a {type(weights).__name__}; expected a weight for each expert's name.")
+        raise TypeError(
+            f"weights is a {type(weights).__name__}; expected a weight for each expert's name."
+        )
     names = model.moelora_config.expert_names
     if not weights:
         raise ValueError(f"weights is empty: give at least one of the experts: {', '.join(names)}.")

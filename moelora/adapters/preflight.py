@@ -1,4 +1,6 @@
-"""The preflight: everything that is wrong with a set of adapters for one base, in one table, before anything loads."""
+"""The preflight: everything that is wrong with a set of adapters for one base, in one table, before
+anything loads.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from ..checkpoint.load import ACCESS
 from ..injection.targets import features, has_peft_layers
@@ -20,7 +27,13 @@ from .reading import Adapter, read_adapter
 
 Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
 # What Windows keeps for devices: an expert's folder could not have this name there.
-RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)),
+}
 MAX_NAME = 96
 SHOWN = 4
 STORABLE = ("F32", "F16", "BF16")
@@ -28,7 +41,9 @@ STORABLE = ("F32", "F16", "BF16")
 
 @dataclass
 class Entry:
-    """One adapter of the set: its description, or None where it cannot be read at all, and what is wrong with it."""
+    """One adapter of the set: its description, or None where it cannot be read at all, and what is
+    wrong with it.
+    """
 
     name: str
     adapter: Adapter | None
@@ -96,12 +111,16 @@ def preflight(
     auto_class: type | None = None,
     **kwargs: Any,
 ) -> Preflight:
-    """Check a set of adapters against a base; reads every tensor once, for NaN and Inf, and keeps none.
+    """Check a set of adapters against a base; reads every tensor once, for NaN and Inf, and keeps
+    none.
 
     base: a loaded model, or a folder or hub id, of which only the configuration is read.
-    adapters: sources of `read_adapter` by expert name, pairs of name and source, or an X-LoRA checkpoint's folder.
-    allow_base_mismatch: adapters may name another base; names and shapes of the linears must fit all the same.
-    auto_class: how the base would be loaded, default by its configuration; kwargs find it: revision, subfolder …
+    adapters: sources of `read_adapter` by expert name, pairs of name and source, or an X-LoRA
+    checkpoint's folder.
+    allow_base_mismatch: adapters may name another base; names and shapes of the linears must fit
+    all the same.
+    auto_class: how the base would be loaded, default by its configuration; kwargs find it:
+    revision, subfolder …
 
     Raises:
         ValueError, TypeError: no adapters at all, or a base of the wrong kind.
@@ -139,8 +158,12 @@ def named_sources(adapters: Sources) -> list[tuple[str, Any]]:
     return pairs
 
 
-def misfits(adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> list[str]:
-    """Why this adapter's tensors cannot be experts of `model` (which may be on the meta device); [] if they can."""
+def misfits(
+    adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> list[str]:
+    """Why this adapter's tensors cannot be experts of `model` (which may be on the meta device); []
+    if they can.
+    """
     if adapter.problems:
         more = len(adapter.problems) - 2 * SHOWN
         return adapter.problems[: 2 * SHOWN] + ([f"and {more} more like these"] if more > 0 else [])
@@ -160,7 +183,9 @@ def misfits(adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module]
             found.setdefault("wrong shapes", []).append(f"{came}; {wanted}")
         for dtype in {target.a_dtype, target.b_dtype} - set(STORABLE):
             if dtype != "F64" or parameter.dtype != torch.float64:
-                found.setdefault(f"{dtype} cannot be held exactly; save it in F32", []).append(linear)
+                found.setdefault(f"{dtype} cannot be held exactly; save it in F32", []).append(
+                    linear
+                )
     problems = [f"{what}: {_some(where)}" for what, where in found.items()]
     if "the base has no module" in found:
         problems[list(found).index("the base has no module")] += _nearest(found, modules)
@@ -168,17 +193,26 @@ def misfits(adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module]
 
 
 def _values(adapter: Adapter, model: nn.Module) -> list[str]:
-    """What only the tensors themselves tell: values that are no numbers, base tensors that were trained."""
+    """What only the tensors themselves tell: values that are no numbers, base tensors that were
+    trained.
+    """
     # With duplicates: a tied head has two names.
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    bad = [n for n in adapter.targets if not all(bool(t.isfinite().all()) for t in adapter.factors(n))]
+    bad = [
+        n for n in adapter.targets if not all(bool(t.isfinite().all()) for t in adapter.factors(n))
+    ]
     changed = []
     for name in adapter.saved:
         here = own.get(name)
-        # Beside an adapted head PEFT saves a copy of the base's; without weights here there is nothing to compare.
+        # Beside an adapted head PEFT saves a copy of the base's; without weights here there is
+        # nothing to compare.
         if here is not None and here.device.type == "meta" and name not in _trained(adapter):
             continue
-        if here is None or here.device.type == "meta" or not _same(adapter.saved_tensor(name), here):
+        if (
+            here is None
+            or here.device.type == "meta"
+            or not _same(adapter.saved_tensor(name), here)
+        ):
             changed.append(name)
     found = [f"contains NaN or Inf: {_some(bad)}"] if bad else []
     if changed:
@@ -190,7 +224,9 @@ def _values(adapter: Adapter, model: nn.Module) -> list[str]:
 
 
 def _trained(adapter: Adapter) -> list[str]:
-    """Which of the tensors beside A and B the adapter says it trained; PEFT compares the ends of modules' names."""
+    """Which of the tensors beside A and B the adapter says it trained; PEFT compares the ends of
+    modules' names.
+    """
     ends = tuple(adapter.config.get("modules_to_save") or ())
     found = []
     for name in adapter.saved:
@@ -201,7 +237,9 @@ def _trained(adapter: Adapter) -> list[str]:
 
 
 def _same(saved: torch.Tensor, here: torch.Tensor) -> bool:
-    return saved.shape == here.shape and torch.equal(saved.to(here.device, here.dtype), here.detach())
+    return saved.shape == here.shape and torch.equal(
+        saved.to(here.device, here.dtype), here.detach()
+    )
 
 
 def _entry(name: Any, source: Any) -> Entry:
@@ -214,7 +252,9 @@ def _entry(name: Any, source: Any) -> Entry:
 
 
 def name_problem(name: Any) -> str | None:
-    """Why an expert cannot have this name, which also names the folder that it is exported to; None if it can."""
+    """Why an expert cannot have this name, which also names the folder that it is exported to; None
+    if it can.
+    """
     if not isinstance(name, str):
         return f"the name {name!r} is a {type(name).__name__}; expected a string"
     reason = None
@@ -273,13 +313,19 @@ def _skeleton(base: Any, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTr
             )
         return base, base.config._name_or_path or ""
     if not isinstance(base, (str, PathLike)):
-        raise TypeError(f"base is a {type(base).__name__}; expected a hub id, a folder or a PreTrainedModel.")
+        raise TypeError(
+            f"base is a {type(base).__name__}; expected a hub id, a folder or a PreTrainedModel."
+        )
     passed = (*ACCESS, "revision", "subfolder", "trust_remote_code", "gguf_file")
     found_by = {k: kwargs[k] for k in passed if kwargs.get(k) is not None}
     config = AutoConfig.from_pretrained(base, **found_by)
     if auto_class is None:
-        classifier = any(n.endswith("ForSequenceClassification") for n in config.architectures or [])
+        classifier = any(
+            n.endswith("ForSequenceClassification") for n in config.architectures or []
+        )
         auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     trust = {k: v for k, v in found_by.items() if k == "trust_remote_code"}
     with torch.device("meta"):
-        return auto_class.from_config(config, **trust), str(Path(base) if Path(base).is_dir() else base)
+        return auto_class.from_config(config, **trust), str(
+            Path(base) if Path(base).is_dir() else base
+        )

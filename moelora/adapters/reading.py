@@ -1,4 +1,6 @@
-"""Reading PEFT LoRA adapters: a folder, a hub repository or a live `PeftModel`, described before it is loaded."""
+"""Reading PEFT LoRA adapters: a folder, a hub repository or a live `PeftModel`, described before it
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ from .supported import unnamed, unsupported
 
 # Of tensors that are no expert's A or B: what the key holds, and why that is refused.
 FOREIGN = (
-    (".lora_embedding_", "it adapts an embedding, whose rows are looked up before any router has run"),
+    (
+        ".lora_embedding_",
+        "it adapts an embedding, whose rows are looked up before any router has run",
+    ),
     (".lora_magnitude_vector", "DoRA's magnitudes are not a delta that can be weighted and added"),
     (".lora_B.bias", "its B has a bias, which an expert has not"),
-    (".trainable_tokens_", "it trained token embeddings, which are looked up before any router has run"),
+    (
+        ".trainable_tokens_",
+        "it trained token embeddings, which are looked up before any router has run",
+    ),
 )
 
 
@@ -43,9 +51,11 @@ class Target:
 class Adapter:
     """A PEFT LoRA, described; its tensors are read when they are asked for, linear by linear.
 
-    where: what to call it in messages. config: its adapter_config.json. base, revision: what it was trained on.
-    targets: its linears by their names in the base. saved: tensors of the base itself that lie beside (trained
-    heads, copies of embeddings), by their names in the base, with their shapes. nbytes: the size of A and B.
+    where: what to call it in messages. config: its adapter_config.json. base, revision: what it was
+    trained on.
+    targets: its linears by their names in the base. saved: tensors of the base itself that lie
+    beside (trained heads, copies of embeddings), by their names in the base, with their shapes.
+    nbytes: the size of A and B.
     problems: why it cannot become an expert of any base; empty where nothing speaks against it.
     """
 
@@ -77,7 +87,9 @@ class Adapter:
         if self.problems:
             raise ValueError(f"{self.where} cannot be read: {'; '.join(self.problems)}.")
         if linear not in self.targets:
-            raise ValueError(f"{self.where} does not adapt {linear!r}; it adapts {', '.join(self.targets)}.")
+            raise ValueError(
+                f"{self.where} does not adapt {linear!r}; it adapts {', '.join(self.targets)}."
+            )
         A, B = self._tensors([self._keys[f"{linear}.lora_A"], self._keys[f"{linear}.lora_B"]])
         return A, B
 
@@ -93,12 +105,14 @@ class Adapter:
 def read_adapter(source: Any) -> Adapter:
     """Describe an adapter; only the header of its weights is read.
 
-    source: a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision` for a revision), a
-    `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an `Adapter`, which comes back as it is.
+    source: a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision` for a
+    revision), a `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an `Adapter`,
+    which comes back as it is.
 
     Raises:
         TypeError: a source of another kind.
-        ValueError: nothing there that can be read: no folder, missing or damaged files, links out of the folder,
+        ValueError: nothing there that can be read: no folder, missing or damaged files, links out
+        of the folder,
             pickled weights. What can be read and not used is in the answer's `problems`.
     """
     if isinstance(source, Adapter):
@@ -161,15 +175,23 @@ def _read_model(model: PeftModel, name: str) -> Adapter:
     """Describe a live adapter; its tensors are the model's own."""
     config = model.peft_config[name].to_dict()
     config["peft_type"] = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    adapter = Adapter(f"{type(model).__name__} adapter {name!r}", config, problems=unsupported(config))
+    adapter = Adapter(
+        f"{type(model).__name__} adapter {name!r}", config, problems=unsupported(config)
+    )
     if adapter.problems:
         return adapter
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float64: "F64",
+    }
     header = {k: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in tensors.items()}
     layers = dict(model.get_base_model().named_modules())
     adapter._read = lambda keys: [tensors[key].detach() for key in keys]
-    # A live layer's own scaling is what its forward multiplies with, whatever the configuration says.
+    # A live layer's own scaling is what its forward multiplies with, whatever the configuration
+    # says.
     _describe(adapter, header, lambda linear: layers[linear].scaling[name])  # type: ignore[index,union-attr]
     return adapter
 
@@ -179,9 +201,12 @@ def _describe(
     header: Mapping[str, tuple[tuple[int, ...], str]],
     scaling_of: Callable[[str], float] | None,
 ) -> None:
-    """Fill in the targets and what lies beside them, from each tensor's shape and dtype; note what is wrong."""
+    """Fill in the targets and what lies beside them, from each tensor's shape and dtype; note what
+    is wrong.
+    """
     if any(key.startswith("base_model.lora_model.") for key in header):
-        # Keys that contain another adapter's name are dropped, and X-LoRA's adapters are called as layers are: 0, 1 …
+        # Keys that contain another adapter's name are dropped, and X-LoRA's adapters are called as
+        # layers are: 0, 1 …
         adapter.problems.append(
             "PEFT saved it out of an X-LoRA model, without the layers whose number is another adapter's name: "
             "use the folder that the X-LoRA model was made from"
@@ -220,7 +245,9 @@ def _describe(
 def _sorted_keys(
     adapter: Adapter, header: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> dict[str, dict[str, str]]:
-    """The keys of each linear's lora_A and lora_B; what else there is goes to `saved` or `problems`."""
+    """The keys of each linear's lora_A and lora_B; what else there is goes to `saved` or
+    `problems`.
+    """
     pairs: dict[str, dict[str, str]] = {}
     for key in header:
         name = key.removeprefix("base_model.model.")
@@ -248,26 +275,29 @@ def _part_of(name: str) -> tuple[str, str | None]:
 
 def _wrong_pair(linear: str, a: tuple[int, ...], b: tuple[int, ...]) -> str | None:
     if len(a) != 2 or len(b) != 2:
-        return (
-            f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}: only linears can have experts"
-        )
+        return f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}: only linears can have experts"
     if a[0] != b[1] or not a[0]:
         return f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}, which do not fit together"
     return None
 
 
 def _expected(adapter: Adapter, linear: str) -> tuple[int, float]:
-    """Rank and scaling of a linear by the configuration, matched as PEFT matches its patterns; (0, 0) if broken."""
+    """Rank and scaling of a linear by the configuration, matched as PEFT matches its patterns; (0,
+    0) if broken.
+    """
     config = adapter.config
     try:
         values = []
         for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             patterns = config.get(name) or {}
-            values.append(patterns.get(get_pattern_key(list(patterns), linear), config.get(default, 8)))
+            values.append(
+                patterns.get(get_pattern_key(list(patterns), linear), config.get(default, 8))
+            )
         rank, alpha = values
         return int(rank), float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     except Exception as error:
-        # Whatever a broken configuration holds: wrong types, zero, a pattern that is no regular expression.
+        # Whatever a broken configuration holds: wrong types, zero, a pattern that is no regular
+        # expression.
         note = f"its r, lora_alpha and their patterns give no rank and scaling ({error})"
         if note not in adapter.problems:
             adapter.problems.append(note)

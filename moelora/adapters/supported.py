@@ -1,4 +1,6 @@
-"""Which features of a PEFT LoRA a mixture can hold exactly; every other one is refused with its reason."""
+"""Which features of a PEFT LoRA a mixture can hold exactly; every other one is refused with its
+reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-# Fields that say how an adapter came about or which file is whose, or that are read where they matter.
+# Fields that say how an adapter came about or which file is whose, or that are read where they
+# matter.
 HARMLESS = {
     "task_type",
     "peft_type",
@@ -55,15 +58,20 @@ REASONS = {
 }
 # Initialisations that leave the base as it is: what is saved is the whole change.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Initialisations that take the first A and B out of the base's weights (arXiv:2404.02948 and others).
+# Initialisations that take the first A and B out of the base's weights (arXiv:2404.02948 and
+# others).
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """What in an adapter_config.json keeps its adapter from being an expert; empty where nothing does."""
+    """What in an adapter_config.json keeps its adapter from being an expert; empty where nothing
+    does.
+    """
     kind = str(config.get("peft_type") or "").rpartition(".")[2]
     if kind == "XLORA":
-        return ["it is an X-LoRA checkpoint of several adapters: pass its folder in place of the whole dict"]
+        return [
+            "it is an X-LoRA checkpoint of several adapters: pass its folder in place of the whole dict"
+        ]
     if kind != "LORA":
         return [f"peft_type is {kind or 'missing'}; only LORA adapters can become experts"]
     found = []
@@ -80,7 +88,8 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def unnamed(config: Mapping[str, Any], linears: Iterable[str]) -> list[str]:
-    """The linears that the adapter's own target_modules does not name: PEFT would leave their tensors out.
+    """The linears that the adapter's own target_modules does not name: PEFT would leave their
+    tensors out.
 
     Raises:
         ValueError, TypeError: the configuration is not one that PEFT takes.
@@ -101,7 +110,9 @@ def _initialisation(how: Any) -> list[str]:
     if any(how is plain or (isinstance(how, str) and how == plain) for plain in PLAIN_INITS):
         return []
     if isinstance(how, str) and how.lower().startswith(BASE_CHANGING_INITS):
-        remedy = "convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        remedy = (
+            "convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
         if how.lower() == "loftq":
             remedy = "merge it into the base that LoftQ made, or train it without"
         return [

@@ -29,7 +29,8 @@ from ..injection.targets import modules_to_save
 from .deltas import Delta
 
 KEY = "base_model.model."
-# What a folder may hold that `overwrite` replaces: an adapter as PEFT or this package writes it, and no more.
+# What a folder may hold that `overwrite` replaces: an adapter as PEFT or this package writes it,
+# and no more.
 REPLACEABLE = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md", ".gitattributes"}
 
 
@@ -41,10 +42,12 @@ def write_adapter(
     dtype: torch.dtype | None,
     overwrite: bool,
 ) -> None:
-    """Write `deltas`, by linear, and the trained head of `model` as a PEFT LoRA; see `export_expert`.
+    """Write `deltas`, by linear, and the trained head of `model` as a PEFT LoRA; see
+    `export_expert`.
 
     Raises:
-        ValueError: values that are not finite (in `dtype`), or a trained module whose weights are tied.
+        ValueError: values that are not finite (in `dtype`), or a trained module whose weights are
+        tied.
         FileExistsError, OSError: see `export_expert`.
     """
     check_folder(folder, overwrite)
@@ -84,10 +87,12 @@ def check_folder(folder: str | PathLike[str], overwrite: bool) -> None:
 
 
 def _config(model: Any, deltas: Mapping[str, Delta]) -> tuple[LoraConfig, dict[str, int]]:
-    """PEFT's configuration, and the rank to write for each linear, higher than its own where s needs it.
+    """PEFT's configuration, and the rank to write for each linear, higher than its own where s
+    needs it.
 
-    PEFT computes s as alpha / r (or / √r). Where no alpha gives exactly this s, r becomes the next power of two, by
-    which a division is exact, and the rows in addition are 0: s and every product stay the same.
+    PEFT computes s as alpha / r (or / √r). Where no alpha gives exactly this s, r becomes the next
+    power of two, by which a division is exact, and the rows in addition are 0: s and every product
+    stay the same.
     """
     ours = model.moelora_config
     stable = ours.use_rslora and None not in _alphas(model, deltas, True).values()
@@ -117,7 +122,9 @@ def _config(model: Any, deltas: Mapping[str, Delta]) -> tuple[LoraConfig, dict[s
 
 
 def _alphas(model: Any, deltas: Mapping[str, Delta], stable: bool) -> dict[str, float | None]:
-    """For each linear an alpha from which PEFT computes exactly its scaling, or None; integers where they do."""
+    """For each linear an alpha from which PEFT computes exactly its scaling, or None; integers
+    where they do.
+    """
     configured = list(model.moelora_config._per_expert("lora_alpha"))
     found: dict[str, float | None] = {}
     for linear, delta in deltas.items():
@@ -137,7 +144,8 @@ def _alphas(model: Any, deltas: Mapping[str, Delta], stable: bool) -> dict[str, 
 def _saved_and_task(model: Any, linears: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """The modules that are written whole, and PEFT's task.
 
-    PEFT takes a classifier's head for trained, and will not adapt what is in it; then the task is left out.
+    PEFT takes a classifier's head for trained, and will not adapt what is in it; then the task is
+    left out.
     """
     saved = modules_to_save(model, model.moelora_config, model.is_classifier)
     if not model.is_classifier:
@@ -149,7 +157,9 @@ def _saved_and_task(model: Any, linears: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _targets(model: Any, linears: list[str], config: LoraConfig) -> str | list[str]:
-    """The shortest target_modules by which PEFT finds exactly `linears`: ends of names, names, or a regex."""
+    """The shortest target_modules by which PEFT finds exactly `linears`: ends of names, names, or a
+    regex.
+    """
     modules = [n for n, _ in model.named_modules() if n and not f"{n}.".startswith(PREFIX)]
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     for targets in (ends, linears, "|".join(map(re.escape, linears))):
@@ -168,10 +178,14 @@ def _pattern(linear: str) -> str:
 
 
 def _saved_tensors(model: Any, config: LoraConfig) -> dict[str, Tensor]:
-    """The tensors of the modules that PEFT will take from the folder whole: those whose names end like one of these."""
+    """The tensors of the modules that PEFT will take from the folder whole: those whose names end
+    like one of these.
+    """
     names = tuple(config.modules_to_save or ())
     modules = {
-        n: m for n, m in model.named_modules() if names and n.endswith(names) and not n.startswith(PREFIX)
+        n: m
+        for n, m in model.named_modules()
+        if names and n.endswith(names) and not n.startswith(PREFIX)
     }
     tensors = {f"{n}.{k}": t for n, m in modules.items() for k, t in m.state_dict().items()}
     owned = {id(p) for m in modules.values() for p in m.parameters()}
@@ -181,7 +195,9 @@ def _saved_tensors(model: Any, config: LoraConfig) -> dict[str, Tensor]:
                 f"{key} is the same weight as one in {', '.join(modules)}, which is trained and saved whole: PEFT "
                 "would replace only the one. Use merge_and_unload."
             )
-    return {KEY + key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
+    return {
+        KEY + key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()
+    }
 
 
 def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
@@ -194,7 +210,9 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _base_name(model: Any) -> str | None:
-    """Where the base came from; a folder by its whole path, since an adapter is loaded from anywhere."""
+    """Where the base came from; a folder by its whole path, since an adapter is loaded from
+    anywhere.
+    """
     name = model.config._name_or_path
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
@@ -209,7 +227,9 @@ def _auto_mapping(model: Any, config: LoraConfig) -> dict[str, str] | None:
 
 @contextmanager
 def _folder_at_once(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `folder` to write into; it takes that name at the end, or is gone after an error."""
+    """A new folder beside `folder` to write into; it takes that name at the end, or is gone after
+    an error.
+    """
     folder = Path(os.path.realpath(folder))
     staging, replaced = (
         folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}{end}") for end in ("", "-old")

@@ -1,4 +1,6 @@
-"""The fingerprint of a base: its weights' shapes and a sample of their values, to recognise it on loading."""
+"""The fingerprint of a base: its weights' shapes and a sample of their values, to recognise it on
+loading.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SAMPLED_VALUES = 8
 
 
 def fingerprint(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Any]:
-    """Shapes by name, and a few values of a few tensors, of the base inside `model`, without the keys `excluded`."""
+    """Shapes by name, and a few values of a few tensors, of the base inside `model`, without the
+    keys `excluded`.
+    """
     tensors = _base_tensors(model, excluded)
     sample = _sample(tensors)
     dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name in sample}
@@ -28,8 +32,12 @@ def digest(print_: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(print_, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]) -> list[str]:
-    """What differs between the base that was saved and the one in `model`, in words; empty where nothing does."""
+def differences(
+    saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]
+) -> list[str]:
+    """What differs between the base that was saved and the one in `model`, in words; empty where
+    nothing does.
+    """
     tensors = _base_tensors(model, excluded)
     shapes = _shapes(tensors)
     found = []
@@ -57,15 +65,21 @@ def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         now, then = torch.tensor(_values(tensor)), torch.tensor(values)
         dtypes = (tensor.dtype, getattr(torch, saved["dtypes"][name]))
         # Through 16 bits, then or now, the same weights come out nearly the same.
-        tolerance = 0.0 if all(dtype in (torch.float32, torch.float64) for dtype in dtypes) else 1e-2
-        if now.shape != then.shape or not torch.allclose(now, then, rtol=tolerance, atol=tolerance * 1e-2):
+        tolerance = (
+            0.0 if all(dtype in (torch.float32, torch.float64) for dtype in dtypes) else 1e-2
+        )
+        if now.shape != then.shape or not torch.allclose(
+            now, then, rtol=tolerance, atol=tolerance * 1e-2
+        ):
             changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
     return changed[:4]
 
 
 def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Tensor]:
     skip = set(excluded)
-    return {n: p for n, p in model.named_parameters() if not n.startswith("moelora.") and n not in skip}
+    return {
+        n: p for n, p in model.named_parameters() if not n.startswith("moelora.") and n not in skip
+    }
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
@@ -74,7 +88,11 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    names = [n for n, t in tensors.items() if t.is_floating_point() and t.device.type != "meta" and t.numel()]
+    names = [
+        n
+        for n, t in tensors.items()
+        if t.is_floating_point() and t.device.type != "meta" and t.numel()
+    ]
     step = max(1, len(names) // SAMPLED_TENSORS)
     return {name: _values(tensors[name]) for name in names[::step]}
 
@@ -82,5 +100,7 @@ def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _values(tensor: Tensor) -> list[float]:
     """A few values spread over the tensor, exactly representable in JSON."""
     flat = tensor.detach().reshape(-1)
-    where = torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
+    where = torch.linspace(
+        0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64
+    ).long()
     return [float(v) for v in flat[where.to(flat.device)].float().cpu()]

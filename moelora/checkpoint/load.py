@@ -1,4 +1,6 @@
-"""Loading a checkpoint: read and check everything, load the base, put the experts in, or change nothing."""
+"""Loading a checkpoint: read and check everything, load the base, put the experts in, or change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ CHANGEABLE = (
 
 
 class Source:
-    """Where a checkpoint lies: a local folder, or a repository on the hub. Takes its keywords out of `kwargs`."""
+    """Where a checkpoint lies: a local folder, or a repository on the hub. Takes its keywords out
+    of `kwargs`.
+    """
 
     def __init__(self, name: str | Path, kwargs: dict[str, Any]):
         self.name = str(name)
@@ -71,14 +75,18 @@ class Source:
 
 
 def commit_of(base: str | Path, kwargs: Mapping[str, Any]) -> str | None:
-    """The commit of the hub repository `base` that the keywords mean; what they say where it is not known."""
+    """The commit of the hub repository `base` that the keywords mean; what they say where it is not
+    known.
+    """
     revision = kwargs.get("revision")
     if Path(base).is_dir():
         return revision
     where = {k: kwargs[k] for k in (*ACCESS, "subfolder") if kwargs.get(k) is not None}
     try:
         return (
-            extract_commit_hash(cached_file(str(base), CONFIG_NAME, revision=revision, **where), None)
+            extract_commit_hash(
+                cached_file(str(base), CONFIG_NAME, revision=revision, **where), None
+            )
             or revision
         )
     except OSError:
@@ -86,7 +94,9 @@ def commit_of(base: str | Path, kwargs: Mapping[str, Any]) -> str | None:
         return revision
 
 
-def load(cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | None, **kwargs) -> Any:
+def load(
+    cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | None, **kwargs
+) -> Any:
     """Load a checkpoint folder or hub repository; see `MoeLoraModel.from_pretrained`."""
     base = kwargs.pop("base", None)
     allow_mismatch = kwargs.pop("allow_base_mismatch", False)
@@ -99,7 +109,8 @@ def load(cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | No
             f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is no moelora checkpoint, or not a whole one."
         )
     tensors, saved, print_ = read(path)
-    # The header's configuration belongs to these weights; the file beside it may be of another moment.
+    # The header's configuration belongs to these weights; the file beside it may be of another
+    # moment.
     changes = _changes(source, saved, config, kwargs)
     model = _load_base(cls, source, saved, base, kwargs, allow_mismatch)
     cls._check_base(model)
@@ -145,7 +156,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
     try:
         written, print_ = json.loads(metadata["moelora_config"]), json.loads(metadata["base"])
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its header's moelora_config is no JSON ({error}).") from error
+        raise ValueError(
+            f"{path} is damaged: its header's moelora_config is no JSON ({error})."
+        ) from error
     version = written.get("format_version", 0)
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -158,7 +171,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
 def _changes(
     source: Source, saved: MoeLoraConfig, given: MoeLoraConfig | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the caller wants other than saved; `AutoConfig` has put it into `given`, else it is in `kwargs`.
+    """What the caller wants other than saved; `AutoConfig` has put it into `given`, else it is in
+    `kwargs`.
 
     Keywords of the base that AutoConfig kept for itself go back into `kwargs`.
     """
@@ -174,7 +188,9 @@ def _changes(
                 kwargs.setdefault(name, getattr(given, name))
         if given._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", given._attn_implementation)
-    fixed = sorted(name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name))
+    fixed = sorted(
+        name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name)
+    )
     if fixed:
         raise ValueError(
             f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and routers in it "
@@ -184,7 +200,9 @@ def _changes(
 
 
 def _beside(source: Source, saved: MoeLoraConfig) -> MoeLoraConfig:
-    """The configuration in config.json; not `saved` where a save was cut off, or a person edited it."""
+    """The configuration in config.json; not `saved` where a save was cut off, or a person edited
+    it.
+    """
     path = source.file(CONFIG_NAME)
     try:
         return saved if path is None else MoeLoraConfig.from_json_file(path)
@@ -204,7 +222,9 @@ def _load_base(
     if isinstance(base, PreTrainedModel):
         surplus = sorted(k for k, v in kwargs.items() if v is not None and k != "trust_remote_code")
         if surplus:
-            raise ValueError(f"{surplus} go to from_pretrained, but the base is loaded already: drop them.")
+            raise ValueError(
+                f"{surplus} go to from_pretrained, but the base is loaded already: drop them."
+            )
         if not allow_mismatch:
             _check_architecture(base.config.model_type, type(base).__name__, source, config)
         return base
@@ -233,7 +253,10 @@ def _load_base(
         _check_architecture(architecture.model_type, where, source, config)
     if config.base_config is not None:
         kwargs.setdefault("dtype", config.base_config.get("dtype"))
-    config.base_revision, config.base_subfolder = found_by.get("revision"), found_by.get("subfolder")
+    config.base_revision, config.base_subfolder = (
+        found_by.get("revision"),
+        found_by.get("subfolder"),
+    )
     return cls.auto_class.from_pretrained(where, **found_by, **kwargs)
 
 
@@ -247,7 +270,9 @@ def _check_architecture(model_type: str, where: str, source: Source, config: Moe
 
 
 def _check(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError unless every tensor has its shape and finite values; nothing is loaded before."""
+    """Raise ValueError unless every tensor has its shape and finite values; nothing is loaded
+    before.
+    """
     own = torch.nn.Module.state_dict(model)
     wrong = []
     for key in trained_keys(model):
@@ -261,4 +286,6 @@ def _check(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             wrong.append(f"{key} contains NaN or Inf")
     if wrong:
-        raise ValueError(f"{path} does not fit: " + "; ".join(wrong[:6]) + f" ({len(wrong)} in all).")
+        raise ValueError(
+            f"{path} does not fit: " + "; ".join(wrong[:6]) + f" ({len(wrong)} in all)."
+        )

@@ -1,8 +1,9 @@
 """Saving: safetensors only, atomic, with a reference to the base or the base itself.
 
 `model.safetensors` holds the trained tensors and, in its header, the configuration and the base's
-fingerprint: replacing that one file is what makes a save happen. `config.json` repeats the configuration for
-people and for the Auto classes. The base, with `save_base`, lies in a folder named by its fingerprint.
+fingerprint: replacing that one file is what makes a save happen. `config.json` repeats the
+configuration for people and for the Auto classes. The base, with `save_base`, lies in a folder
+named by its fingerprint.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ PREFIX = "moelora."
 BASE_FOLDER = re.compile(r"base-[0-9a-f]{16}")
 STAGING_PREFIX = ".moelora-"
 
-# Of PreTrainedModel.save_pretrained's keywords: those for the base, and those that change nothing here.
+# Of PreTrainedModel.save_pretrained's keywords: those for the base, and those that change nothing
+# here.
 BASE_KEYWORDS = frozenset({"max_shard_size", "save_original_format"})
 IDLE_KEYWORDS = frozenset({"safe_serialization", "save_function", "save_peft_format", "token"})
 
 
 def trained_keys(model: Any) -> list[str]:
-    """The state dict's keys that a checkpoint holds: the mixture's, and the base's trained modules'."""
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(PREFIX)}
+    """The state dict's keys that a checkpoint holds: the mixture's, and the base's trained
+    modules'.
+    """
+    trained = {
+        n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(PREFIX)
+    }
     for name, module in saved_modules(model, model.moelora_config, model.is_classifier):
         # Also where the user froze it after training it.
         trained |= {f"{name}.{n}" for n, _ in module.named_parameters()}
@@ -49,7 +55,11 @@ def trained_keys(model: Any) -> list[str]:
 
 
 def save(
-    model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None, save_base: bool, **kwargs
+    model: Any,
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor] | None,
+    save_base: bool,
+    **kwargs,
 ) -> None:
     """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
     folder = Path(folder)
@@ -77,7 +87,8 @@ def save(
                     staging / "base", **{k: v for k, v in kwargs.items() if k in BASE_KEYWORDS}
                 )
             os.replace(staging / "base", folder / config.base_folder)
-        # From the first of these on the new checkpoint is the one that loads; what follows is for people.
+        # From the first of these on the new checkpoint is the one that loads; what follows is for
+        # people.
         for name in (SAFE_WEIGHTS_NAME, GENERATION_CONFIG_NAME, CONFIG_NAME):
             if (staging / name).is_file():
                 _put(staging / name, folder / name)
@@ -159,12 +170,16 @@ def _errors_naming(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        raise OSError(number, f"The checkpoint in {folder} could not be written: {error}") from error
+        raise OSError(
+            number, f"The checkpoint in {folder} could not be written: {error}"
+        ) from error
 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder inside `folder` to write into, gone at the end; what a killed save left goes first."""
+    """A hidden folder inside `folder` to write into, gone at the end; what a killed save left goes
+    first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(STAGING_PREFIX + "*"):
         shutil.rmtree(leftover)

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One expert in one linear: A `[r, d_in]` and B `[r, d_out]`, rank-major, views of the
+    mixture's own rows.
+
+    It adds scaling · (x Aᵀ) B. Writing into A or B (under `torch.no_grad()`) changes the expert.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
@@ -16,12 +30,14 @@ def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 class Factor(nn.Module):
-    """A stacked low-rank factor `[Σ blocks, width]`: one block of rows for each (linear and) expert.
+    """A stacked low-rank factor `[Σ blocks, width]`: one block of rows for each (linear and)
+    expert.
 
-    All rows are one trainable parameter, `rows`. Frozen experts' rows move into a second one, `frozen_rows`,
-    without gradient: rows that shared a trainable parameter would decay under AdamW whatever their gradient.
-    The state dict always holds the whole stack as one tensor, `weight`, in block order, so a checkpoint
-    does not depend on what was frozen.
+    All rows are one trainable parameter, `rows`. Frozen experts' rows move into a second one,
+    `frozen_rows`,
+    without gradient: rows that shared a trainable parameter would decay under AdamW whatever their
+    gradient. The state dict always holds the whole stack as one tensor, `weight`, in block order,
+    so a checkpoint does not depend on what was frozen.
 
     blocks: the number of rows of each block. experts: whose block it is.
     """
@@ -31,7 +47,9 @@ class Factor(nn.Module):
         self.blocks = tuple(blocks)
         self.experts = tuple(experts)
         self.frozen_experts: frozenset[int] = frozenset()
-        self.rows: nn.Parameter | None = nn.Parameter(torch.zeros(sum(self.blocks), width, **factory))
+        self.rows: nn.Parameter | None = nn.Parameter(
+            torch.zeros(sum(self.blocks), width, **factory)
+        )
         self.frozen_rows: nn.Parameter | None = None
 
     def reset_kaiming(self) -> None:
@@ -59,7 +77,9 @@ class Factor(nn.Module):
         return [slice(starts[i], starts[i + 1]) for i, e in enumerate(self.experts) if e == expert]
 
     def set_frozen(self, experts: frozenset[int]) -> None:
-        """Freeze exactly the blocks of `experts`; their bits stay. Makes new parameters where that changes anything."""
+        """Freeze exactly the blocks of `experts`; their bits stay. Makes new parameters where that
+        changes anything.
+        """
         if experts == self.frozen_experts:
             return
         whole = self.stacked().detach()
@@ -70,9 +90,24 @@ class Factor(nn.Module):
         self.frozen_rows = nn.Parameter(torch.cat(frozen), requires_grad=False) if frozen else None
         self.rows = nn.Parameter(torch.cat(trained)) if trained else None
 
+    def block(self, index: int) -> Tensor:
+        """Block number `index` `[blocks[index], width]`: a view of the parameter that holds it, to
+        read or to write.
+        """
+        frozen = self.experts[index] in self.frozen_experts
+        held = self.frozen_rows if frozen else self.rows
+        assert held is not None
+        same = [
+            n
+            for e, n in zip(self.experts[:index], self.blocks)
+            if (e in self.frozen_experts) is frozen
+        ]
+        return held.detach()[sum(same) : sum(same) + self.blocks[index]]
+
     @torch.no_grad()
     def restacked(self, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> Factor:
-        """A factor whose expert i is this one's `keep[i]`, frozen if that is, or where None a new one that trains.
+        """A factor whose expert i is this one's `keep[i]`, frozen if that is, or where None a new
+        one that trains.
 
         fresh: the new expert's rows `[r, width]` for each linear, None where it is not there.
         """
@@ -102,13 +137,17 @@ class Factor(nn.Module):
                 rows.copy_(torch.cat([p for e, p in parts if (e in self.frozen_experts) is frozen]))
 
     def _sizes(self, frozen: bool) -> list[int]:
-        return [n for e, n in zip(self.experts, self.blocks) if (e in self.frozen_experts) is frozen]
+        return [
+            n for e, n in zip(self.experts, self.blocks) if (e in self.frozen_experts) is frozen
+        ]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         whole = self.stacked()
         destination[prefix + "weight"] = whole if keep_vars else whole.detach()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
         key = prefix + "weight"
         whole = state_dict.get(key)
         expected = (sum(self.blocks), self.stacked().shape[1])

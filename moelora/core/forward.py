@@ -1,4 +1,6 @@
-"""One forward pass of a model with a mixture inside: what its routers need to know, and what its output gains."""
+"""One forward pass of a model with a mixture inside: what its routers need to know, and what its
+output gains.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,16 @@ OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What a forward with output_expert_routing="only" gives: one `Routing` a router, which takes gradients."""
+    """What a forward with output_expert_routing="only" gives: one `Routing` a router, which takes
+    gradients.
+    """
 
     expert_routing: tuple[Routing, ...] | None = None
 
 
 def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call `base_forward` with the routers told about this pass; returns the base's output, extended.
+    """Call `base_forward` with the routers told about this pass; returns the base's output,
+    extended.
 
     Raises:
         ValueError: arguments that do not fit the batch or the routing level, each with its remedy.
@@ -67,7 +72,9 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
 
 
 def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardState:
-    """The state of this forward pass; labels that a prefix prompt takes out of the loss are masked in `kwargs`."""
+    """The state of this forward pass; labels that a prefix prompt takes out of the loss are masked
+    in `kwargs`.
+    """
     config = model.moelora_config
     batch, length = _batch_shape(kwargs)
     learning = model.training and torch.is_grad_enabled()
@@ -75,7 +82,9 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
     forcing = forcing_of(model, own, batch, length)
     forced = forcing is not None and forcing.chooses
     if own["expert_targets"] is not None:
-        check_expert_targets(own["expert_targets"], batch, length, config.num_choices, config.routing_level)
+        check_expert_targets(
+            own["expert_targets"], batch, length, config.num_choices, config.routing_level
+        )
         _check_not_banned(own["expert_targets"], forcing)
     routing_only = own["output_expert_routing"] == ROUTING_ONLY
     state = ForwardState(
@@ -94,35 +103,38 @@ def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardSt
     if config.routing_level == "sequence" and not forced:
         # Where nothing but the routing is asked for, no label can leak into a prompt.
         answers = learning and not routing_only
-        prompt_and_labels(
-            state,
-            kwargs,
-            own["router_mask"],
-            config,
-            model.is_classifier,
-            answers,
-        )
+        prompt_and_labels(state, kwargs, own["router_mask"], config, model.is_classifier, answers)
     elif own["router_mask"] is not None and config.routing_level == "token":
-        raise ValueError("router_mask marks the prompt for routing_level='sequence'; at token level drop it.")
+        raise ValueError(
+            "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
+        )
     if state.with_losses and learning and kwargs.get("labels") is None:
         state.loss_gradient = _outside_scale(model)
     return state
 
 
 def _wants_losses(model: Any, own: dict[str, Any], learning: bool) -> bool:
-    """Whether the router losses are computed: to learn from, or because the caller asked to see them."""
+    """Whether the router losses are computed: to learn from, or because the caller asked to see
+    them.
+    """
     config, mixture = model.moelora_config, model.moelora
     if own["expert_routing"] is not None or mixture.router_weight() is None:
         return False
-    balanced = config.router_aux_loss_coef or config.router_z_loss_coef or config.router_bias_update_rate
-    return bool(own["expert_targets"] is not None or own["output_expert_routing"] or (learning and balanced))
+    balanced = (
+        config.router_aux_loss_coef or config.router_z_loss_coef or config.router_bias_update_rate
+    )
+    return bool(
+        own["expert_targets"] is not None or own["output_expert_routing"] or (learning and balanced)
+    )
 
 
 def _check_not_banned(targets: Tensor, forcing: Forcing | None) -> None:
     if forcing is None or forcing.banned is None:
         return
     # A target beyond the experts is no expert, which cannot be banned.
-    banned = torch.nn.functional.pad(forcing.banned.to(targets.device), (0, 1))[targets.clamp(min=0)]
+    banned = torch.nn.functional.pad(forcing.banned.to(targets.device), (0, 1))[
+        targets.clamp(min=0)
+    ]
     banned = banned & (targets >= 0)
     if bool(banned.any()):
         raise ValueError(
@@ -132,7 +144,9 @@ def _check_not_banned(targets: Tensor, forcing: Forcing | None) -> None:
 
 
 def _outside_scale(model: Any) -> float:
-    """d(what backward is called on)/d(loss) where the training loop computes the loss from the logits."""
+    """d(what backward is called on)/d(loss) where the training loop computes the loss from the
+    logits.
+    """
     if model.moelora.loss_scale is not None:
         return model.moelora.loss_scale
     device = model.device.type
@@ -147,8 +161,15 @@ def _outside_scale(model: Any) -> float:
 
 
 def _token_mask(mask: Any, batch: int, length: int) -> Tensor | None:
-    """This step's part of a 2-D attention mask, `[batch, length]` bool; None where there is no such mask."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+    """This step's part of a 2-D attention mask, `[batch, length]` bool; None where there is no such
+    mask.
+    """
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or mask.shape[0] != batch
+        or mask.shape[1] < length
+    ):
         return None
     # With a cache the mask also covers the tokens before this step's.
     return mask[:, mask.shape[1] - length :].bool()
@@ -170,7 +191,9 @@ def _by_name(base_forward: Callable, model: Any, args: tuple) -> dict[str, Any]:
 
 
 def _extended(outputs: Any, state: ForwardState, probe: bool) -> Any:
-    """The base's outputs with the loss probed and the routers' results added; a tuple stays as long as it is."""
+    """The base's outputs with the loss probed and the routers' results added; a tuple stays as long
+    as it is.
+    """
     if isinstance(outputs, tuple):
         return (probe_loss(outputs[0], state), *outputs[1:]) if probe else outputs
     if probe and outputs.loss is not None:
@@ -193,7 +216,9 @@ def _routing(state: ForwardState) -> tuple[Routing, ...]:
 
 @functools.cache
 def _output_class(base: type) -> type:
-    """`base` with two more fields; a class of its own, since DDP rebuilds outputs from their class's fields."""
+    """`base` with two more fields; a class of its own, since DDP rebuilds outputs from their
+    class's fields.
+    """
     fields = [(name, object, None) for name in OWN_OUTPUTS]
     return make_dataclass(
         f"MoeLora{base.__name__}", fields, bases=(base,), namespace={"__module__": __name__}

@@ -1,7 +1,8 @@
-"""`ForwardState`: what one forward pass of the model tells its routers, and what they leave for its output.
+"""`ForwardState`: what one forward pass of the model tells its routers, and what they leave for its
+output.
 
-It lives from the call of the model to the end of its backward pass: gradient checkpointing recomputes a layer
-with the state of the forward pass that it belongs to.
+It lives from the call of the model to the end of its backward pass: gradient checkpointing
+recomputes a layer with the state of the forward pass that it belongs to.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ class ForwardState:
     prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
     carried: one `Routing` a router, of an earlier step of the same generation.
     expert_targets: `[batch]` or `[batch, length]` expert numbers, −100 to leave out.
-    num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop gave one.
+    num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop gave
+    one.
     sequences_are_items: `num_items` counts sequences (classification), not tokens.
     forcing: what the routers may not decide.
-    routing_only: the forward stops once the last router has routed, and its routings take gradients.
-    loss_gradient: d(what backward was called on)/d(loss); read by `probe_loss`, else the given factor.
+    routing_only: the forward stops once the last router has routed, and its routings take
+    gradients.
+    loss_gradient: d(what backward was called on)/d(loss); read by `probe_loss`, else the given
+    factor.
     """
 
     batch: int
@@ -73,7 +77,9 @@ class ForwardState:
             self.forcing = before
 
     def mask_of(self, leading: tuple[int, ...]) -> Tensor | None:
-        """The token mask for a tensor `[*leading, d]`: flat, or None where it has no token axis or no padding."""
+        """The token mask for a tensor `[*leading, d]`: flat, or None where it has no token axis or
+        no padding.
+        """
         if self.token_mask is None or _product(leading) != self.batch * self.length:
             return None
         return self.token_mask.reshape(-1)
@@ -81,8 +87,9 @@ class ForwardState:
     def row_weights(self, rows: int, device: torch.device) -> Tensor:
         """What each of `rows` routed rows counts for in a loss, `[rows]` fp32.
 
-        In tokens where the loss counts tokens (a sequence: all its tokens), in sequences where it counts those
-        (a token: its share of its sequence). The sum over any cut into micro-batches is the same.
+        In tokens where the loss counts tokens (a sequence: all its tokens), in sequences where it
+        counts those (a token: its share of its sequence). The sum over any cut into micro-batches
+        is the same.
         """
         if rows not in (self.batch, self.batch * self.length):
             return torch.ones(rows, device=device)
@@ -95,7 +102,9 @@ class ForwardState:
         return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)
 
     def targets_of(self, rows: int) -> Tensor | None:
-        """`expert_targets` for `rows` routed rows `[rows]`, or None; a sequence's target is that of all its tokens."""
+        """`expert_targets` for `rows` routed rows `[rows]`, or None; a sequence's target is that of
+        all its tokens.
+        """
         targets = self.expert_targets
         if targets is None:
             return None
@@ -108,7 +117,9 @@ class ForwardState:
         return targets.reshape(-1)
 
     def denominator(self, weights: Tensor) -> Tensor:
-        """What the sum of the row losses is divided by: the loop's `num_items`, else this batch's own weight."""
+        """What the sum of the row losses is divided by: the loop's `num_items`, else this batch's
+        own weight.
+        """
         if self.num_items is None:
             return weights.sum().clamp(min=1e-9)
         if isinstance(self.num_items, Tensor):

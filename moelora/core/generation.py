@@ -1,7 +1,8 @@
-"""What `generate()` carries from step to step: forced weights, and at sequence level the prompt's mask, then routing.
+"""What `generate()` carries from step to step: forced weights, and at sequence level the prompt's
+mask, then routing.
 
-It travels in the model's keyword arguments, so beams, several return sequences and an assistant each see
-their own; nothing is kept on the model.
+It travels in the model's keyword arguments, so beams, several return sequences and an assistant
+each see their own; nothing is kept on the model.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from torch import Tensor
 
 from .overrides import check_expert_weights, step_weights
 
-CARRIED = ("router_mask", "expert_routing", "output_expert_routing", "expert_weights", "banned_experts")
+CARRIED = (
+    "router_mask",
+    "expert_routing",
+    "output_expert_routing",
+    "expert_weights",
+    "banned_experts",
+)
 
 
 class MoeLoraGeneration:
-    """Overrides of `GenerationMixin` for forced weights and sequence-level routing; nothing else is carried.
+    """Overrides of `GenerationMixin` for forced weights and sequence-level routing; nothing else is
+    carried.
 
-    expert_weights `[E]` and `[batch, E]` hold for all tokens; `[batch, S, E]` covers the prompt (padding included),
-    and new tokens have the weights of its last token.
+    expert_weights `[E]` and `[batch, E]` hold for all tokens; `[batch, S, E]` covers the prompt
+    (padding included), and new tokens have the weights of its last token.
     """
 
     def _routes_sequences(self) -> bool:
@@ -40,10 +48,14 @@ class MoeLoraGeneration:
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
     ):
-        """Mark the prompt before anything is appended to it: assisted decoding's first forward holds candidates."""
+        """Mark the prompt before anything is appended to it: assisted decoding's first forward
+        holds candidates.
+        """
         weights = model_kwargs.get("expert_weights")
         if weights is not None:
-            check_expert_weights(weights, *_prompt(input_ids, model_kwargs).shape, self.moelora.num_experts)  # type: ignore[attr-defined]
+            check_expert_weights(
+                weights, *_prompt(input_ids, model_kwargs).shape, self.moelora.num_experts
+            )  # type: ignore[attr-defined]
             if weights.dim() == 1:
                 # Every tensor is taken for one with a batch dimension.
                 model_kwargs.pop("expert_weights")
@@ -62,7 +74,9 @@ class MoeLoraGeneration:
             **model_kwargs,
         )
         if routing is not None:
-            repeat = [type(r)(*(t.repeat_interleave(expand_size, dim=0) for t in r)) for r in routing]
+            repeat = [
+                type(r)(*(t.repeat_interleave(expand_size, dim=0) for t in r)) for r in routing
+            ]
             model_kwargs["expert_routing"] = tuple(repeat)
         if weights is not None:
             model_kwargs.setdefault("expert_weights", weights)
@@ -70,7 +84,9 @@ class MoeLoraGeneration:
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Keep the prompt's routing for all later steps."""
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
+        )  # type: ignore[misc]
         if self._routes_sequences() and model_kwargs.get("expert_weights") is None:
             model_kwargs["expert_routing"] = outputs.expert_routing
             model_kwargs.pop("router_mask", None)
@@ -97,12 +113,19 @@ class MoeLoraGeneration:
         assistant_model=None,
         **kwargs,
     ):
-        """Hand the assistant its own routing of the prompt, if it is such a model, and never this model's."""
+        """Hand the assistant its own routing of the prompt, if it is such a model, and never this
+        model's.
+        """
         for_assistant = model_kwargs
         if assistant_model is not None:
             for_assistant = {k: v for k, v in model_kwargs.items() if k not in CARRIED}
-            if isinstance(assistant_model, MoeLoraGeneration) and assistant_model._routes_sequences():
-                for_assistant["expert_routing"] = assistant_model._route_prompt(input_ids, model_kwargs)
+            if (
+                isinstance(assistant_model, MoeLoraGeneration)
+                and assistant_model._routes_sequences()
+            ):
+                for_assistant["expert_routing"] = assistant_model._route_prompt(
+                    input_ids, model_kwargs
+                )
         return super()._get_candidate_generator(  # type: ignore[misc]
             generation_config=generation_config,
             input_ids=input_ids,
@@ -115,7 +138,9 @@ class MoeLoraGeneration:
 
     @torch.no_grad()
     def _route_prompt(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple:
-        """This model's routing of a prompt; an assistant is called once a round and keeps nothing but its cache."""
+        """This model's routing of a prompt; an assistant is called once a round and keeps nothing
+        but its cache.
+        """
         device = self.device  # type: ignore[attr-defined]
         mask = _prompt(input_ids, model_kwargs).to(device)
         return self(input_ids=input_ids.to(device), attention_mask=mask.long()).expert_routing  # type: ignore[operator]

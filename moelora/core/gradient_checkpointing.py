@@ -1,4 +1,6 @@
-"""Gradient checkpointing: a recomputed layer sees the routing of the forward pass that it belongs to."""
+"""Gradient checkpointing: a recomputed layer sees the routing of the forward pass that it belongs
+to.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from .mixture import Mixture
 class RoutedCheckpoint:
     """Wraps the checkpoint function that transformers hands to the decoder layers.
 
-    Two things that a layer reads are no arguments of it: the state of the forward pass, which is gone when the
-    backward pass recomputes, and the routing that its layer or model shares. The state is kept here; the
-    routing's weights (and forced ones that learn) become an explicit input, since reentrant checkpointing carries
-    gradients to inputs alone.
+    Two things that a layer reads are no arguments of it: the state of the forward pass, which is
+    gone when the backward pass recomputes, and the routing that its layer or model shares. The
+    state is kept here; the routing's weights (and forced ones that learn) become an explicit input,
+    since reentrant checkpointing carries gradients to inputs alone.
     """
 
     def __init__(self, mixture: Mixture, checkpoint: Callable):
@@ -29,14 +31,19 @@ class RoutedCheckpoint:
         if state is None:
             return self.checkpoint(function, *args, **kwargs)
         if state.routing_only:
-            # Its results are routings, not outputs of the layer: a reentrant checkpoint would cut them off.
+            # Its results are routings, not outputs of the layer: a reentrant checkpoint would cut
+            # them off.
             return function(*args)
         shared = state.shared
         weights = None if shared is None else shared[1].weights
-        forced = state.forcing.expert_weights if state.forcing is not None and state.forcing.learns else None
+        forced = (
+            state.forcing.expert_weights
+            if state.forcing is not None and state.forcing.learns
+            else None
+        )
         device = next((a.device for a in args if isinstance(a, Tensor)), None)
-        # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first one's over
-        # a frozen embedding: its experts would silently not train.
+        # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first
+        # one's over a frozen embedding: its experts would silently not train.
         anchor = torch.zeros((), device=device, requires_grad=True)
 
         def run(anchor: Tensor, weights: Tensor | None, forced: Tensor | None, *args: Any) -> Any:

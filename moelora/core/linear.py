@@ -1,7 +1,8 @@
-"""What hangs on the base's modules: `MoeLoraLinear` expands, `Site` shrinks once for all, `LayerRouting` routes.
+"""What hangs on the base's modules: `MoeLoraLinear` expands, `Site` shrinks once for all,
+`LayerRouting` routes.
 
-Each adapted linear gets its `MoeLoraLinear` as a forward hook (a module, so that it copies and pickles), which adds
-the experts' part to the linear's fresh output.
+Each adapted linear gets its `MoeLoraLinear` as a forward hook (a module, so that it copies and
+pickles), which adds the experts' part to the linear's fresh output.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class MoeLoraLinear(nn.Module):
-    """The experts of one linear: its `lora_B` `[R, d_out]`, and the forward hook that adds them to its output."""
+    """The experts of one linear: its `lora_B` `[R, d_out]`, and the forward hook that adds them to
+    its output.
+    """
 
     site: Site
 
@@ -43,16 +46,20 @@ class MoeLoraLinear(nn.Module):
         self.lora_B = Factor(ranks, range(len(ranks)), out_features, **factory)
 
     def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else has seen yet."""
+        """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else
+        has seen yet.
+        """
         h, plan = self.site.rank_space(args[0], self.index)
-        # Where a linear with a bias hands out a view, writing into it would cost the backward pass a copy.
+        # Where a linear with a bias hands out a view, writing into it would cost the backward pass
+        # a copy.
         inplace = not (torch.is_grad_enabled() and output._is_view())
         factor, offsets, scaling = self.lora_B.stacked(), self.rank_offsets, self.scaling
         return expand(h, factor, offsets, scaling, plan, output, inplace=inplace, checked=True)
 
 
 class Site(nn.Module):
-    """The adapted linears of one decoder layer that read one tensor: a stacked `lora_A` and one shrink for all.
+    """The adapted linears of one decoder layer that read one tensor: a stacked `lora_A` and one
+    shrink for all.
 
     lora_A: `[Σ_l R_l, d_in]`, linear after linear, in each expert after expert.
     """
@@ -60,7 +67,12 @@ class Site(nn.Module):
     mixture: Mixture
 
     def __init__(
-        self, mixture: Mixture, names: list[str], layer: str | None, linears: list[tuple[int, int]], **factory
+        self,
+        mixture: Mixture,
+        names: list[str],
+        layer: str | None,
+        linears: list[tuple[int, int]],
+        **factory,
     ):
         super().__init__()
         config = mixture.config
@@ -83,11 +95,14 @@ class Site(nn.Module):
             MoeLoraLinear(self, i, ranks[i], config.scaling_of(name), linears[i][1], **factory)
             for i, name in enumerate(names)
         )
-        # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan], or empty.
+        # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan],
+        # or empty.
         self._shrunk: list[Any] = []
 
     def rank_space(self, x: Tensor, index: int) -> tuple[Tensor, Plan]:
-        """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first linear asks."""
+        """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first
+        linear asks.
+        """
         shrunk = self._shrunk
         if not shrunk or shrunk[0] is not x or shrunk[1][index] is None:
             plan = self.mixture.plan_for(self, x)
@@ -118,7 +133,9 @@ class Site(nn.Module):
 
 
 class LayerRouting(nn.Module):
-    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or the model's) sites."""
+    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or the model's)
+    sites.
+    """
 
     mixture: Mixture
 

@@ -12,14 +12,17 @@ from ..config import MoeLoraConfig
 
 
 class ExpertLoad(nn.Module):
-    """Counts by router and expert of the optimizer step under way and of the one before, over all processes.
+    """Counts by router and expert of the optimizer step under way and of the one before, over all
+    processes.
 
-    The fractions of the balancing loss come from the step before: a constant, so the loss is a plain sum over
-    tokens and does not depend on how a batch is cut into micro-batches or spread over processes. The counts are
-    in the checkpoint, so that a resumed run goes on with the same bits.
+    The fractions of the balancing loss come from the step before: a constant, so the loss is a
+    plain sum over tokens and does not depend on how a batch is cut into micro-batches or spread
+    over processes. The counts are in the checkpoint, so that a resumed run goes on with the same
+    bits.
 
-    current, previous: `[num_routers, C]` int64, C the experts and, where there is one, the choice of none (a
-    balancing loss without it would send all tokens there, arXiv:2406.13233). bias: the same, fp32 (arXiv:2408.15664).
+    current, previous: `[num_routers, C]` int64, C the experts and, where there is one, the choice
+    of none (a balancing loss without it would send all tokens there, arXiv:2406.13233). bias: the
+    same, fp32 (arXiv:2408.15664).
     """
 
     current: Tensor
@@ -35,11 +38,14 @@ class ExpertLoad(nn.Module):
         self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("bias", torch.zeros(shape, device=device))
-        # The values of a router's parameter at the last training forward; a buffer, so that it moves along.
+        # The values of a router's parameter at the last training forward; a buffer, so that it
+        # moves along.
         self.register_buffer("seen", None, persistent=False)
 
     def resize(self, keep: Sequence[int | None]) -> None:
-        """Expert i becomes the former `keep[i]`, or where None a new one without counts; the next window begins."""
+        """Expert i becomes the former `keep[i]`, or where None a new one without counts; the next
+        window begins.
+        """
         if self.null_expert:
             keep = [*keep, self.current.shape[1] - 1]
         kept = [(i, e) for i, e in enumerate(keep) if e is not None]
@@ -53,14 +59,17 @@ class ExpertLoad(nn.Module):
 
     @torch.no_grad()
     def begin_forward(self, parameter: nn.Parameter) -> None:
-        """Start a new window if an optimizer step lies between the last training forward and this one.
+        """Start a new window if an optimizer step lies between the last training forward and this
+        one.
 
-        It does where `parameter`, a router's, has no gradient (the loop cleared it) or other values than then.
+        It does where `parameter`, a router's, has no gradient (the loop cleared it) or other values
+        than then.
         """
         if parameter.grad is None or self.seen is None or self.seen.shape != parameter.shape:
             self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
         else:
-            # Not by the tensor's version, which fused optimizers leave as it is; and without asking the device.
+            # Not by the tensor's version, which fused optimizers leave as it is; and without asking
+            # the device.
             self._roll((parameter != self.seen).any().to(self.current.device))
         self.seen = parameter.detach().clone()
 
@@ -85,7 +94,9 @@ class ExpertLoad(nn.Module):
         self.current += total
 
     def count(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none), `[C]` int64."""
+        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none),
+        `[C]` int64.
+        """
         num_experts = self.current.shape[1] - int(self.null_expert)
         present = (weights > 0).to(torch.int64).unsqueeze(1).expand_as(expert_ids)
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
@@ -94,7 +105,9 @@ class ExpertLoad(nn.Module):
         return counts.roll(-1) if self.null_expert else counts[1:]
 
     def fractions(self, index: int) -> Tensor:
-        """Each expert's share of the slots of the previous step, `[E]`; equal shares before the first."""
+        """Each expert's share of the slots of the previous step, `[E]`; equal shares before the
+        first.
+        """
         return self.as_fractions(self.previous[index])
 
     @staticmethod

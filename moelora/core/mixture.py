@@ -1,12 +1,12 @@
 """The mixture inside a model: `Mixture` holds the sites and routers, routes, and plans.
 
-The base's own modules stay as they are, with their names and weights; all parameters lie in one submodule of the
-model, `moelora`.
+The base's own modules stay as they are, with their names and weights; all parameters lie in one
+submodule of the model, `moelora`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..routers.base import ROUTERS, Router, Routing, TopKRouter
-from .experts import Factor
+from .experts import Factor, LoraFactors
 from .forward_pass import ForwardState, RoutingDone
 from .linear import Site
 from .load import ExpertLoad
@@ -36,8 +36,9 @@ class Mixture(nn.Module):
     """All experts and routers of a model, and the state of the forward pass that is under way.
 
     sites: `Site`s by the name of their first linear; routers: `Router`s by what they route.
-    backend: the one of `moelora_kernels.BACKENDS` that computes; None lets its table choose. tiles: the tuned
-    tiles of this machine's GPU, by name. Both belong to the process, not to the model, and are not saved.
+    backend: the one of `moelora_kernels.BACKENDS` that computes; None lets its table choose. tiles:
+    the tuned tiles of this machine's GPU, by name. Both belong to the process, not to the model,
+    and are not saved.
     """
 
     def __init__(self, config: MoeLoraConfig):
@@ -58,7 +59,8 @@ class Mixture(nn.Module):
         self._router_list: tuple[Router, ...] = ()
         self._backend: str | None = None
         self.tiles = ""
-        # d(backward)/d(loss) where no loss passes through the model; the Trainer callback keeps it right.
+        # d(backward)/d(loss) where no loss passes through the model; the Trainer callback keeps it
+        # right.
         self.loss_scale: float | None = None
 
     @property
@@ -108,19 +110,44 @@ class Mixture(nn.Module):
 
     @contextmanager
     def resumed(self, state: ForwardState) -> Iterator[None]:
-        """Make `state` the one that hooks see, for a part of its forward pass or for recomputing that part."""
+        """Make `state` the one that hooks see, for a part of its forward pass or for recomputing
+        that part.
+        """
         before, self.state = self.state, state
         try:
             yield
         finally:
             self.state = before
 
+    def expert(self, expert: int) -> dict[str, LoraFactors]:
+        """Expert number `expert`'s factors by the linear's full name; rank 0 where it is not there."""
+        factors = {}
+        for site in self.sites.values():
+            for i, (name, linear) in enumerate(zip(site.names, site.linears)):  # type: ignore[arg-type]
+                A = site.lora_A.block(i * self.num_experts + expert)  # type: ignore[union-attr,operator]
+                B = linear.lora_B.block(expert)  # type: ignore[union-attr,operator]
+                factors[name] = LoraFactors(A, B, linear.scaling[expert])  # type: ignore[index]
+        return factors
+
+    @staticmethod
+    def owns(key: str) -> bool:
+        """Whether a state dict's key is the mixture's, not the base's."""
+        return "moelora" in key.split(".")
+
+    def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` as checkpoints hold it: trained and frozen rows of a factor as one tensor, expert
+        after expert.
+        """
+        return dict(state)
+
     def factors(self) -> Iterator[Factor]:
         """Every stacked factor of the mixture."""
         return (module for module in self.modules() if isinstance(module, Factor))
 
     def plan_for(self, site: Site, x: Tensor) -> Plan:
-        """The plan of `site` for its input x `[…, d_in]`: its own router's, or the one its layer shares."""
+        """The plan of `site` for its input x `[…, d_in]`: its own router's, or the one its layer
+        shares.
+        """
         if self.own_routers:
             return self._decode_plan(site, x) or self.route(site.router_index, x)[1]
         if self.state is None or self.state.shared is None:
@@ -130,7 +157,8 @@ class Mixture(nn.Module):
             )
         forcing = self.state.forcing
         if forcing is not None and forcing.learns:
-            # Where layers are checkpointed, weights that take gradients must come into each as its own input.
+            # Where layers are checkpointed, weights that take gradients must come into each as its
+            # own input.
             return self._plan(*forcing.routing(x, self.state.batch), x.dtype)
         return self.state.shared[1]
 
@@ -178,13 +206,22 @@ class Mixture(nn.Module):
         )
 
     def _decode_plan(self, site: Site, x: Tensor) -> Plan | None:
-        """The plan of a few tokens that the kernels route themselves, where nobody else asks for the routing."""
+        """The plan of a few tokens that the kernels route themselves, where nobody else asks for
+        the routing.
+        """
         router, state = self._router_list[site.router_index], self.state
-        if torch.is_grad_enabled() or not self.by_token or type(router) is not TopKRouter or router.training:
+        if (
+            torch.is_grad_enabled()
+            or not self.by_token
+            or type(router) is not TopKRouter
+            or router.training
+        ):
             return None
         if router.input_norm or router.null_expert:
             return None
-        if self.forcing is not None or (state is not None and (state.forcing or state.keep_routings)):
+        if self.forcing is not None or (
+            state is not None and (state.forcing or state.keep_routings)
+        ):
             return None
         tokens, slots = x.shape[:-1].numel(), router.num_experts_per_tok
         shape = Shape(tokens, 1, self.num_experts, slots, self.total_rank, x.dtype, x.device.type)
@@ -219,7 +256,9 @@ class Mixture(nn.Module):
             )
         batch = state.batch
         if num_tokens % batch:
-            raise RuntimeError(f"An input of shape {tuple(x.shape)} cannot be split into {batch} sequences.")
+            raise RuntimeError(
+                f"An input of shape {tuple(x.shape)} cannot be split into {batch} sequences."
+            )
         if state.carried is not None:
             routing = Routing(*(t.to(x.device) for t in state.carried[index]))
             return routing.without(*banned) if banned else routing, num_tokens // batch
@@ -243,7 +282,9 @@ class Mixture(nn.Module):
         loss = loss + config.router_z_loss_coef * z_loss(routing.logits)
         targets = state.targets_of(rows)
         if targets is not None:
-            loss = loss + config.expert_target_loss_coef * expert_target_loss(routing.logits, targets)
+            loss = loss + config.expert_target_loss_coef * expert_target_loss(
+                routing.logits, targets
+            )
         loss = (loss * weights).sum() / (state.denominator(weights) * len(self._router_list))
         if not state.closed:
             state.loss_values[index] = loss.detach()

@@ -15,7 +15,9 @@ from .mixture import Mixture
 
 
 class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
-    """What every model with a mixture inside is, whatever its base; the public methods are in `modeling`."""
+    """What every model with a mixture inside is, whatever its base; the public methods are in
+    `modeling`.
+    """
 
     auto_class: ClassVar[type]
     is_classifier: ClassVar[bool] = False
@@ -32,7 +34,9 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
     """The class of models of class `base` with a mixture inside."""
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())
-    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS]
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS
+    ]
     keywords = [p for p in parameters if p.kind is p.VAR_KEYWORD]
 
     def forward(self, *args, **kwargs):
@@ -92,7 +96,9 @@ def rebuild(public: type, base: type[PreTrainedModel]) -> Any:
 
 
 def _reroute(model: PreTrainedModel) -> None:
-    """Let a model that accelerate dispatched call its new class's forward: it keeps the old one on the instance."""
+    """Let a model that accelerate dispatched call its new class's forward: it keeps the old one on
+    the instance.
+    """
     if "_old_forward" in model.__dict__:
         forward = types.MethodType(type(model).forward, model)
         model.__dict__["_old_forward"] = forward

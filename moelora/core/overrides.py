@@ -1,4 +1,6 @@
-"""Deciding in the routers' place: `use_experts`, and the inputs `expert_weights` and `banned_experts` of a forward."""
+"""Deciding in the routers' place: `use_experts`, and the inputs `expert_weights` and
+`banned_experts` of a forward.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from ..validation import check_number
 class Forcing:
     """What the routers may not decide in a forward pass.
 
-    expert_ids, expert_weights: `[N, K]` of one row for all tokens, one a sequence, or one a token; None where the
-    routers choose. banned: `[E]` bool, the experts that may not be chosen; None where all may.
+    expert_ids, expert_weights: `[N, K]` of one row for all tokens, one a sequence, or one a token;
+    None where the routers choose. banned: `[E]` bool, the experts that may not be chosen; None
+    where all may.
     complete: no slot is empty and no row names an expert twice.
     """
 
@@ -41,7 +44,8 @@ class Forcing:
         return self.expert_weights is not None and self.expert_weights.requires_grad
 
     def routing(self, x: Tensor, batch: int) -> tuple[Routing, int]:
-        """The routing of x `[…, d]` of `batch` sequences, and how many tokens each of its rows stands for.
+        """The routing of x `[…, d]` of `batch` sequences, and how many tokens each of its rows
+        stands for.
 
         Raises:
             ValueError: x is not made of the tokens or sequences that the weights were given for.
@@ -64,7 +68,9 @@ class Forcing:
 
 
 class ExpertForcing:
-    """The part of a model with a mixture inside that takes the choice of experts out of its routers' hands."""
+    """The part of a model with a mixture inside that takes the choice of experts out of its
+    routers' hands.
+    """
 
     @contextmanager
     def use_experts(
@@ -73,13 +79,16 @@ class ExpertForcing:
         *,
         ban: str | Iterable[str] | None = None,
     ) -> Iterator[Any]:
-        """While inside, every token uses these experts: a name, names (weight 1 each), or names with weights.
+        """While inside, every token uses these experts: a name, names (weight 1 each), or names
+        with weights.
 
-        ban: names that may not be chosen; without `experts` the routers choose among the rest, and where fewer
-        than num_experts_per_tok remain, among those. Contexts nest: bans add up, inner experts replace outer ones.
+        ban: names that may not be chosen; without `experts` the routers choose among the rest, and
+        where fewer than num_experts_per_tok remain, among those. Contexts nest: bans add up, inner
+        experts replace outer ones.
 
         Raises:
-            ValueError: an unknown name, no expert left, an expert that is both used and banned, weights that are
+            ValueError: an unknown name, no expert left, an expert that is both used and banned,
+            weights that are
                 not finite, or neither experts nor ban.
         """
         if experts is None and ban is None:
@@ -100,17 +109,21 @@ class ExpertForcing:
 
 
 def forcing_of(model: Any, inputs: Mapping[str, Any], batch: int, length: int) -> Forcing | None:
-    """What `inputs` of a forward (`expert_weights`, `banned_experts`) and `use_experts` around it decide, or None.
+    """What `inputs` of a forward (`expert_weights`, `banned_experts`) and `use_experts` around it
+    decide, or None.
 
     Raises:
-        ValueError, TypeError: weights of another shape or not finite, unknown names, or inputs at odds.
+        ValueError, TypeError: weights of another shape or not finite, unknown names, or inputs at
+        odds.
     """
     weights, ban = inputs["expert_weights"], inputs["banned_experts"]
     forcing, config = model.moelora.forcing, model.moelora_config
     if weights is not None:
         for other in ("expert_routing", "expert_targets"):
             if inputs[other] is not None:
-                raise ValueError(f"expert_weights leaves the routers nothing to do: drop it or {other}.")
+                raise ValueError(
+                    f"expert_weights leaves the routers nothing to do: drop it or {other}."
+                )
         check_expert_weights(weights, batch, length, config.num_experts)
         forcing = _dense(Forcing() if forcing is None else forcing, weights)
     if weights is None and ban is None:
@@ -119,10 +132,14 @@ def forcing_of(model: Any, inputs: Mapping[str, Any], batch: int, length: int) -
 
 
 def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
-    """Raise TypeError or ValueError unless `weights` is finite and `[E]`, `[batch, E]` or `[batch, length, E]`."""
+    """Raise TypeError or ValueError unless `weights` is finite and `[E]`, `[batch, E]` or `[batch,
+    length, E]`.
+    """
     if not isinstance(weights, Tensor) or weights.is_complex() or weights.dtype == torch.bool:
         found = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"expert_weights is a {found}; expected a tensor of real numbers, one an expert.")
+        raise TypeError(
+            f"expert_weights is a {found}; expected a tensor of real numbers, one an expert."
+        )
     allowed = [(num_experts,), (batch, num_experts), (batch, length, num_experts)]
     if tuple(weights.shape) not in allowed:
         raise ValueError(
@@ -145,7 +162,9 @@ def step_weights(weights: Tensor, first: int, num_tokens: int) -> Tensor:
 
 
 def _dense(forcing: Forcing, weights: Tensor) -> Forcing:
-    """`forcing` by weights `[…, E]`, which become slots: those in use, or where they learn, one for each expert."""
+    """`forcing` by weights `[…, E]`, which become slots: those in use, or where they learn, one for
+    each expert.
+    """
     rows = weights.reshape(-1, weights.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if rows.requires_grad:
@@ -194,7 +213,9 @@ def _banning(
     """`forcing` with these experts banned too, if any is left and none of them is forced."""
     names = config.expert_names or []
     banned = (
-        torch.zeros(config.num_experts, dtype=torch.bool) if forcing.banned is None else forcing.banned.cpu()
+        torch.zeros(config.num_experts, dtype=torch.bool)
+        if forcing.banned is None
+        else forcing.banned.cpu()
     )
     banned = banned.clone()
     for name in [ban] if isinstance(ban, str) else ban or ():
@@ -205,7 +226,11 @@ def _banning(
         raise ValueError(f"All experts are banned ({', '.join(names)}): leave one at least.")
     if forcing.expert_ids is not None and forcing.expert_weights is not None:
         # A weight of 0 uses nothing.
-        used = forcing.expert_ids[(forcing.expert_ids >= 0) & (forcing.expert_weights != 0)].unique().cpu()
+        used = (
+            forcing.expert_ids[(forcing.expert_ids >= 0) & (forcing.expert_weights != 0)]
+            .unique()
+            .cpu()
+        )
         if both := [names[e] for e in used.tolist() if banned[e]]:
             raise ValueError(f"{', '.join(both)} would be used and is banned: drop one of the two.")
     return replace(forcing, banned=banned.to(device))

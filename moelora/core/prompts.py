@@ -1,4 +1,6 @@
-"""Sequence-level routing reads the prompt alone: which tokens those are, and which labels then take no loss."""
+"""Sequence-level routing reads the prompt alone: which tokens those are, and which labels then take
+no loss.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,25 @@ def prompt_and_labels(
     is_classifier: bool,
     learning: bool,
 ) -> None:
-    """Set `state.prompt_mask` `[batch, length]` for a sequence router, and mask labels inside a prefix prompt.
+    """Set `state.prompt_mask` `[batch, length]` for a sequence router, and mask labels inside a
+    prefix prompt.
 
-    The prompt is `router_mask`; else, with labels, the attended tokens before a row's first label; where a row
-    has labels from its start, its first `router_prefix_tokens` tokens, whose labels are set to −100; without
-    labels all attended tokens.
+    The prompt is `router_mask`; else, with labels, the attended tokens before a row's first label;
+    where a row has labels from its start, its first `router_prefix_tokens` tokens, whose labels are
+    set to −100; without labels all attended tokens.
 
     Raises:
-        ValueError: the prompt cannot be known: labels taken out by the training loop, a cache without
-            `expert_routing`, packed sequences; or `router_mask` has the wrong shape or an empty row.
+        ValueError: the prompt cannot be known: labels taken out by the training loop, a cache
+        without
+            `expert_routing`, packed sequences; or `router_mask` has the wrong shape or an empty
+            row.
     """
     if state.carried is not None:
         _check_carried(state)
         return
-    _refuse_unknowable(kwargs, state, learning or "num_items_in_batch" in kwargs, router_mask, is_classifier)
+    _refuse_unknowable(
+        kwargs, state, learning or "num_items_in_batch" in kwargs, router_mask, is_classifier
+    )
     if router_mask is not None:
         state.prompt_mask = _checked(router_mask, state)
         return
@@ -49,7 +56,8 @@ def prompt_and_labels(
     prefix = attended & (attended.cumsum(1) <= config.router_prefix_tokens)
     from_start = ~prompt.any(1, keepdim=True)
     state.prompt_mask = torch.where(from_start, prefix, prompt)
-    # A logit inside the prefix depends on the prefix tokens after it, so it must not be asked to predict them.
+    # A logit inside the prefix depends on the prefix tokens after it, so it must not be asked to
+    # predict them.
     kwargs["labels"] = labels.masked_fill(from_start & prefix, IGNORE)
 
 
@@ -98,7 +106,11 @@ def _cached_tokens(kwargs: dict[str, Any]) -> bool:
 
 
 def _checked(router_mask: Tensor, state: ForwardState) -> Tensor:
-    if router_mask.dim() != 2 or router_mask.shape[0] != state.batch or router_mask.shape[1] > state.length:
+    if (
+        router_mask.dim() != 2
+        or router_mask.shape[0] != state.batch
+        or router_mask.shape[1] > state.length
+    ):
         raise ValueError(
             f"router_mask has shape {tuple(router_mask.shape)}; expected [{state.batch}, {state.length}] "
             "(or shorter: what follows is no prompt)."

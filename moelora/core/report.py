@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 class RoutingReport:
     """Which experts the routers chose for a batch, and how probable each was; padding is left out.
 
-    choice_names: the experts, and with `null_expert` after them "(base)": C names. router_names: what each routes.
+    choice_names: the experts, and with `null_expert` after them "(base)": C names. router_names:
+    what each routes.
     by_router: `[num_routers, C]` each choice's share of a router's slots (rows sum to 1).
     by_sequence: `[batch, C]` each choice's share of a sequence's slots, over all routers.
-    probabilities: `[batch, C]` the softmax of the logits, mean over a sequence's tokens and over routers; where
-    experts are forced, by_sequence.
+    probabilities: `[batch, C]` the softmax of the logits, mean over a sequence's tokens and over
+    routers; where experts are forced, by_sequence.
     routing: one `Routing` a router, as they came.
     """
 
@@ -46,11 +47,15 @@ class RoutingReport:
         return [self.choice_names[i] for i in self.probabilities.argmax(1).tolist()]
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{n} {s:.1%}" for n, s in zip(self.choice_names, self.expert_share.tolist()))
+        shares = ", ".join(
+            f"{n} {s:.1%}" for n, s in zip(self.choice_names, self.expert_share.tolist())
+        )
         return f"RoutingReport({len(self.router_names)} routers; {shares})"
 
     @classmethod
-    def of(cls, mixture: Mixture, routing: tuple[Routing, ...], inputs: dict[str, Any]) -> RoutingReport:
+    def of(
+        cls, mixture: Mixture, routing: tuple[Routing, ...], inputs: dict[str, Any]
+    ) -> RoutingReport:
         """Count the choices in `routing` of a forward pass on `inputs`."""
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         assert tokens is not None
@@ -105,12 +110,15 @@ def _slots(routing: Routing, config: MoeLoraConfig) -> Tensor:
     """How many slots of each row went to each choice, `[N, C]`."""
     experts = config.num_experts
     counts = torch.nn.functional.one_hot(routing.expert_ids.cpu() + 1, experts + 1).sum(1).float()
-    # An empty slot is a choice where routers may choose no expert, and else nothing (a banned expert's).
+    # An empty slot is a choice where routers may choose no expert, and else nothing (a banned
+    # expert's).
     return counts.roll(-1, dims=1) if config.null_expert else counts[:, 1:]
 
 
 def _by_sequence(rows: Tensor, present: Tensor) -> Tensor:
-    """rows `[N, C]` of tokens or sequences, summed over the tokens in present `[batch, S]`: `[batch, C]`."""
+    """rows `[N, C]` of tokens or sequences, summed over the tokens in present `[batch, S]`:
+    `[batch, C]`.
+    """
     batch, choices = len(present), rows.shape[-1]
     if len(rows) == present.numel():
         return (rows.view(*present.shape, choices) * present.unsqueeze(-1)).sum(1)

@@ -18,7 +18,9 @@ from .optimizer_state import PoolChange, TrainedRows
 
 
 class ExpertPool:
-    """The part of a model with a mixture inside that changes which experts there are, and which of them train."""
+    """The part of a model with a mixture inside that changes which experts there are, and which of
+    them train.
+    """
 
     def add_expert(
         self,
@@ -34,15 +36,16 @@ class ExpertPool:
     ) -> PoolChange:
         """Add a trainable expert: a fresh one (B = 0), a PEFT adapter, or a copy of another.
 
-        The other experts and their router rows keep their bits. A copy begins with the router row of its original,
-        any other expert with the mean of all rows.
-        adapter: a folder, hub id or `PeftModel` (allow_base_mismatch: of another base). copy_of: an expert; noise:
-        the Gaussian noise on the copy, in standard deviations of each factor's block. r, lora_alpha: of a fresh
-        expert, by default the others' most common. seed: for A or the noise.
-        Returns what `resume_optimizer` needs to go on with an optimizer.
+        The other experts and their router rows keep their bits. A copy begins with the router row
+        of its original, any other expert with the mean of all rows.
+        adapter: a folder, hub id or `PeftModel` (allow_base_mismatch: of another base). copy_of: an
+        expert; noise: the Gaussian noise on the copy, in standard deviations of each factor's
+        block. r, lora_alpha: of a fresh expert, by default the others' most common. seed: for A or
+        the noise. Returns what `resume_optimizer` needs to go on with an optimizer.
 
         Raises:
-            ValueError, TypeError: a name that is taken or unfit for a folder, an adapter that does not fit, or
+            ValueError, TypeError: a name that is taken or unfit for a folder, an adapter that does
+            not fit, or
                 arguments at odds; the model is as it was then.
         """
         model: Any = self
@@ -64,7 +67,8 @@ class ExpertPool:
         seed: int | None = None,
         allow_base_mismatch: bool = False,
     ) -> PoolChange:
-        """Put a new trainable expert in the place of the one of this name; the arguments are `add_expert`'s.
+        """Put a new trainable expert in the place of the one of this name; the arguments are
+        `add_expert`'s.
 
         Raises:
             ValueError, TypeError: as `add_expert`, or an unknown name; the model is as it was then.
@@ -77,7 +81,8 @@ class ExpertPool:
         return _rebuild(model, keep, model.moelora_config.expert_names, new)
 
     def remove_expert(self, name: str) -> PoolChange:
-        """Remove an expert with its router rows; the others keep their bits. Returns as `add_expert`.
+        """Remove an expert with its router rows; the others keep their bits. Returns as
+        `add_expert`.
 
         Raises:
             ValueError: an unknown name, or fewer than num_experts_per_tok experts would remain.
@@ -103,7 +108,9 @@ class ExpertPool:
         return self._set_frozen(self._frozen() | self._indices(names))
 
     def unfreeze_experts(self, names: Iterable[str] | str) -> PoolChange:
-        """Train these experts again; when to call it, and what it returns, is as with `freeze_experts`."""
+        """Train these experts again; when to call it, and what it returns, is as with
+        `freeze_experts`.
+        """
         return self._set_frozen(self._frozen() - self._indices(names))
 
     def _indices(self, names: Iterable[str] | str) -> frozenset[int]:
@@ -141,7 +148,9 @@ def _check_name(name: str, names: Sequence[str]) -> None:
 def _rebuild(
     model: Any, keep: Sequence[int | None], names: Sequence[str], new: Newcomer | None
 ) -> PoolChange:
-    """Make expert i the former `keep[i]`, or where None the newcomer: all is made first, and then put in."""
+    """Make expert i the former `keep[i]`, or where None the newcomer: all is made first, and then
+    put in.
+    """
     mixture, change = model.moelora, PoolChange()
     config = _config(mixture, keep, names, new)
     routers = {name: _resized(router, keep, new) for name, router in mixture.routers.items()}
@@ -181,7 +190,10 @@ def _config(
     made.expert_ranks, made.expert_scaling = {}, {}
     for linear in (name for site in mixture.sites.values() for name in site.names):
         own = None if new is None else new.factors.get(linear)
-        ranks = [(0 if own is None else len(own[0])) if e is None else old.ranks_of(linear)[e] for e in keep]
+        ranks = [
+            (0 if own is None else len(own[0])) if e is None else old.ranks_of(linear)[e]
+            for e in keep
+        ]
         usual = made.scaling
         scaling = [
             (usual[i] if own is None else own[2]) if e is None else old.scaling_of(linear)[e]
@@ -218,7 +230,9 @@ def _resized(router: Router, keep: Sequence[int | None], new: Newcomer | None) -
 def _restacked(
     factor: Factor, keep: Sequence[int | None], fresh: Sequence[Tensor | None], change: PoolChange
 ) -> Factor:
-    """The factor with the experts `keep`, noted in `change`; `fresh` has a newcomer's rows, linear by linear."""
+    """The factor with the experts `keep`, noted in `change`; `fresh` has a newcomer's rows, linear
+    by linear.
+    """
     made = factor.restacked(keep, fresh)
     change.replaced_rows(TrainedRows(factor), made, keep)
     return made

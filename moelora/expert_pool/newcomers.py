@@ -1,4 +1,6 @@
-"""Experts to be: fresh ones, copies of others, and PEFT adapters, described before anything changes."""
+"""Experts to be: fresh ones, copies of others, and PEFT adapters, described before anything
+changes.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from ..validation import check_integer, check_number
 
 @dataclass
 class Newcomer:
-    """An expert to be: its usual r and lora_alpha, and where it is there, its factors by the linear's name.
+    """An expert to be: its usual r and lora_alpha, and where it is there, its factors by the
+    linear's name.
 
-    factors: A `[r, d_in]`, B `[r, d_out]` and scaling. like: the number of the expert that it is a copy of.
+    factors: A `[r, d_in]`, B `[r, d_out]` and scaling. like: the number of the expert that it is a
+    copy of.
     """
 
     r: int
@@ -40,13 +44,18 @@ def newcomer(
     """The expert that these arguments of `ExpertPool.add_expert` describe; the model is only read.
 
     Raises:
-        ValueError, TypeError: arguments at odds or out of range, an unknown original, an adapter that does not fit.
+        ValueError, TypeError: arguments at odds or out of range, an unknown original, an adapter
+        that does not fit.
     """
     if adapter is not None and copy_of is not None:
-        raise ValueError("adapter and copy_of exclude each other: an expert is made of one of them.")
+        raise ValueError(
+            "adapter and copy_of exclude each other: an expert is made of one of them."
+        )
     check_number("noise", noise, 0.0, math.inf)
     if noise and copy_of is None:
-        raise ValueError(f"noise={noise} is added to a copy: name its original with copy_of, or drop it.")
+        raise ValueError(
+            f"noise={noise} is added to a copy: name its original with copy_of, or drop it."
+        )
     if (r, lora_alpha) != (None, None) and (adapter is not None or copy_of is not None):
         raise ValueError(
             "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop them."
@@ -61,7 +70,9 @@ def newcomer(
     return _fresh(model, r, lora_alpha, generator)
 
 
-def _fresh(model: Any, r: int | None, alpha: float | None, generator: torch.Generator | None) -> Newcomer:
+def _fresh(
+    model: Any, r: int | None, alpha: float | None, generator: torch.Generator | None
+) -> Newcomer:
     config: MoeLoraConfig = model.moelora_config
     usual = Counter(zip(config.ranks, config._per_expert("lora_alpha"))).most_common(1)[0][0]
     r, alpha = usual[0] if r is None else r, usual[1] if alpha is None else alpha

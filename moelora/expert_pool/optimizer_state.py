@@ -1,4 +1,6 @@
-"""An optimizer that goes on when experts come and go: its state moves along with the rows that stay."""
+"""An optimizer that goes on when experts come and go: its state moves along with the rows that
+stay.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from ..routers.base import Router
 
 @dataclass(frozen=True)
 class Moved:
-    """A parameter whose rows come from `old`: pieces of (first row there, number of rows), None for new rows."""
+    """A parameter whose rows come from `old`: pieces of (first row there, number of rows), None for
+    new rows.
+    """
 
     new: nn.Parameter
     old: nn.Parameter | None
@@ -32,7 +36,9 @@ class PoolChange:
     moved: list[Moved] = field(default_factory=list)
     gone: list[nn.Parameter] = field(default_factory=list)
 
-    def replaced(self, old: nn.Parameter | None, new: nn.Parameter | None, pieces: Sequence) -> None:
+    def replaced(
+        self, old: nn.Parameter | None, new: nn.Parameter | None, pieces: Sequence
+    ) -> None:
         """Note that `new`, made of `pieces` of `old`, is where `old` was; either may be None."""
         if old is new:
             return
@@ -53,7 +59,9 @@ class PoolChange:
         self.replaced(before.parameter, after.rows, pieces)
 
     def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
-        """Note what became of a router's parameters: rows of experts move, what has other rows stays or is new."""
+        """Note what became of a router's parameters: rows of experts move, what has other rows
+        stays or is new.
+        """
         olds = dict(before.named_parameters())
         for name, new in after.named_parameters():
             old, rows = olds.pop(name, None), len(new) if new.dim() else 1
@@ -81,21 +89,26 @@ class TrainedRows:
 
 
 def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
-    """Let an optimizer (AdamW, SGD … or accelerate's around one) go on after these changes, in their order.
+    """Let an optimizer (AdamW, SGD … or accelerate's around one) go on after these changes, in
+    their order.
 
-    Each new parameter takes its predecessor's place in the parameter groups, and for the rows that stayed its
-    state (exp_avg, exp_avg_sq …) and its step. New rows begin with a state of 0 at that step: under Adam their first
-    updates are up to (1−β1)/√(1−β2) times the learning rate, about three. Call it between optimizer steps.
+    Each new parameter takes its predecessor's place in the parameter groups, and for the rows that
+    stayed its state (exp_avg, exp_avg_sq …) and its step. New rows begin with a state of 0 at that
+    step: under Adam their first updates are up to (1−β1)/√(1−β2) times the learning rate, about
+    three. Call it between optimizer steps.
 
     Raises:
-        TypeError: a state that does not belong to single elements, as Adafactor's: make a new optimizer then.
+        TypeError: a state that does not belong to single elements, as Adafactor's: make a new
+        optimizer then.
     """
     made: dict[int, dict[str, Any]] = {}
     for change in changes:
         for moved in change.moved:
             known = made.get(id(moved.old))
             state: dict = (optimizer.state.get(moved.old) or {}) if known is None else known
-            made[id(moved.new)] = {name: _carried(name, value, moved) for name, value in state.items()}
+            made[id(moved.new)] = {
+                name: _carried(name, value, moved) for name, value in state.items()
+            }
     # Nothing is changed before all could be carried.
     for change in changes:
         _take_places(optimizer, change)
@@ -113,7 +126,9 @@ def _carried(name: str, value: Any, moved: Moved) -> Any:
         return value
     if value.shape == moved.old.shape and value.dim():
         parts = [
-            value.new_zeros(rows, *value.shape[1:]) if start is None else value[start : start + rows]
+            value.new_zeros(rows, *value.shape[1:])
+            if start is None
+            else value[start : start + rows]
             for start, rows in moved.pieces
         ]
         return torch.cat(parts)
@@ -137,6 +152,10 @@ def _take_places(optimizer: Any, change: PoolChange) -> None:
         kept = [successors.get(id(p), p) for p in group["params"]]
         group["params"] = [p for p in kept if id(p) not in gone]
     present = {id(p) for group in groups for p in group["params"]}
-    new = [m.new for m in change.moved if id(m.new) not in present and m.old is None and m.new.requires_grad]
+    new = [
+        m.new
+        for m in change.moved
+        if id(m.new) not in present and m.old is None and m.new.requires_grad
+    ]
     # Rows that were all frozen had no place: they join the others.
     (home or groups[0])["params"].extend(new)

@@ -22,7 +22,8 @@ NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 
 
 def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
-    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the linears.
+    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the
+    linears.
 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
 
@@ -53,7 +54,9 @@ def eject(model: PreTrainedModel) -> None:
     """Take the mixture out of `model`, in place: the base is as it was, still frozen."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))]:
+            for key in [
+                k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))
+            ]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     model._modules.pop("moelora", None)
@@ -121,14 +124,19 @@ def _check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
 def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The first input of each target that a forward pass of two tokens calls.
 
-    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator without a
-    fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the weights are real; so
-    is a base that accelerate moves between devices, whose hooks know no fake weights.
+    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator
+    without a fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the
+    weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
+    weights.
     """
     dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
     if not dispatched:
         try:
-            with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), _recording(model, targets) as inputs:
+            with (
+                _quiet(),
+                FakeTensorMode(allow_non_fake_inputs=True),
+                _recording(model, targets) as inputs,
+            ):
                 _forward_two_tokens(model)
             return inputs
         except Exception:
@@ -141,7 +149,9 @@ def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from logging the traceback of an operator without a fake implementation, which is met below."""
+    """Keep torch from logging the traceback of an operator without a fake implementation, which is
+    met below.
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -188,7 +198,9 @@ def _forward_two_tokens(model: PreTrainedModel) -> None:
     model(input_ids=ids, **keywords)
 
 
-def _why_not(name: str, inputs: dict[str, Tensor], layer: str | None, config: MoeLoraConfig) -> str | None:
+def _why_not(
+    name: str, inputs: dict[str, Tensor], layer: str | None, config: MoeLoraConfig
+) -> str | None:
     """Why target `name` cannot be adapted, or None."""
     if name not in inputs:
         return NOT_CALLED
@@ -224,7 +236,8 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     linears = [model.get_submodule(name) for name in names]
     sizes = [features(linear) for linear in linears]
     weight = next(linears[0].parameters())
-    # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays float64.
+    # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays
+    # float64.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = _device_of(linears[0])
     site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
@@ -236,7 +249,9 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes: its weights' device, or the one that accelerate brings offloaded weights to."""
+    """Where `module` computes: its weights' device, or the one that accelerate brings offloaded
+    weights to.
+    """
     for part in module.modules():
         execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if execution_device is not None:

@@ -1,4 +1,6 @@
-"""Which modules of a base are adapted: PEFT's tables and matching rules, and errors with the nearest names."""
+"""Which modules of a base are adapted: PEFT's tables and matching rules, and errors with the
+nearest names.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def find_targets(
     )
     found = _match(model, lora, refuse=named)
     if targets == ALL_LINEAR and config.layers_to_transform is not None:
-        # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they say.
+        # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they
+        # say.
         layers = config.layers_to_transform
         wanted = {layers} if isinstance(layers, int) else set(layers)
         found = {n: m for n, m in found.items() if layer_number(decoder_layer(model, n)) in wanted}
@@ -70,7 +73,9 @@ def decoder_layer(model: nn.Module, name: str) -> str | None:
     """The path of the outermost numbered block around module `name`, or None outside of any."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        if parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+        if parts[i].isdigit() and isinstance(
+            model.get_submodule(".".join(parts[:i])), nn.ModuleList
+        ):
             return ".".join(parts[: i + 1])
     return None
 
@@ -85,8 +90,12 @@ def has_peft_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def modules_to_save(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> list[str]:
-    """The base's modules that train and are saved with the experts: the configured ones, else a classifier's head."""
+def modules_to_save(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
+) -> list[str]:
+    """The base's modules that train and are saved with the experts: the configured ones, else a
+    classifier's head.
+    """
     if config.modules_to_save is not None:
         return list(config.modules_to_save)
     return [n for n in SEQ_CLS_HEAD_NAMES if is_classifier and hasattr(model, n)]
@@ -95,7 +104,9 @@ def modules_to_save(model: PreTrainedModel, config: MoeLoraConfig, is_classifier
 def saved_modules(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that `modules_to_save` names, whole or by the end of their path; ValueError for none."""
+    """The modules that `modules_to_save` names, whole or by the end of their path; ValueError for
+    none.
+    """
     for name in modules_to_save(model, config, is_classifier):
         found = [(p, m) for p, m in model.named_modules() if p == name or p.endswith("." + name)]
         if not found:
@@ -107,7 +118,9 @@ def saved_modules(
 
 
 def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[str, nn.Module]:
-    """What `lora` names in `model`, without what PEFT refuses; raises instead where the user named it."""
+    """What `lora` names in `model`, without what PEFT refuses; raises instead where the user named
+    it.
+    """
     _maybe_include_all_linear_layers(lora, model)
     found = {}
     for name, module in model.named_modules():
@@ -136,7 +149,9 @@ def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
     asked = config.target_modules
     words = [asked] if isinstance(asked, str) else list(asked or [])
     near = [n for w in words for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.3)]
-    where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    where = (
+        f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    )
     return (
         f"target_modules={asked!r}{where} matches no module of {type(model).__name__}. "
         f"Nearest names: {', '.join(near) or 'none'}. Its linears are called: {', '.join(ends)}."

@@ -4,11 +4,4 @@ from .lorahub import search_weights
 from .mixda import MixdaReport, train_mixda
 from .replay import AddedTask, add_task, select_replay
 
-__all__ = [
-    "AddedTask",
-    "MixdaReport",
-    "add_task",
-    "search_weights",
-    "select_replay",
-    "train_mixda",
-]
+__all__ = ["AddedTask", "MixdaReport", "add_task", "search_weights", "select_replay", "train_mixda"]

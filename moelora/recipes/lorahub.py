@@ -1,4 +1,6 @@
-"""Searching the weights of a fixed mixture that have the lowest loss on held-out data (arXiv:2307.13269)."""
+"""Searching the weights of a fixed mixture that have the lowest loss on held-out data
+(arXiv:2307.13269).
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,22 @@ def search_weights(
     seed: int = 0,
     bounds: tuple[float, float] = (-1.5, 1.5),
 ) -> tuple[dict[str, float], History]:
-    """The weights of the experts `names` with the lowest loss found, and all that were tried, in order.
+    """The weights of the experts `names` with the lowest loss found, and all that were tried, in
+    order.
 
-    The loss is taken under `model.use_experts(weights)`, so nothing is merged. First come equal weights, then
-    differential evolution with two thirds of the budget, then Nelder-Mead from the best, both of scipy.
+    The loss is taken under `model.use_experts(weights)`, so nothing is merged. First come equal
+    weights, then differential evolution with two thirds of the budget, then Nelder-Mead from the
+    best, both of scipy.
 
-    loss: a function without arguments, called in the mode that the model is in; or batches (input_ids, labels …; a
-    list, since they are read again each time), whose mean loss over all labels is taken in eval mode.
+    loss: a function without arguments, called in the mode that the model is in; or batches
+    (input_ids, labels …; a list, since they are read again each time), whose mean loss over all
+    labels is taken in eval mode.
     budget: how often the loss is evaluated, at most. bounds: of every weight.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError, TypeError: no names, unknown ones or one twice, bounds that are none, batches that can be read
+        ValueError, TypeError: no names, unknown ones or one twice, bounds that are none, batches
+        that can be read
             once or have no labels, or no finite loss anywhere.
     """
     names = _checked_names(model, names)
@@ -139,7 +145,9 @@ class _BatchLoss:
         finally:
             model.train(training)
         if not count:
-            raise ValueError("There is no label other than -100 in the batches: nothing to search for.")
+            raise ValueError(
+                "There is no label other than -100 in the batches: nothing to search for."
+            )
         return total / count
 
 

@@ -1,4 +1,6 @@
-"""MixDA (arXiv:2306.05406) as a recipe: domains from unlabelled text with the base as a participant, then a task."""
+"""MixDA (arXiv:2306.05406) as a recipe: domains from unlabelled text with the base as a
+participant, then a task.
+"""
 
 from __future__ import annotations
 
@@ -36,27 +38,31 @@ def train_mixda(
     collator: Callable | None = None,
     checkpoints: bool = False,
 ) -> MixdaReport:
-    """Train domain experts on unlabelled text beside the base, and then the gate and a task expert on labelled text.
+    """Train domain experts on unlabelled text beside the base, and then the gate and a task expert
+    on labelled text.
 
-    Stage 1, domain by domain: the domain's expert and the gate train on its texts, with all other experts banned, so
-    the gate weighs that expert against the base alone (`null_expert`). Stage 2: all domain experts are frozen; gate
-    and `task_expert` train on `task`, with every expert and the base to choose from.
-    As in the paper (arXiv:2306.05406): the base takes part under the gate in both stages, the gate trains in both,
-    each domain is trained apart, domain experts rest in stage 2, and texts from elsewhere keep them off what they do
-    not know. Different: experts are LoRAs wherever the mixture has them, not bottlenecks beside the FFNs of some
-    layers; gates are the mixture's, a softmax of which the `num_experts_per_tok` best act, not an attention over
-    outputs; one gate goes from domain to domain; the loss is the language model's, not of masked entities; in place of
-    the squared distance to the base's activations, `general` has the language model's loss too and its rows are
-    labelled as the base's (and the domain's as its expert's); the task expert is one of those under the gate.
+    Stage 1, domain by domain: the domain's expert and the gate train on its texts, with all other
+    experts banned, so the gate weighs that expert against the base alone (`null_expert`). Stage 2:
+    all domain experts are frozen; gate and `task_expert` train on `task`, with every expert and the
+    base to choose from. As in the paper (arXiv:2306.05406): the base takes part under the gate in
+    both stages, the gate trains in both, each domain is trained apart, domain experts rest in stage
+    2, and texts from elsewhere keep them off what they do not know. Different: experts are LoRAs
+    wherever the mixture has them, not bottlenecks beside the FFNs of some layers; gates are the
+    mixture's, a softmax of which the `num_experts_per_tok` best act, not an attention over outputs;
+    one gate goes from domain to domain; the loss is the language model's, not of masked entities;
+    in place of the squared distance to the base's activations, `general` has the language model's
+    loss too and its rows are labelled as the base's (and the domain's as its expert's); the task
+    expert is one of those under the gate.
 
-    domains: by expert its texts. general: texts of no domain; without them the gate of stage 1 learns from the
-    language model's loss alone. The other arguments are `train_expert`'s; `args` holds for each run. Whatever happens,
-    what is frozen is as before afterwards.
+    domains: by expert its texts. general: texts of no domain; without them the gate of stage 1
+    learns from the language model's loss alone. The other arguments are `train_expert`'s; `args`
+    holds for each run. Whatever happens, what is frozen is as before afterwards.
 
     Raises:
-        ValueError, TypeError: no `null_expert`, one expert a token (which weighs nothing), unknown experts, a
-            task_expert that is a domain's, no texts, texts shorter than the prompt that a sequence router reads, no
-            `TrainingArguments`, or inside `use_experts`.
+        ValueError, TypeError: no `null_expert`, one expert a token (which weighs nothing), unknown
+        experts, a
+            task_expert that is a domain's, no texts, texts shorter than the prompt that a sequence
+            router reads, no `TrainingArguments`, or inside `use_experts`.
     """
     parts = _checked(model, domains, task, args, task_expert, general)
     names, runs = model.moelora_config.expert_names, {}
@@ -76,7 +82,9 @@ def train_mixda(
 def _checked(
     model: Any, domains: Mapping[str, Any], task: Any, args: Any, task_expert: str, general: Any
 ) -> dict[str | None, Texts]:
-    """All texts without labels for the routers: by domain, the task's by its expert, the general ones by None."""
+    """All texts without labels for the routers: by domain, the task's by its expert, the general
+    ones by None.
+    """
     check_arguments(model, domains, args, base=False)
     check_arguments(model, {task_expert: task}, args, base=False)
     config = model.moelora_config
@@ -85,7 +93,9 @@ def _checked(
             f"task_expert={task_expert!r} is a domain's expert, which is frozen then: name another one."
         )
     if not config.null_expert:
-        raise ValueError("MixDA weighs each expert against the base: make the mixture with null_expert=True.")
+        raise ValueError(
+            "MixDA weighs each expert against the base: make the mixture with null_expert=True."
+        )
     if config.num_experts_per_tok < 2:
         raise ValueError(
             f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and where the base is "
@@ -103,7 +113,9 @@ def _checked(
 
 
 def _check_length(config: Any, name: str, texts: Texts) -> None:
-    """Raise where no text of these has a token left to learn, once a sequence router has read its prompt."""
+    """Raise where no text of these has a token left to learn, once a sequence router has read its
+    prompt.
+    """
     read = config.router_prefix_tokens if config.routing_level == "sequence" else 0
     if all("router_mask" not in row and len(row["input_ids"]) <= read for row in texts.rows):
         raise ValueError(

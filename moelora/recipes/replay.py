@@ -1,4 +1,6 @@
-"""A growing pool: a task added beside the old ones, of which some texts, chosen by k-means, are trained on again."""
+"""A growing pool: a task added beside the old ones, of which some texts, chosen by k-means, are
+trained on again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from ..validation import check_integer, check_number
 
 @dataclass(frozen=True)
 class AddedTask:
-    """What `add_task` did: by old task the numbers of the texts that were replayed, and how the gate learned.
+    """What `add_task` did: by old task the numbers of the texts that were replayed, and how the
+    gate learned.
 
     expert_seconds: how long the new expert trained; 0 where no `args` were given.
     """
@@ -32,13 +35,16 @@ class AddedTask:
 
 
 def select_replay(features: Tensor, share: float | int, *, seed: int = 0) -> list[int]:
-    """The numbers of the texts to keep: those nearest to the centres of k-means clusters, one each, in order.
+    """The numbers of the texts to keep: those nearest to the centres of k-means clusters, one each,
+    in order.
 
-    features: `[n, d]`, such as `prompt_features` gives. share: of the texts as a float from 0.0 to 1.0, rounded up to
-    k = ⌈share · n⌉ clusters, or k itself as an integer. Needs scikit-learn (`pip install moelora[replay]`).
+    features: `[n, d]`, such as `prompt_features` gives. share: of the texts as a float from 0.0 to
+    1.0, rounded up to k = ⌈share · n⌉ clusters, or k itself as an integer. Needs scikit-learn (`pip
+    install moelora[replay]`).
 
     Raises:
-        ValueError, TypeError: more clusters than texts, a share out of range, the integer 1 (which could mean both),
+        ValueError, TypeError: more clusters than texts, a share out of range, the integer 1 (which
+        could mean both),
             or features that are no finite matrix.
     """
     check_integer("seed", seed, 0)
@@ -71,13 +77,15 @@ def add_task(
     gate: Mapping[str, Any] | None = None,
     args: Any = None,
 ) -> AddedTask:
-    """Add the expert `name` for the task of `texts`, and train the gate on those and on a part of the old tasks'.
+    """Add the expert `name` for the task of `texts`, and train the gate on those and on a part of
+    the old tasks'.
 
-    Of each old task's texts `select_replay(…, replay)` keeps those nearest to the centres of clusters of what the gate
-    reads (`prompt_features`). The other experts keep their bits; with replay=0.0 nothing tells the gate of them.
-    adapter: a PEFT adapter, else the expert is fresh (B = 0). old: by expert the old tasks' texts ("(base)" too,
-    with `null_expert`). args: `TrainingArguments` to train the new expert with, on `texts` alone. gate: what
-    `train_gate` takes. An error leaves the model as it was.
+    Of each old task's texts `select_replay(…, replay)` keeps those nearest to the centres of
+    clusters of what the gate reads (`prompt_features`). The other experts keep their bits; with
+    replay=0.0 nothing tells the gate of them.
+    adapter: a PEFT adapter, else the expert is fresh (B = 0). old: by expert the old tasks' texts
+    ("(base)" too, with `null_expert`). args: `TrainingArguments` to train the new expert with, on
+    `texts` alone. gate: what `train_gate` takes. An error leaves the model as it was.
 
     Raises:
         ValueError, TypeError: as `add_expert`, `train_gate` and `select_replay`.
@@ -87,7 +95,10 @@ def add_task(
     # Before anything moves: unknown experts and empty tasks.
     for task, own in old.items():
         labelled_texts(model, {task: own})
-    kept = {task: select_replay(prompt_features(model, own), replay, seed=seed) for task, own in old.items()}
+    kept = {
+        task: select_replay(prompt_features(model, own), replay, seed=seed)
+        for task, own in old.items()
+    }
     replayed = {task: old[task].subset(rows) for task, rows in kept.items() if rows}
     with _undone_on_error(model, name):
         model.add_expert(name, adapter=adapter, seed=seed)
@@ -125,8 +136,8 @@ def _centres(points: Tensor, clusters: int, seed: int) -> Tensor:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # Sums of several threads come in any order. Texts that are alike make fewer clusters than asked for, which is
-    # warned of; one that is nearest to two centres is taken once all the same.
+    # Sums of several threads come in any order. Texts that are alike make fewer clusters than asked
+    # for, which is warned of; one that is nearest to two centres is taken once all the same.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = KMeans(clusters, n_init="auto", random_state=seed).fit(points.numpy())
@@ -135,7 +146,9 @@ def _centres(points: Tensor, clusters: int, seed: int) -> Tensor:
 
 @contextmanager
 def _undone_on_error(model: Any, name: str) -> Iterator[None]:
-    """Where what is inside fails, the expert `name` is not there and the routers are what they were."""
+    """Where what is inside fails, the expert `name` is not there and the routers are what they
+    were.
+    """
     existed = name in model.moelora_config.expert_names
     routers = copy.deepcopy(model.moelora.routers.state_dict())
     try:

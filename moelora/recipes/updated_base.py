@@ -1,4 +1,6 @@
-"""Moving experts to an updated base (arXiv:2410.10870): what was gained, and what was right before and is not now."""
+"""Moving experts to an updated base (arXiv:2410.10870): what was gained, and what was right before
+and is not now.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,18 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
     """Both models on `batches` (input_ids, labels, attention_mask …).
 
     The mixture on its old base and on the updated one, for example
-    `from_pretrained(folder)` and `from_pretrained(folder, base=updated, allow_base_mismatch=True)`. A causal
-    model predicts the label that follows each token, a classifier each row's label.
+    `from_pretrained(folder)` and `from_pretrained(folder, base=updated, allow_base_mismatch=True)`.
+    A causal model predicts the label that follows each token, a classifier each row's label.
 
     Raises:
-        ValueError: a batch without labels, labels of another task, no label at all, or logits of two shapes.
+        ValueError: a batch without labels, labels of another task, no label at all, or logits of
+        two shapes.
     """
-    losses, counts, total = torch.zeros(2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), 0
+    losses, counts, total = (
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int64),
+        0,
+    )
     modes = [(model, model.training) for model in (before, after)]
     try:
         for model, _ in modes:
@@ -72,9 +79,13 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
                     "shape: compare a model with its own update."
                 )
             for side, values in enumerate((logits, others)):
-                losses[side] += torch.nn.functional.cross_entropy(values, labels, reduction="sum").item()
+                losses[side] += torch.nn.functional.cross_entropy(
+                    values, labels, reduction="sum"
+                ).item()
             was, now = logits.argmax(-1) == labels, others.argmax(-1) == labels
-            counts += torch.stack([was.sum(), now.sum(), (was & ~now).sum(), (~was & now).sum()]).cpu()
+            counts += torch.stack(
+                [was.sum(), now.sum(), (was & ~now).sum(), (~was & now).sum()]
+            ).cpu()
             total += len(labels)
     finally:
         for model, training in modes:

@@ -16,7 +16,8 @@ from .pooling import pool_attention, pool_last, pool_mean
 class Routing(NamedTuple):
     """What a router decided for N rows (tokens, or sequences at sequence level).
 
-    logits: `[N, E]` fp32 (with `null_expert` `[N, E + 1]`), before the softmax; −inf for an expert that is banned.
+    logits: `[N, E]` fp32 (with `null_expert` `[N, E + 1]`), before the softmax; −inf for an expert
+    that is banned.
     expert_ids: `[N, K]` int64, −1 for no expert in this slot.
     expert_weights: `[N, K]` fp32.
     """
@@ -50,8 +51,13 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
             raise TypeError(f"@register_router({name!r}) takes a subclass of Router, not {cls!r}.")
         taken = ROUTERS.get(name)
         # A module that is imported twice (a notebook cell run again) may replace itself.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
+        if taken is not None and (taken.__module__, taken.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+            )
         ROUTERS[name] = cls
         return cls
 
@@ -59,14 +65,16 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
 
 
 class Router(nn.Module):
-    """Base class: `forward(x [N, d]) → Routing` among `config.num_choices` choices, the experts and perhaps none.
+    """Base class: `forward(x [N, d]) → Routing` among `config.num_choices` choices, the experts and
+    perhaps none.
 
-    A subclass implements `score`, `select` where it chooses otherwise, and `resize` where experts that come and
-    go change more than the rows of its parameters. Parameters are bare
+    A subclass implements `score`, `select` where it chooses otherwise, and `resize` where experts
+    that come and go change more than the rows of its parameters. Parameters are bare
     `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
     shared_parameters: the names of those that have no row for each choice.
-    fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which spares every
-    plan to look. takes_any_dtype: `score` reads x as it comes, and computes in fp32 all the same.
+    fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which
+    spares every plan to look. takes_any_dtype: `score` reads x as it comes, and computes in fp32
+    all the same.
     backend: of `moelora_kernels`, as in `Mixture`.
     """
 
@@ -97,14 +105,18 @@ class Router(nn.Module):
         return self.num_experts + int(self.null_expert)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """x `[…, d]` in fp32 (float64 stays), with router_input_norm over its root mean square: x / √mean(x²)."""
+        """x `[…, d]` in fp32 (float64 stays), with router_input_norm over its root mean square: x /
+        √mean(x²).
+        """
         x = x if x.dtype == torch.float64 else x.float()
         if not self.input_norm:
             return x
         return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).tiny).rsqrt()
 
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The prompts x `[B, S, d]`, with their tokens in mask `[B, S]`, as vectors `[B, d]`, by router_pooling."""
+        """The prompts x `[B, S, d]`, with their tokens in mask `[B, S]`, as vectors `[B, d]`, by
+        router_pooling.
+        """
         # Norms first: the first token of many models is a hundred times as large as the others.
         x = self.normalised(x)
         if self.pooling == "attention":
@@ -116,12 +128,15 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def select(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
-        """The `num_experts_per_tok` experts of the largest probability, with those probabilities as weights.
+        """The `num_experts_per_tok` experts of the largest probability, with those probabilities as
+        weights.
 
-        `selection_bias` `[E]` shifts which experts are chosen, never their weights (arXiv:2408.15664).
+        `selection_bias` `[E]` shifts which experts are chosen, never their weights
+        (arXiv:2408.15664).
         """
         if self.norm_topk_prob and selection_bias is None:
-            # The same numbers as below with fewer operations: the softmax's own denominator cancels.
+            # The same numbers as below with fewer operations: the softmax's own denominator
+            # cancels.
             top, ids = logits.topk(self.num_experts_per_tok, dim=-1)
             return Routing(logits, ids, top.softmax(-1))
         probabilities = logits.softmax(-1)
@@ -134,16 +149,22 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def resize(self, keep: Sequence[int | None]) -> None:
-        """Become a router of `len(keep)` experts: number i is the former number `keep[i]`, or None, a new one.
+        """Become a router of `len(keep)` experts: number i is the former number `keep[i]`, or None,
+        a new one.
 
-        Every parameter and buffer with a row for each choice is re-indexed; a new expert's row is the mean of the
-        experts' rows that are kept. A router that keeps its experts otherwise overrides this.
+        Every parameter and buffer with a row for each choice is re-indexed; a new expert's row is
+        the mean of the experts' rows that are kept. A router that keeps its experts otherwise
+        overrides this.
         """
         kept = [i for i in keep if i is not None]
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if not self.has_row_for_each_choice(name, tensor):
                 continue
-            new = tensor[kept].mean(0) if tensor.is_floating_point() and kept else torch.zeros_like(tensor[0])
+            new = (
+                tensor[kept].mean(0)
+                if tensor.is_floating_point() and kept
+                else torch.zeros_like(tensor[0])
+            )
             made = torch.stack([new if i is None else tensor[i] for i in self.with_null(keep)])
             owner, _, leaf = name.rpartition(".")
             if isinstance(tensor, nn.Parameter):
@@ -153,7 +174,11 @@ class Router(nn.Module):
 
     def has_row_for_each_choice(self, name: str, tensor: Tensor) -> bool:
         """Whether the parameter or buffer of this name is one of those that `resize` re-indexes."""
-        return name not in self.shared_parameters and tensor.dim() > 0 and len(tensor) == self.num_choices
+        return (
+            name not in self.shared_parameters
+            and tensor.dim() > 0
+            and len(tensor) == self.num_choices
+        )
 
     def with_null(self, keep: Sequence[int | None]) -> list[int | None]:
         """`keep` for rows: after the experts' the one of no expert, where there is one."""
@@ -162,7 +187,9 @@ class Router(nn.Module):
     def forward(
         self, x: Tensor, selection_bias: Tensor | None = None, banned: Tensor | None = None
     ) -> Routing:
-        """Route x `[N, d]` of any dtype; under autocast too in fp32. banned: `[E]` bool, who may not be chosen."""
+        """Route x `[N, d]` of any dtype; under autocast too in fp32. banned: `[E]` bool, who may
+        not be chosen.
+        """
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x, selection_bias, banned)
@@ -182,7 +209,9 @@ class Router(nn.Module):
         return self._chosen(logits, bias.masked_fill(choices, -torch.inf)).without(banned)
 
     def _chosen(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
-        """What `select` chooses; where that is no expert, the slot is empty and the others keep their weights."""
+        """What `select` chooses; where that is no expert, the slot is empty and the others keep
+        their weights.
+        """
         routing = self.select(logits, selection_bias)
         if not self.null_expert:
             return routing
@@ -209,7 +238,9 @@ class TopKRouter(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small random rows: equal ones would send every token to the first experts by the tie rule of top-k."""
+        """Small random rows: equal ones would send every token to the first experts by the tie rule
+        of top-k.
+        """
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def score(self, x: Tensor) -> Tensor:
@@ -250,5 +281,7 @@ class MlpRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """W₂ gelu(W₁ x + b): x `[N, d]` → `[N, num_choices]`."""
-        first, bias, second = (p.to(x.dtype) for p in (self.hidden_weight, self.hidden_bias, self.weight))
+        first, bias, second = (
+            p.to(x.dtype) for p in (self.hidden_weight, self.hidden_bias, self.weight)
+        )
         return nn.functional.gelu(x @ first.T + bias) @ second.T

@@ -1,4 +1,6 @@
-"""How a sequence router makes one vector of a prompt: its mean, its last token, or learned attention over it."""
+"""How a sequence router makes one vector of a prompt: its mean, its last token, or learned
+attention over it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def pool_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pool_last(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The last token in mask `[B, S]` bool (None: all) of x `[B, S, d]`, on whichever side the padding is, `[B, d]`."""
+    """The last token in mask `[B, S]` bool (None: all) of x `[B, S, d]`, on whichever side the
+    padding is, `[B, d]`.
+    """
     if mask is None:
         return x[:, -1]
     positions = torch.arange(x.shape[1], device=x.device)
@@ -24,7 +28,9 @@ def pool_last(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pool_attention(x: Tensor, mask: Tensor | None, query: Tensor) -> Tensor:
-    """Σ_s a_s x_s with a = softmax_s(x_s · q / √d) over the tokens in mask; x `[B, S, d]`, q `[d]` → `[B, d]`."""
+    """Σ_s a_s x_s with a = softmax_s(x_s · q / √d) over the tokens in mask; x `[B, S, d]`, q `[d]`
+    → `[B, d]`.
+    """
     scores = x @ query.to(x.dtype) * x.shape[2] ** -0.5
     if mask is not None:
         # Not −inf: a row without a prompt would become NaN.

@@ -1,4 +1,6 @@
-"""Training with the stock `Trainer`: texts and their labels, gates alone, recipes, and what a callback logs."""
+"""Training with the stock `Trainer`: texts and their labels, gates alone, recipes, and what a
+callback logs.
+"""
 
 from .callback import MoeLoraCallback
 from .collator import PadRouting

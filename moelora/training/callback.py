@@ -1,4 +1,6 @@
-"""For training with the stock `Trainer`: an optional callback that logs expert load and knows the loss's scale."""
+"""For training with the stock `Trainer`: an optional callback that logs expert load and knows the
+loss's scale.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,18 @@ class MoeLoraCallback(TrainerCallback):
     """Logs how evenly the experts are used, and tells the model how the loop scales its loss.
 
     Training needs it only where the loop computes the loss outside of the model (label smoothing,
-    `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by itself.
+    `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by
+    itself.
     """
 
     def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs,
     ) -> None:
         """Read by how much the loop multiplies its loss before it calls backward."""
         mixture = _unwrapped(model).moelora
@@ -28,12 +37,20 @@ class MoeLoraCallback(TrainerCallback):
             scale *= args.world_size
         mixture.loss_scale = scale
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs
+    ) -> None:
         """Forget the scale: another loop may have another one."""
         _unwrapped(model).moelora.loss_scale = None
 
     def on_log(
-        self, args: Any, state: Any, control: Any, model: Any = None, logs: dict | None = None, **kwargs
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: dict | None = None,
+        **kwargs,
     ) -> None:
         """Add the experts' peak load, 1 where even: of the worst router, and the mean one's."""
         load = _unwrapped(model).moelora.load
@@ -47,7 +64,8 @@ class MoeLoraCallback(TrainerCallback):
             "expert_mean_peak_load": round(float(peak.mean()), 4),
         }
         logs.update(found)
-        # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls its callbacks.
+        # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls
+        # its callbacks.
         if state.log_history:
             state.log_history[-1].update(found)
 

@@ -17,15 +17,18 @@ ROUTING_FILL = {"router_mask": False, "expert_targets": IGNORE}
 
 
 class PadRouting:
-    """Rows of different lengths as one batch, with `router_mask` and `expert_targets` padded beside input_ids.
+    """Rows of different lengths as one batch, with `router_mask` and `expert_targets` padded beside
+    input_ids.
 
-    collator: a stock collator (`DataCollatorWithPadding`, `DataCollatorForSeq2Seq` …) that pads everything else;
-    None pads input_ids with `pad_token_id`, labels with −100 and attention_mask (made where there is none) with 0.
-    Stock collators alone suffice where expert_targets is one number a row and nothing has a token axis.
+    collator: a stock collator (`DataCollatorWithPadding`, `DataCollatorForSeq2Seq` …) that pads
+    everything else; None pads input_ids with `pad_token_id`, labels with −100 and attention_mask
+    (made where there is none) with 0. Stock collators alone suffice where expert_targets is one
+    number a row and nothing has a token axis.
     padding_side: "right" or "left"; by default the collator's tokenizer's, else right.
 
     Raises:
-        ValueError: another padding side, rows with different keys, expert_targets as long as nothing, or a collator
+        ValueError: another padding side, rows with different keys, expert_targets as long as
+        nothing, or a collator
             that packs.
     """
 
@@ -59,13 +62,19 @@ class PadRouting:
                     f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where none."
                 )
             if len(given) != len(rows):
-                # The model takes each row's prompt from its labels then, and a prefix where it has none.
+                # The model takes each row's prompt from its labels then, and a prefix where it has
+                # none.
                 continue
             batch[name] = self._routing(name, given, rows, width, fill)
         return batch
 
     def _routing(
-        self, name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]], width: int, fill: Any
+        self,
+        name: str,
+        given: list[Tensor],
+        rows: Sequence[Mapping[str, Any]],
+        width: int,
+        fill: Any,
     ) -> Tensor:
         """One key of the routers' as a tensor: `[batch]`, or padded to `[batch, width]`."""
         if all(t.dim() == 0 for t in given):
@@ -82,16 +91,21 @@ class PadRouting:
         if any(row.keys() != rows[0].keys() for row in rows):
             raise ValueError(f"The rows have different keys: {[sorted(row) for row in rows][:4]}.")
         rows = [
-            {"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.int64), **row} for row in rows
+            {"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.int64), **row}
+            for row in rows
         ]
         width, batch = max(len(row["input_ids"]) for row in rows), {}
         for name in rows[0]:
             tensors = [torch.as_tensor(row[name]) for row in rows]
             fill = self.pad_token_id if name == "input_ids" else FILL.get(name)
             ragged = fill is not None and tensors[0].dim() == 1
-            batch[name] = torch.stack([self._fill(t, width, fill) for t in tensors] if ragged else tensors)
+            batch[name] = torch.stack(
+                [self._fill(t, width, fill) for t in tensors] if ragged else tensors
+            )
         return batch
 
     def _fill(self, tensor: Tensor, width: int, fill: Any) -> Tensor:
         missing = width - len(tensor)
-        return torch.nn.functional.pad(tensor, (missing, 0) if self.left else (0, missing), value=fill)
+        return torch.nn.functional.pad(
+            tensor, (missing, 0) if self.left else (0, missing), value=fill
+        )

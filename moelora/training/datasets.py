@@ -17,8 +17,9 @@ LONGEST = 10**6
 
 
 class Texts(Dataset):
-    """Rows for the stock `Trainer`: input_ids `[n]`, labels `[n]` (−100 on the prompt), and where there is a prompt
-    router_mask `[n]` (True on it); with labels for the routers expert_targets, one number or `[n]`.
+    """Rows for the stock `Trainer`: input_ids `[n]`, labels `[n]` (−100 on the prompt), and where
+    there is a prompt router_mask `[n]` (True on it); with labels for the routers expert_targets,
+    one number or `[n]`.
     """
 
     def __init__(self, rows: Sequence[dict[str, Tensor]]):
@@ -34,12 +35,14 @@ class Texts(Dataset):
         expert: int | None = None,
         join: str = "\n",
     ) -> Texts:
-        """Tokenise rows: mappings with a prompt ("instruction" or "prompt") and its target ("output" or "completion"),
-        or whole texts (strings, or mappings with "text"), whose every token takes a loss.
+        """Tokenise rows: mappings with a prompt ("instruction" or "prompt") and its target
+        ("output" or "completion"), or whole texts (strings, or mappings with "text"), whose every
+        token takes a loss.
 
-        join: what stands between prompt and target; it belongs to the target, so that a prompt's tokens are those that
-        a router is given without any target. The target ends with the tokenizer's eos token. max_length: the
-        most tokens that a row may have, by default the tokenizer's own limit. expert: the expert_targets of all rows.
+        join: what stands between prompt and target; it belongs to the target, so that a prompt's
+        tokens are those that a router is given without any target. The target ends with the
+        tokenizer's eos token. max_length: the most tokens that a row may have, by default the
+        tokenizer's own limit. expert: the expert_targets of all rows.
 
         Raises:
             ValueError: a row without the fields, empty, or too long, by its number.
@@ -57,7 +60,9 @@ class Texts(Dataset):
         for number, row in enumerate(rows):
             prompt, target = _parts(row, number)
             prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
-            target_ids = _target_ids(target, tokenizer, "" if prompt is None else join, bool(prompt_ids))
+            target_ids = _target_ids(
+                target, tokenizer, "" if prompt is None else join, bool(prompt_ids)
+            )
             for part, ids in ((prompt, prompt_ids), (target, target_ids)):
                 if part is not None and not ids:
                     raise ValueError(
@@ -101,7 +106,9 @@ class Texts(Dataset):
             raise ValueError(
                 f"There are {len(numbers)} expert_targets for {len(self)} rows: give one for each."
             )
-        return Texts([{**row, "expert_targets": torch.tensor(e)} for row, e in zip(self.rows, numbers)])
+        return Texts(
+            [{**row, "expert_targets": torch.tensor(e)} for row, e in zip(self.rows, numbers)]
+        )
 
     def unlabelled(self) -> Texts:
         """The same rows without expert_targets."""
@@ -136,7 +143,9 @@ def _parts(row: Any, number: int) -> tuple[str | None, str]:
     return parts.get("prompt"), parts.get("target", parts.get("text", ""))
 
 
-def _target_ids(target: str, tokenizer: Callable[..., Any], join: str, after_prompt: bool) -> list[int]:
+def _target_ids(
+    target: str, tokenizer: Callable[..., Any], join: str, after_prompt: bool
+) -> list[int]:
     # Special tokens at the beginning belong to the prompt, where there is one.
     ids = tokenizer(join + target, add_special_tokens=not after_prompt, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)

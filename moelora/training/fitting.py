@@ -21,7 +21,9 @@ from .datasets import Texts
 
 @dataclass(frozen=True)
 class Trained:
-    """What one run of the `Trainer` did: its mean loss of the language model, its optimizer steps and seconds."""
+    """What one run of the `Trainer` did: its mean loss of the language model, its optimizer steps
+    and seconds.
+    """
 
     loss: float
     steps: int
@@ -30,11 +32,15 @@ class Trained:
 
 @contextmanager
 def only_training(model: Any, experts: list[str], routers: bool) -> Iterator[None]:
-    """While inside, of the mixture these experts train, and the routers or not; then as before, but for values."""
+    """While inside, of the mixture these experts train, and the routers or not; then as before, but
+    for values.
+    """
     config, frozen, training = model.moelora_config, model._frozen(), model.training
     trained = {config.expert_index(name) for name in experts}
     flags = [factor.rows is None or factor.rows.requires_grad for factor in model.moelora.factors()]
-    of_routers = [(parameter, parameter.requires_grad) for parameter in model.moelora.routers.parameters()]
+    of_routers = [
+        (parameter, parameter.requires_grad) for parameter in model.moelora.routers.parameters()
+    ]
     try:
         model._set_frozen(frozenset(range(config.num_experts)) - trained)
         for factor in model.moelora.factors():
@@ -55,9 +61,15 @@ def only_training(model: Any, experts: list[str], routers: bool) -> Iterator[Non
 
 
 def fit(
-    model: Any, data: Any, args: TrainingArguments, folder: str, collator: Callable | None, checkpoints: bool
+    model: Any,
+    data: Any,
+    args: TrainingArguments,
+    folder: str,
+    collator: Callable | None,
+    checkpoints: bool,
 ) -> Trained:
-    """Train what takes gradients on `data` by a stock `Trainer` with a copy of `args`, below whose folder it writes.
+    """Train what takes gradients on `data` by a stock `Trainer` with a copy of `args`, below whose
+    folder it writes.
 
     collator: by default `PadRouting`. checkpoints: write those that `args` asks for (the default of
     `TrainingArguments` does), else none.
@@ -73,7 +85,10 @@ def fit(
     training = model.training
     try:
         trainer = Trainer(
-            model, own, train_dataset=_without_prompts_at_token_level(model, data), data_collator=collator
+            model,
+            own,
+            train_dataset=_without_prompts_at_token_level(model, data),
+            data_collator=collator,
         )
         output = trainer.train()
     finally:
@@ -83,16 +98,22 @@ def fit(
 
 
 def texts_of(name: str, data: Any) -> Texts:
-    """`data` as Texts: what it is, or a dataset's rows with input_ids `[n]` and perhaps labels and router_mask `[n]`.
+    """`data` as Texts: what it is, or a dataset's rows with input_ids `[n]` and perhaps labels and
+    router_mask `[n]`.
 
-    The prompt of such a row is its router_mask, else what comes before its first label; padding is left out.
+    The prompt of such a row is its router_mask, else what comes before its first label; padding is
+    left out.
 
     Raises:
         TypeError, ValueError: no dataset of such rows, by the number of the row.
     """
     if isinstance(data, Texts):
         return data
-    if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    if (
+        isinstance(data, (str, Mapping))
+        or not hasattr(data, "__len__")
+        or not hasattr(data, "__getitem__")
+    ):
         raise TypeError(
             f"The data of {name!r} is a {type(data).__name__}; expected Texts (Texts.of(rows, tokenizer) makes them) "
             "or a dataset with a length, whose rows have input_ids."
@@ -101,17 +122,25 @@ def texts_of(name: str, data: Any) -> Texts:
 
 
 def check_arguments(model: Any, data: Mapping[str, Any], args: Any, base: bool) -> None:
-    """Raise before anything trains where a recipe cannot use its data or `args`; base: whether "(base)" may have data.
+    """Raise before anything trains where a recipe cannot use its data or `args`; base: whether
+    "(base)" may have data.
 
     Raises:
-        ValueError, TypeError: unknown experts, nothing to train on, no `TrainingArguments`, or inside `use_experts`.
+        ValueError, TypeError: unknown experts, nothing to train on, no `TrainingArguments`, or
+        inside `use_experts`.
     """
     if model.moelora.forcing is not None:
-        raise ValueError("A recipe decides itself which experts are used, so leave use_experts() first.")
+        raise ValueError(
+            "A recipe decides itself which experts are used, so leave use_experts() first."
+        )
     if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args is a {type(args).__name__}; expected transformers' TrainingArguments.")
+        raise TypeError(
+            f"args is a {type(args).__name__}; expected transformers' TrainingArguments."
+        )
     if not isinstance(data, Mapping):
-        raise TypeError(f"The data is a {type(data).__name__}; expected a mapping: by expert its own.")
+        raise TypeError(
+            f"The data is a {type(data).__name__}; expected a mapping: by expert its own."
+        )
     config = model.moelora_config
     names = config.choice_names if base else config.expert_names
     unknown = sorted(str(name) for name in data if name not in names)
@@ -123,7 +152,9 @@ def check_arguments(model: Any, data: Mapping[str, Any], args: Any, base: bool) 
         raise ValueError(f"There is no data: give some of each of {', '.join(names)}.")
     for name, own in data.items():
         if hasattr(own, "__len__") and not len(own):
-            raise ValueError(f"There is nothing to train {name!r} on: give some texts, or leave it out.")
+            raise ValueError(
+                f"There is nothing to train {name!r} on: give some texts, or leave it out."
+            )
 
 
 def _row(name: str, number: int, row: Any) -> dict[str, Tensor]:
@@ -158,11 +189,15 @@ def _without_prompts_at_token_level(model: Any, data: Any) -> Any:
     """`data`, of which routers of single tokens are told no prompt, since they refuse one."""
     if model.moelora_config.routing_level == "sequence" or not isinstance(data, Texts):
         return data
-    return Texts([{key: value for key, value in row.items() if key != "router_mask"} for row in data.rows])
+    return Texts(
+        [{key: value for key, value in row.items() if key != "router_mask"} for row in data.rows]
+    )
 
 
 def _forget_wrappers(model: Any, before: Mapping[str, Any]) -> None:
-    """Undo what accelerate wraps around `forward` for mixed precision: the next Trainer would wrap that once more."""
+    """Undo what accelerate wraps around `forward` for mixed precision: the next Trainer would wrap
+    that once more.
+    """
     for name in ("forward", "_original_forward"):
         model.__dict__.pop(name, None)
         if name in before:

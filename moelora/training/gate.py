@@ -1,4 +1,6 @@
-"""Training the routers alone on expert labels: cross-entropy of what they choose for a prompt, nothing else moves."""
+"""Training the routers alone on expert labels: cross-entropy of what they choose for a prompt,
+nothing else moves.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class GateReport:
-    """What `train_gate` did: the mean loss of each epoch, and the share of the last one's rows chosen right."""
+    """What `train_gate` did: the mean loss of each epoch, and the share of the last one's rows
+    chosen right.
+    """
 
     losses: list[float]
     accuracy: float
@@ -41,13 +45,15 @@ def train_gate(
 ) -> GateReport:
     """Train all routers to choose each prompt's expert, and change nothing else, bit for bit.
 
-    texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets. Each router's loss
-    is the cross-entropy of its logits on the prompt: one row a prompt at sequence level, one a token at token level.
-    AdamW, the learning rate falling to 0 in a line. With router_scope="model" the forward pass ends at the router;
-    what a sequence router reads there, if it pools by mean or last token, is computed once for all epochs.
+    texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets.
+    Each router's loss is the cross-entropy of its logits on the prompt: one row a prompt at
+    sequence level, one a token at token level. AdamW, the learning rate falling to 0 in a line.
+    With router_scope="model" the forward pass ends at the router; what a sequence router reads
+    there, if it pools by mean or last token, is computed once for all epochs.
 
     Raises:
-        ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out of range, or
+        ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out
+        of range, or
             inside `use_experts`.
     """
     check_options(
@@ -66,7 +72,12 @@ def train_gate(
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            order, total, right, counted = torch.randperm(rows, generator=generator).tolist(), 0.0, 0, 0
+            order, total, right, counted = (
+                torch.randperm(rows, generator=generator).tolist(),
+                0.0,
+                0,
+                0,
+            )
             for begin in range(0, rows, batch_size):
                 pairs = batches(order[begin : begin + batch_size])
                 loss, hits, seen = _loss(pairs)
@@ -75,7 +86,11 @@ def train_gate(
                     parameter.grad = gradient
                 optimizer.step()
                 decay.step()
-                total, right, counted = total + float(loss.detach()) * seen, right + hits, counted + seen
+                total, right, counted = (
+                    total + float(loss.detach()) * seen,
+                    right + hits,
+                    counted + seen,
+                )
             losses.append(total / max(counted, 1))
     return GateReport(losses, right / max(counted, 1), steps, time.perf_counter() - start)
 
@@ -88,7 +103,9 @@ def check_options(**options: Any) -> None:
     """
     known = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"train_gate has no option {unknown}. Its options are: {', '.join(known)}.")
+        raise ValueError(
+            f"train_gate has no option {unknown}. Its options are: {', '.join(known)}."
+        )
     for name, value in options.items():
         low = known[name]
         if low is not None:
@@ -99,7 +116,8 @@ def check_options(**options: Any) -> None:
 
 @torch.no_grad()
 def prompt_features(model: Any, texts: Texts, batch_size: int = 32) -> Tensor:
-    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU; at token level the mean over it.
+    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU; at token level
+    the mean over it.
 
     Raises:
         ValueError: no texts, or inside `use_experts`, where no router reads.
@@ -113,7 +131,8 @@ def prompt_features(model: Any, texts: Texts, batch_size: int = 32) -> Tensor:
     try:
         for begin in range(0, len(texts), batch_size):
             batch = padded(
-                texts.subset(range(begin, min(begin + batch_size, len(texts)))).prompts(), model.device
+                texts.subset(range(begin, min(begin + batch_size, len(texts)))).prompts(),
+                model.device,
             )
             found.append(_read(model, router, batch).float().cpu())
     finally:
@@ -157,7 +176,9 @@ def labelled_texts(model: Any, texts: Mapping[str, Texts] | Texts) -> Texts:
 
 def _check_asked(model: Any) -> None:
     if model.moelora.forcing is not None:
-        raise ValueError("The routers have no say, or not all of it, inside use_experts(): leave it first.")
+        raise ValueError(
+            "The routers have no say, or not all of it, inside use_experts(): leave it first."
+        )
 
 
 def _check_texts(name: str, texts: Any) -> None:
@@ -176,7 +197,9 @@ def padded(prompts: Sequence[Tensor], device: Any = None) -> dict[str, Tensor]:
 
 @contextmanager
 def _routers_alone(model: Any, seed: int) -> Iterator[list[nn.Parameter]]:
-    """The routers' parameters, trainable while inside; then everything is as it was, but for their values."""
+    """The routers' parameters, trainable while inside; then everything is as it was, but for their
+    values.
+    """
     routers, training = model.moelora.routers, model.training
     parameters = list(routers.parameters())
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
@@ -196,7 +219,9 @@ def _routers_alone(model: Any, seed: int) -> Iterator[list[nn.Parameter]]:
         model.train(training)
 
 
-def _batches(model: Any, texts: Texts, batch_size: int) -> Callable[[list[int]], list[tuple[Tensor, Tensor]]]:
+def _batches(
+    model: Any, texts: Texts, batch_size: int
+) -> Callable[[list[int]], list[tuple[Tensor, Tensor]]]:
     """A function from rows' numbers to (logits, targets) of each router."""
     config, routers = model.moelora_config, list(model.moelora.routers.values())
     sequences = config.routing_level == "sequence"
@@ -215,10 +240,13 @@ def _batches(model: Any, texts: Texts, batch_size: int) -> Callable[[list[int]],
         if sequences:
             labels = torch.stack([targets[i] for i in rows])
         else:
-            labels = pad_sequence([targets[i] for i in rows], batch_first=True, padding_value=IGNORE).reshape(
-                -1
-            )
-        return [(routing.logits, labels.to(routing.logits.device)) for routing in model.routing_only(**batch)]
+            labels = pad_sequence(
+                [targets[i] for i in rows], batch_first=True, padding_value=IGNORE
+            ).reshape(-1)
+        return [
+            (routing.logits, labels.to(routing.logits.device))
+            for routing in model.routing_only(**batch)
+        ]
 
     return run
 
@@ -236,7 +264,9 @@ def _targets(row: dict[str, Tensor], length: int, sequences: bool) -> Tensor:
 
 
 def _loss(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int, int]:
-    """The mean over routers of the cross-entropy, how many rows of all of them were right, and of how many."""
+    """The mean over routers of the cross-entropy, how many rows of all of them were right, and of
+    how many.
+    """
     losses, right, counted = [], 0, 0
     for logits, targets in pairs:
         there = targets != IGNORE

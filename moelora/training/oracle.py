@@ -29,7 +29,8 @@ ROUTING = ("moelora.routers.", "moelora.load.")
 
 @dataclass(frozen=True)
 class OracleLabels:
-    """targets: `[n]` int64, each text's best choice, −100 for none. losses: `[n, choices]` fp32, mean over its labels.
+    """targets: `[n]` int64, each text's best choice, −100 for none. losses: `[n, choices]` fp32,
+    mean over its labels.
 
     choice_names: the experts, and with `null_expert` the base alone.
     """
@@ -47,15 +48,18 @@ def oracle_targets(
     cache: str | PathLike[str] | None = None,
     margin: float = 0.0,
 ) -> OracleLabels:
-    """Label each text by the expert with the lowest mean loss on its target tokens; ties go to the lowest number.
+    """Label each text by the expert with the lowest mean loss on its target tokens; ties go to the
+    lowest number.
 
-    Each expert is used alone, with weight 1, and with `null_expert` the base alone is one more choice. For
-    `train_gate(model, texts.labelled(found.targets))`.
-    cache: a file to keep the losses in; taken only if texts, experts and base are those that made it, else written
-    anew. margin: texts whose best loss is not lower than the others by this much get −100, no label.
+    Each expert is used alone, with weight 1, and with `null_expert` the base alone is one more
+    choice. For `train_gate(model, texts.labelled(found.targets))`.
+    cache: a file to keep the losses in; taken only if texts, experts and base are those that made
+    it, else written anew. margin: texts whose best loss is not lower than the others by this much
+    get −100, no label.
 
     Raises:
-        ValueError, TypeError: a text without a target token to predict, a loss that is not finite, a classifier.
+        ValueError, TypeError: a text without a target token to predict, a loss that is not finite,
+        a classifier.
     """
     check_integer("batch_size", batch_size, 1)
     check_number("margin", margin, 0.0, math.inf)
@@ -84,7 +88,9 @@ def check_texts(model: Any, texts: Texts) -> None:
         ValueError, TypeError: a classifier, no texts, or one without a target token to predict.
     """
     if model.is_classifier:
-        raise TypeError("oracle_targets compares losses on target tokens, which a classifier has none of.")
+        raise TypeError(
+            "oracle_targets compares losses on target tokens, which a classifier has none of."
+        )
     if not isinstance(texts, Texts):
         raise TypeError(
             f"texts is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes them)."
@@ -129,7 +135,9 @@ def _losses(model: Any, texts: Texts, batch_size: int) -> Tensor:
 
 def _mean_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The mean loss of each row over its labels, `[batch]` fp32."""
-    ids, mask, labels = (batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels"))
+    ids, mask, labels = (
+        batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")
+    )
     inputs = {"input_ids": ids, "attention_mask": mask}
     targets = labels[:, 1:]
     asked = (targets != IGNORE).any(0).nonzero().flatten()
@@ -146,10 +154,14 @@ def _mean_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _key(model: Any, texts: Texts) -> str:
-    """A hash of all that the losses depend on: token ids and labels, every expert, every weight of the base."""
+    """A hash of all that the losses depend on: token ids and labels, every expert, every weight of
+    the base.
+    """
     config, found = model.moelora_config, hashlib.sha256()
     about = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version")
     }
     linears = [name for site in model.moelora.sites.values() for name in site.names]
     about["moelora"] = [

@@ -1,4 +1,6 @@
-"""Recipes for experts and gate on tasks: one expert after another and then the gate, or everything together."""
+"""Recipes for experts and gate on tasks: one expert after another and then the gate, or everything
+together.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LABELS = ("task", "oracle")
 
 @dataclass(frozen=True)
 class StagesReport:
-    """What `train_in_stages` did: each expert's run, the gate's, and with labels="oracle" what it was trained on."""
+    """What `train_in_stages` did: each expert's run, the gate's, and with labels="oracle" what it
+    was trained on.
+    """
 
     experts: dict[str, Trained]
     gate: GateReport
@@ -41,16 +45,18 @@ def train_expert(
     collator: Callable | None = None,
     checkpoints: bool = False,
 ) -> float:
-    """Train the expert `name` alone on its data, used for every token with weight 1; returns the seconds.
+    """Train the expert `name` alone on its data, used for every token with weight 1; returns the
+    seconds.
 
-    The routers and all other experts keep their bits; of the base train what trains anyway (`modules_to_save`). One
-    that is frozen trains all the same, and is frozen again afterwards.
-    data: Texts, or what else a `Trainer` takes. args: for a stock `Trainer`, which uses the subfolder of the expert's
-    name. collator: by default `PadRouting`. checkpoints: write those that `args` asks for. Optimizers of before do not
-    know the model's parameters any more.
+    The routers and all other experts keep their bits; of the base train what trains anyway
+    (`modules_to_save`). One that is frozen trains all the same, and is frozen again afterwards.
+    data: Texts, or what else a `Trainer` takes. args: for a stock `Trainer`, which uses the
+    subfolder of the expert's name. collator: by default `PadRouting`. checkpoints: write those that
+    `args` asks for. Optimizers of before do not know the model's parameters any more.
 
     Raises:
-        ValueError, TypeError: an unknown expert, no data, no `TrainingArguments`, or inside `use_experts`.
+        ValueError, TypeError: an unknown expert, no data, no `TrainingArguments`, or inside
+        `use_experts`.
     """
     check_arguments(model, {name: data}, args, base=False)
     return _train_expert(model, name, data, args, collator, checkpoints).seconds
@@ -66,13 +72,16 @@ def train_in_stages(
     collator: Callable | None = None,
     checkpoints: bool = False,
 ) -> StagesReport:
-    """Train each expert alone on its own data (`train_expert`), and then the gate on all of it (`train_gate`).
+    """Train each expert alone on its own data (`train_expert`), and then the gate on all of it
+    (`train_gate`).
 
-    data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what comes before the labels;
-    with `null_expert` also of "(base)", of which the gate alone learns. labels: what the gate is told is each text's
-    expert: "task", the one whose data it is, or "oracle", the one with the lowest loss on it (`oracle_targets`).
-    gate: what `train_gate` takes. All else is as in `train_expert`. Where a stage fails, what is frozen is as before,
-    and the experts that were trained are.
+    data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what comes
+    before the labels; with `null_expert` also of "(base)", of which the gate alone learns. labels:
+    what the gate is told is each text's
+    expert: "task", the one whose data it is, or "oracle", the one with the lowest loss on it
+    (`oracle_targets`).
+    gate: what `train_gate` takes. All else is as in `train_expert`. Where a stage fails, what is
+    frozen is as before, and the experts that were trained are.
 
     Raises:
         ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
@@ -114,7 +123,8 @@ def train_jointly(
     data, collator, checkpoints: as in `train_in_stages`.
 
     Raises:
-        ValueError, TypeError: unknown experts, no data, no `TrainingArguments`, or inside `use_experts`.
+        ValueError, TypeError: unknown experts, no data, no `TrainingArguments`, or inside
+        `use_experts`.
     """
     check_arguments(model, data, args, base=True)
     names = model.moelora_config.choice_names
@@ -127,7 +137,12 @@ def train_jointly(
 
 
 def _train_expert(
-    model: Any, name: str, data: Any, args: TrainingArguments, collator: Callable | None, checkpoints: bool
+    model: Any,
+    name: str,
+    data: Any,
+    args: TrainingArguments,
+    collator: Callable | None,
+    checkpoints: bool,
 ) -> Trained:
     data = data.unlabelled() if isinstance(data, Texts) else data
     with only_training(model, [name], routers=False), model.use_experts(name):

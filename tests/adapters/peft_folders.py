@@ -38,7 +38,9 @@ def base_of(name: str, seed: int = 0) -> PreTrainedModel:
     return classifier_base(name, seed) if name == "bert" else causal_base(name, seed)
 
 
-def peft_model(base: PreTrainedModel | str, seed: int = 1, std: float = 0.3, **fields: Any) -> PeftModel:
+def peft_model(
+    base: PreTrainedModel | str, seed: int = 1, std: float = 0.3, **fields: Any
+) -> PeftModel:
     """`base` with a PEFT LoRA whose A and B are drawn from `seed`; fields are `LoraConfig`'s."""
     if isinstance(base, str):
         fields = {"target_modules": ATTENTION[base]} | fields
@@ -77,7 +79,9 @@ def mixed_adapters(folder: Path, base: str) -> dict[str, str]:
         "large": dict(r=32, lora_alpha=32, target_modules=attention, layers_to_transform=[1]),
     }
     made = enumerate(settings.items(), start=11)
-    return {name: save_adapter(folder / name, base, seed, **fields) for seed, (name, fields) in made}
+    return {
+        name: save_adapter(folder / name, base, seed, **fields) for seed, (name, fields) in made
+    }
 
 
 @torch.no_grad()
@@ -94,7 +98,8 @@ def edit_config(folder: Path | str, **changes: Any) -> str:
 
 
 def edit_tensors(folder: Path | str, **changes: Any) -> str:
-    """Rewrite the weights' file: the tensor whose name contains the key (with _ for .) becomes what is given.
+    """Rewrite the weights' file: the tensor whose name contains the key (with _ for .) becomes what
+    is given.
 
     A function is called with the tensor; None drops it.
     """

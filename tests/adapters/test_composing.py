@@ -1,4 +1,6 @@
-"""What surrounds the tensors when adapters are composed: configuration, routers, heads, X-LoRA, undoing, size."""
+"""What surrounds the tensors when adapters are composed: configuration, routers, heads, X-LoRA,
+undoing, size.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import time
 
 import pytest
 import torch
-from adapters.peft_folders import edit_tensors, mixed_adapters, peft_logits, peft_model, save_adapter
+from adapters.peft_folders import (
+    edit_tensors,
+    mixed_adapters,
+    peft_logits,
+    peft_model,
+    save_adapter,
+)
 from bases import causal_base, classifier_base
 from core.mixtures import tokens
 from peft import PeftModel, XLoraConfig, get_peft_model
@@ -24,7 +32,9 @@ IDS = tokens()
 @pytest.fixture
 def pair(tmp_path):
     """Two adapters that are alike but for their weights."""
-    return {name: save_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("math", "code"))}
+    return {
+        name: save_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("math", "code"))
+    }
 
 
 @torch.no_grad()
@@ -60,7 +70,9 @@ def test_only_what_differs_is_listed_by_linear(tmp_path):
 def test_the_given_configuration_says_how_it_is_routed(tmp_path, pair, scope, level):
     config = MoeLoraConfig(num_experts_per_tok=1, router_scope=scope, routing_level=level)
     model = MoeLoraForCausalLM.from_adapters(causal_base(), pair, config).eval()
-    assert model.moelora_config.router_scope == scope and model.moelora_config.num_experts_per_tok == 1
+    assert (
+        model.moelora_config.router_scope == scope and model.moelora_config.num_experts_per_tok == 1
+    )
     assert config.num_experts == 8 and config.target_modules is None
     assert close(forced(model, "code"), peft_logits("llama", pair["code"], IDS))
 
@@ -93,7 +105,9 @@ def test_routers_start_as_asked(pair):
     assert model.moelora_config.router == "arrow"
     assert model.route(input_ids=IDS).expert_share.isfinite().all()
     texts = {name: [row] for name, row in zip(pair, IDS)}
-    model = MoeLoraForCausalLM.from_adapters(causal_base(), pair, router_init="prototype", texts=texts)
+    model = MoeLoraForCausalLM.from_adapters(
+        causal_base(), pair, router_init="prototype", texts=texts
+    )
     assert all(r.weight.abs().max() > 0 for r in model.moelora.routers.values())
     base = causal_base()
     with pytest.raises(ValueError, match="arrow, prototype"):
@@ -108,9 +122,13 @@ def test_an_adapted_output_head_with_peft_s_copy_of_its_weight(tmp_path):
         base = causal_base(tie_word_embeddings=tied)
         folder = tmp_path / str(tied)
         peft_model(base, **fields).save_pretrained(folder)
-        assert "base_model.model.lm_head.base_layer.weight" in load_file(folder / "adapter_model.safetensors")
+        assert "base_model.model.lm_head.base_layer.weight" in load_file(
+            folder / "adapter_model.safetensors"
+        )
         theirs = PeftModel.from_pretrained(causal_base(tie_word_embeddings=tied), folder).eval()
-        model = MoeLoraForCausalLM.from_adapters(causal_base(tie_word_embeddings=tied), {"a": folder}).eval()
+        model = MoeLoraForCausalLM.from_adapters(
+            causal_base(tie_word_embeddings=tied), {"a": folder}
+        ).eval()
         with torch.no_grad():
             assert close(forced(model, "a"), theirs(input_ids=IDS).logits)
     causal_base(seed=3).save_pretrained(tmp_path / "base")
@@ -136,7 +154,9 @@ def test_a_base_from_a_folder_and_its_keywords(tmp_path, pair):
     assert all(p.dtype == torch.float32 for p in model.moelora.parameters())
     model.eval().save_pretrained(tmp_path / "mixture")
     again = MoeLoraForCausalLM.from_pretrained(tmp_path / "mixture").eval()
-    assert again.dtype == torch.bfloat16 and torch.equal(forced(again, "code"), forced(model, "code"))
+    assert again.dtype == torch.bfloat16 and torch.equal(
+        forced(again, "code"), forced(model, "code")
+    )
     with pytest.raises(ValueError, match="loaded already"):
         MoeLoraForCausalLM.from_adapters(causal_base(), pair, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="expected a hub id, a folder or a PreTrainedModel"):
@@ -146,13 +166,18 @@ def test_a_base_from_a_folder_and_its_keywords(tmp_path, pair):
 def test_an_x_lora_checkpoint_gives_its_adapters_as_experts(tmp_path, pair):
     base = causal_base(use_cache=False)
     numbered = dict(zip("01", pair.values()))
-    live = get_peft_model(base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=numbered))
+    live = get_peft_model(
+        base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=numbered)
+    )
     live.save_pretrained(tmp_path / "xlora")
-    assert json.loads((tmp_path / "xlora" / "adapter_config.json").read_text())["peft_type"] == "XLORA"
+    assert (
+        json.loads((tmp_path / "xlora" / "adapter_config.json").read_text())["peft_type"] == "XLORA"
+    )
     model = MoeLoraForCausalLM.from_adapters(causal_base(), tmp_path / "xlora").eval()
     assert model.moelora_config.expert_names == ["0", "1"]
     assert close(forced(model, "1"), peft_logits("llama", pair["code"], IDS))
-    # Moved elsewhere: of what PEFT wrote beside, no adapter is whole, since one called "1" costs the other layer 1.
+    # Moved elsewhere: of what PEFT wrote beside, no adapter is whole, since one called "1" costs
+    # the other layer 1.
     for folder in numbered.values():
         shutil.move(folder, f"{folder}-moved")
     with pytest.raises(ValueError, match=r"(?s)\| 0 \|.*X-LoRA model, without the layers.*\| 1 \|"):
@@ -200,7 +225,8 @@ def test_a_module_that_is_never_called_is_named(tmp_path):
     """Mamba's dt_proj has its weight read past its forward, where no expert can act."""
     folder = save_adapter(tmp_path / "a", causal_base("mamba"), target_modules=["x_proj"])
     tensors = {
-        k.replace("x_proj", "dt_proj"): v for k, v in load_file(f"{folder}/adapter_model.safetensors").items()
+        k.replace("x_proj", "dt_proj"): v
+        for k, v in load_file(f"{folder}/adapter_model.safetensors").items()
     }
     tensors = {k: torch.zeros(8, 2) if "lora_A" in k else torch.zeros(64, 8) for k in tensors}
     save_file(tensors, f"{folder}/adapter_model.safetensors")

@@ -1,4 +1,6 @@
-"""One expert out as a stock PEFT LoRA folder: PEFT loads it to the forced expert's logits, with the same bits."""
+"""One expert out as a stock PEFT LoRA folder: PEFT loads it to the forced expert's logits, with the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from moelora.adapters.deltas import expert_deltas
 
 INPUT = tokens(3, 9)
 FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-# Rank 0 for one expert in one linear and for all in another, odd ranks, and scalings that are no round numbers.
+# Rank 0 for one expert in one linear and for all in another, odd ranks, and scalings that are no
+# round numbers.
 MIXED = {
     "expert_ranks": {
         FIRST: [2, 0, 5, 3],
@@ -51,7 +54,9 @@ def forced(model, experts):
 
 
 def stock(name: str, folder: Path):
-    """The stock `PeftModel` that an unchanged base and the folder make; PEFT may not warn of missing keys."""
+    """The stock `PeftModel` that an unchanged base and the folder make; PEFT may not warn of
+    missing keys.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|fan_in_fan_out).*")
         return PeftModel.from_pretrained(base_of(name), str(folder)).eval()
@@ -89,12 +94,16 @@ def test_ranks_and_scalings_of_single_linears_go_out_exactly(expert, use_rslora,
         # Whatever had to be added to the rank adds nothing.
         assert torch.equal(layer.lora_A["default"].weight[: delta.rank], delta.A)
         assert not layer.lora_A["default"].weight[delta.rank :].any()
-    adapted = {n.removeprefix("base_model.model.") for n, m in made.named_modules() if hasattr(m, "lora_A")}
+    adapted = {
+        n.removeprefix("base_model.model.") for n, m in made.named_modules() if hasattr(m, "lora_A")
+    }
     assert adapted == set(deltas)
 
 
 def without_alpha(rank: int) -> float:
-    """A scaling that no double divided by `rank` gives: where doubles near s·rank lie wider than rank·ulp(s)."""
+    """A scaling that no double divided by `rank` gives: where doubles near s·rank lie wider than
+    rank·ulp(s).
+    """
     for step in range(100):
         scaling = 1.5 + step * math.ulp(1.5)
         alpha = scaling * rank
@@ -110,8 +119,13 @@ def test_a_scaling_that_no_alpha_gives_is_kept_by_rows_of_zeros(tmp_path):
     model.export_expert("expert_0", tmp_path)
     made = stock("llama", tmp_path)
     layer, other = (made.base_model.model.get_submodule(name) for name in (FIRST, LAST))
-    assert layer.scaling["default"] == scaling and layer.r["default"] == 4 and other.r["default"] == 3
-    assert not layer.lora_A["default"].weight[3].any() and not layer.lora_B["default"].weight[:, 3].any()
+    assert (
+        layer.scaling["default"] == scaling and layer.r["default"] == 4 and other.r["default"] == 3
+    )
+    assert (
+        not layer.lora_A["default"].weight[3].any()
+        and not layer.lora_B["default"].weight[:, 3].any()
+    )
     close(logits(made), forced(model, "expert_0"))
 
 
@@ -196,7 +210,9 @@ def test_dtype_casts_what_is_written_and_leaves_the_masters(dtype, tmp_path):
     before = copy.deepcopy(model.moelora.state_dict())
     model.export_expert("expert_0", tmp_path, dtype=dtype)
     for linear, (A, _) in factors(model, 0).items():
-        stored = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{linear}.lora_A.weight"]
+        stored = load_file(tmp_path / "adapter_model.safetensors")[
+            f"base_model.model.{linear}.lora_A.weight"
+        ]
         assert torch.equal(stored, A.to(dtype))
     assert all(torch.equal(value, before[key]) for key, value in model.moelora.state_dict().items())
 
@@ -252,20 +268,25 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
     site = next(iter(model.moelora.sites.values()))
     with torch.no_grad():
         site.linears[0].lora_B.rows[0, 0] = 1e6
-    with pytest.raises(ValueError, match=rf"lora_B of {FIRST} contains NaN or Inf in torch.float16"):
+    with pytest.raises(
+        ValueError, match=rf"lora_B of {FIRST} contains NaN or Inf in torch.float16"
+    ):
         model.export_expert("expert_0", out, dtype=torch.float16)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_an_expert_without_a_rank_and_a_tied_head_are_refused(tmp_path):
     sites = {
-        name: [3, 3, 3, 0] for name in expert_deltas(causal("llama", target_modules=["q_proj"]), "expert_0")
+        name: [3, 3, 3, 0]
+        for name in expert_deltas(causal("llama", target_modules=["q_proj"]), "expert_0")
     }
     model = causal("llama", target_modules=["q_proj"], expert_ranks=sites)
     with pytest.raises(ValueError, match="rank 0 in every linear"):
         model.export_expert("expert_3", tmp_path)
     tied = into(
-        causal_base("llama", tie_word_embeddings=True), modules_to_save=["lm_head"], target_modules=["q_proj"]
+        causal_base("llama", tie_word_embeddings=True),
+        modules_to_save=["lm_head"],
+        target_modules=["q_proj"],
     )
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is the same weight"):
         tied.export_expert("expert_0", tmp_path)
@@ -280,14 +301,17 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
         base.spare.model = copy.deepcopy(base.model)
         return base
 
-    # The linear in the spare takes a pattern of its own, and so does the one whose name it ends with.
+    # The linear in the spare takes a pattern of its own, and so does the one whose name it ends
+    # with.
     sites = [*causal("llama", **MIXED).moelora_config.sites, [f"spare.{LAST}"]]
     config = MoeLoraConfig(num_experts=4, r=3, target_modules="all-linear", sites=sites, **MIXED)
     model = activate(MoeLoraForCausalLM.put_into(with_spare(causal_base("llama")), config))
     model.export_expert("expert_1", tmp_path)
     made = PeftModel.from_pretrained(with_spare(causal_base("llama")), str(tmp_path))
     adapted = {
-        n.removeprefix("base_model.model."): m for n, m in made.named_modules() if hasattr(m, "lora_A")
+        n.removeprefix("base_model.model."): m
+        for n, m in made.named_modules()
+        if hasattr(m, "lora_A")
     }
     deltas = expert_deltas(model, "expert_1")
     assert {n: m.r["default"] for n, m in adapted.items()} == {n: d.rank for n, d in deltas.items()}

@@ -1,4 +1,6 @@
-"""One model from PEFT adapters: each expert is its adapter, a weighting their weighted sum, bad sets change nothing."""
+"""One model from PEFT adapters: each expert is its adapter, a weighting their weighted sum, bad
+sets change nothing.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ def mixed(tmp_path_factory):
 def test_a_forced_expert_is_its_peft_adapter(mixed, base):
     model = compose(base, mixed[base])
     plain = logits(base_of(base))
-    ranks = {r for name in model.moelora_config.target_modules for r in model.moelora_config.ranks_of(name)}
+    ranks = {
+        r
+        for name in model.moelora_config.target_modules
+        for r in model.moelora_config.ranks_of(name)
+    }
     assert ranks == {0, 2, 4, 5, 8, 16, 32}
     for name, folder in mixed[base].items():
         theirs = peft_logits(base, folder, IDS)
@@ -73,7 +79,9 @@ def test_a_fixed_weighting_adds_the_weighted_products(mixed, base):
         peft = PeftModel.from_pretrained(base_of(base), mixed[base][name])
         for module, layer in peft.get_base_model().named_modules():
             if hasattr(layer, "get_delta_weight"):
-                merged.get_submodule(module).weight.data += weight * layer.get_delta_weight("default")
+                merged.get_submodule(module).weight.data += weight * layer.get_delta_weight(
+                    "default"
+                )
     assert difference(logits(compose(base, mixed[base]), weights), logits(merged)) < 1e-5
 
 
@@ -89,7 +97,9 @@ def test_every_bit_arrives_and_everything_trains(mixed, base):
                 assert torch.equal(A, stored[f"{prefix}A.weight"])
                 assert torch.equal(B, stored[f"{prefix}B.weight"])
     assert all(p.requires_grad for p in model.moelora.parameters())
-    assert not any(p.requires_grad for n, p in model.named_parameters() if not n.startswith("moelora."))
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if not n.startswith("moelora.")
+    )
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.moelora.parameters() if p.numel())
 
@@ -110,7 +120,12 @@ def test_one_adapter_alone_and_a_checkpoint_of_it(tmp_path):
     folder = save_adapter(tmp_path / "adapter", r=3, lora_alpha=7)
     model = compose("llama", {"only": folder})
     config = model.moelora_config
-    assert (config.num_experts, config.num_experts_per_tok, config.r, config.lora_alpha) == (1, 1, 3, 7)
+    assert (config.num_experts, config.num_experts_per_tok, config.r, config.lora_alpha) == (
+        1,
+        1,
+        3,
+        7,
+    )
     assert config.expert_ranks is None and config.expert_scaling is None
     model.save_pretrained(tmp_path / "mixture")
     again = MoeLoraForCausalLM.from_pretrained(tmp_path / "mixture", base=base_of("llama"))

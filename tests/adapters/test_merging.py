@@ -1,4 +1,6 @@
-"""Fixed mixtures out: recipes against examples by hand, one LoRA of several experts, and the plain base."""
+"""Fixed mixtures out: recipes against examples by hand, one LoRA of several experts, and the plain
+base.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,13 @@ def stock_deltas(folder, name="llama"):
     found = {}
     for key, module in made.named_modules():
         if hasattr(module, "lora_A"):
-            A, B = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
-            found[key.removeprefix("base_model.model.")] = (module.scaling["default"] * B @ A).detach()
+            A, B = (
+                module.lora_A["default"].weight.double(),
+                module.lora_B["default"].weight.double(),
+            )
+            found[key.removeprefix("base_model.model.")] = (
+                module.scaling["default"] * B @ A
+            ).detach()
     return found
 
 
@@ -87,7 +94,9 @@ def test_ties_by_hand():
     assert torch.equal(merged, torch.tensor([[4.0, -1.5, 0.0, 3.0]]))
     # Nothing trimmed: signs [+, -, +, +], and where both agree the mean of the weighted values.
     merged = RECIPES["ties"]([ONE, TWO], [1.0, 0.5], density=1.0)
-    assert torch.equal(merged, torch.tensor([[4.0, (-1 - 1.5) / 2, (0.5 + 0.125) / 2, (3 + 0.5) / 2]]))
+    assert torch.equal(
+        merged, torch.tensor([[4.0, (-1 - 1.5) / 2, (0.5 + 0.125) / 2, (3 + 0.5) / 2]])
+    )
 
 
 def test_breadcrumbs_by_hand():
@@ -116,7 +125,9 @@ def test_every_linear_draws_for_itself():
 
 
 def test_dare_ties_by_hand():
-    """With nothing dropped it is TIES without trimming; with drops each value is 0 or TIES of rescaled ones."""
+    """With nothing dropped it is TIES without trimming; with drops each value is 0 or TIES of
+    rescaled ones.
+    """
     whole = RECIPES["dare_ties"]([ONE, TWO], [1.0, 0.5], density=1.0, seed=0)
     assert torch.equal(whole, RECIPES["ties"]([ONE, TWO], [1.0, 0.5], density=1.0))
     alone = RECIPES["dare_ties"]([ONE], [1.0], density=0.5, seed=0)
@@ -134,7 +145,9 @@ def test_compressing_is_the_best_approximation_and_never_sees_the_product():
     generator = torch.Generator().manual_seed(0)
     # Wider and narrower than the rank of the sum, so that a reduced QR is not square.
     for d_out, d_in, rank in ((40, 30, 12), (8, 30, 12), (8, 6, 12)):
-        A, B = (torch.randn(rank, n, generator=generator, dtype=torch.float64) for n in (d_in, d_out))
+        A, B = (
+            torch.randn(rank, n, generator=generator, dtype=torch.float64) for n in (d_in, d_out)
+        )
         delta = Delta(A, B.T, -0.5)
         values = torch.linalg.svdvals(delta.full())
         for r in (1, 3, 5):
@@ -149,17 +162,25 @@ def test_compressing_is_the_best_approximation_and_never_sees_the_product():
     assert compress(huge, 2).rank == 2
 
 
-@pytest.mark.parametrize(("name", "fields"), [("llama", MIXED), ("gpt2", {}), ("opt", {}), ("bert", {})])
+@pytest.mark.parametrize(
+    ("name", "fields"), [("llama", MIXED), ("gpt2", {}), ("opt", {}), ("bert", {})]
+)
 def test_a_concatenation_gives_the_mixtures_logits_in_peft(name, fields, tmp_path):
     model = model_of(name, **fields)
     report = model.export_merged(WEIGHTS, tmp_path / "out")
     expected = forced(model, WEIGHTS)
     close(logits(PeftModel.from_pretrained(base_of(name), str(tmp_path / "out"))), expected)
     assert (expected - logits(base_of(name))).abs().max() > 1e-3
-    assert report.error < 1e-7 and set(report.errors) == set(report.ranks) and report.weights == WEIGHTS
+    assert (
+        report.error < 1e-7
+        and set(report.errors) == set(report.ranks)
+        and report.weights == WEIGHTS
+    )
     if fields:
         assert report.ranks[FIRST] == 10 and LAST not in report.ranks
-        assert str(report).startswith("linear of 3 experts: ranks 9 to 10 in 13 linears, relative error ")
+        assert str(report).startswith(
+            "linear of 3 experts: ranks 9 to 10 in 13 linears, relative error "
+        )
 
 
 def test_experts_of_weight_zero_take_no_rank(tmp_path):
@@ -208,7 +229,9 @@ def test_other_recipes_are_approximated_with_their_error_and_merge_whole(recipe,
     close(logits(model.merge_and_unload(WEIGHTS, recipe=recipe, **options)), expected, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "fields"), [("llama", MIXED), ("gpt2", {}), ("opt", {}), ("bert", {})])
+@pytest.mark.parametrize(
+    ("name", "fields"), [("llama", MIXED), ("gpt2", {}), ("opt", {}), ("bert", {})]
+)
 def test_merging_into_the_base_gives_the_mixtures_logits(name, fields):
     model = model_of(name, **fields)
     expected, state = forced(model, WEIGHTS), base_of(name).state_dict()
@@ -228,7 +251,10 @@ def test_merging_rounds_once():
 def test_merging_by_svd():
     model = causal("llama")
     exact, before = summed(model, WEIGHTS), model.get_submodule(LAST).weight.detach().clone()
-    added = model.merge_and_unload(WEIGHTS, recipe="svd", rank=2).get_submodule(LAST).weight.detach() - before
+    added = (
+        model.merge_and_unload(WEIGHTS, recipe="svd", rank=2).get_submodule(LAST).weight.detach()
+        - before
+    )
     error = (added - exact[LAST]).norm().item()
     assert error == pytest.approx(torch.linalg.svdvals(exact[LAST])[2:].norm().item(), rel=1e-4)
 
@@ -242,7 +268,9 @@ def test_a_merge_that_fails_changes_nothing():
     with pytest.raises(ValueError, match=r"not finite.*Nothing was changed"):
         model.merge_and_unload(WEIGHTS)
     assert type(model) is cls and all(
-        torch.equal(v, before[k]) for k, v in model.state_dict().items() if not k.startswith("moelora.")
+        torch.equal(v, before[k])
+        for k, v in model.state_dict().items()
+        if not k.startswith("moelora.")
     )
 
 

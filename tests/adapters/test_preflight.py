@@ -37,7 +37,10 @@ def test_a_good_set_has_a_table_and_nothing_to_say(tmp_path, good):
 
 def bad_set(folder):
     """Adapters that are each wrong in another way."""
-    made = {name: folder / name for name in ("shapes", "nan", "dora", "missing", "pickle", "layers", "dtype")}
+    made = {
+        name: folder / name
+        for name in ("shapes", "nan", "dora", "missing", "pickle", "layers", "dtype")
+    }
     save_adapter(made["shapes"], causal_base(hidden_size=64))
     edit_tensors(save_adapter(made["nan"]), v_proj_lora_B=lambda b: b.fill_(float("inf")))
     save_adapter(made["dora"], use_dora=True)
@@ -45,7 +48,9 @@ def bad_set(folder):
     save_adapter(made["pickle"])
     (made["pickle"] / WEIGHTS).rename(made["pickle"] / "adapter_model.bin")
     save_adapter(made["layers"], causal_base(num_hidden_layers=3))
-    tensors = {k: v.double() for k, v in load_file(save_adapter(made["dtype"]) + f"/{WEIGHTS}").items()}
+    tensors = {
+        k: v.double() for k, v in load_file(save_adapter(made["dtype"]) + f"/{WEIGHTS}").items()
+    }
     save_file(tensors, made["dtype"] / WEIGHTS)
     return {name: str(path) for name, path in made.items()}
 
@@ -69,7 +74,10 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path, good, loaded):
     base = base if loaded else tmp_path / "base"
     found = preflight(base, bad_set(tmp_path) | {"../up": good, "good": good})
     for name, told in TOLD.items():
-        assert any(p.startswith(f"{name}: ") and told in p for p in found.problems), (name, found.problems)
+        assert any(p.startswith(f"{name}: ") and told in p for p in found.problems), (
+            name,
+            found.problems,
+        )
     assert not any(p.startswith("good: ") for p in found.problems) and not found.ok
     table = found.table()
     assert len(table.splitlines()) == 2 + 9
@@ -122,7 +130,22 @@ def test_another_base_s_adapter_is_a_problem_unless_allowed(tmp_path, good):
     assert model.moelora_config.num_experts == 1
 
 
-UNFIT = ["", " ", "a/b", "a\\b", ".hidden", "..", "a.", " a", "a\n", "a\0", "a:b", "con", "NUL.txt", "x" * 97]
+UNFIT = [
+    "",
+    " ",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "..",
+    "a.",
+    " a",
+    "a\n",
+    "a\0",
+    "a:b",
+    "con",
+    "NUL.txt",
+    "x" * 97,
+]
 
 
 @pytest.mark.parametrize("name", [*UNFIT, 3], ids=repr)
@@ -137,7 +160,9 @@ def test_names_that_are_fit(name):
 
 
 def test_names_given_twice(good):
-    found = preflight(causal_base(), [("math", good), ("code", good), ("math", good), ("Code", good)])
+    found = preflight(
+        causal_base(), [("math", good), ("code", good), ("math", good), ("Code", good)]
+    )
     assert len(found.problems) == 4 and all("given twice" in problem for problem in found.problems)
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.peft_folders import CONFIG, WEIGHTS, edit_config, edit_tensors, peft_model, save_adapter
+from adapters.peft_folders import (
+    CONFIG,
+    WEIGHTS,
+    edit_config,
+    edit_tensors,
+    peft_model,
+    save_adapter,
+)
 from bases import VOCAB, causal_base
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -40,7 +47,11 @@ FIELDS = {
     "first pattern wins": {"rank_pattern": {r".*\.0\..*": 2, "q_proj": 5}},
     "a pattern's end must match": {"rank_pattern": {"q_pro": 2, "self_attn": 3, "proj": 4}},
     "a pattern's anchor": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "^q_proj": 3}},
-    "stable patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"1\..*": 2.5}, "use_rslora": True},
+    "stable patterns": {
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {r"1\..*": 2.5},
+        "use_rslora": True,
+    },
     "layers": {"layers_to_transform": [1]},
     "regex": {"target_modules": r".*0\.mlp\.(up|down)_proj"},
     "all": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
@@ -73,7 +84,11 @@ def test_a_live_model_reads_as_its_folder(tmp_path):
     live.save_pretrained(tmp_path)
     stored, alive = read_adapter(str(tmp_path)), read_adapter(live)
     assert stored.targets == alive.targets and not alive.problems
-    assert all(torch.equal(s, a) for n in stored.targets for s, a in zip(stored.factors(n), alive.factors(n)))
+    assert all(
+        torch.equal(s, a)
+        for n in stored.targets
+        for s, a in zip(stored.factors(n), alive.factors(n))
+    )
     assert read_adapter(stored) is stored
 
 
@@ -93,14 +108,17 @@ REFUSED = {
 
 @pytest.mark.parametrize(("fields", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_plain_delta_on_the_base_is_refused(tmp_path, fields, reason):
-    folder = save_adapter(tmp_path / "a", causal_base(), **{"target_modules": ["q_proj", "v_proj"]} | fields)
+    folder = save_adapter(
+        tmp_path / "a", causal_base(), **{"target_modules": ["q_proj", "v_proj"]} | fields
+    )
     adapter = read_adapter(folder)
     assert any(reason in problem for problem in adapter.problems), adapter.problems
     with pytest.raises(ValueError, match="cannot be read"):
         adapter.factors(next(iter(adapter.targets), Q0))
 
 
-# Fields that PEFT cannot save here (other hardware, a data set), and ones that only a newer PEFT knows.
+# Fields that PEFT cannot save here (other hardware, a data set), and ones that only a newer PEFT
+# knows.
 EDITED = {
     "kasa_config": {"beta": 1.0},
     "velora_config": {"num_groups": 4},
@@ -134,9 +152,13 @@ def test_other_initialisations_that_change_the_base_are_refused(folder, how):
 
 
 def test_other_peft_methods_are_refused(tmp_path):
-    model = get_peft_model(causal_base(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    model = get_peft_model(
+        causal_base(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    )
     model.save_pretrained(tmp_path)
-    assert read_adapter(str(tmp_path)).problems == ["peft_type is IA3; only LORA adapters can become experts"]
+    assert read_adapter(str(tmp_path)).problems == [
+        "peft_type is IA3; only LORA adapters can become experts"
+    ]
     assert read_adapter(model).problems == read_adapter(str(tmp_path)).problems
 
 
@@ -147,10 +169,15 @@ def test_a_convolution_is_refused(tmp_path):
 
 
 def test_what_configuration_and_tensors_disagree_on_is_told(folder):
-    assert "rank 8 in the file and 1000000000" in read_adapter(edit_config(folder, r=10**9)).problems[0]
+    assert (
+        "rank 8 in the file and 1000000000"
+        in read_adapter(edit_config(folder, r=10**9)).problems[0]
+    )
     assert "give no rank" in read_adapter(edit_config(folder, r=0)).problems[0]
     assert "give no rank" in read_adapter(edit_config(folder, r="eight")).problems[0]
-    assert "give no rank" in read_adapter(edit_config(folder, r=8, rank_pattern={"(": 4})).problems[0]
+    assert (
+        "give no rank" in read_adapter(edit_config(folder, r=8, rank_pattern={"(": 4})).problems[0]
+    )
     edit_config(folder, rank_pattern={}, target_modules=["v_proj"])
     assert read_adapter(folder).problems == [f"its target_modules leaves out {q}" for q in (Q0, Q1)]
     edit_config(folder, target_modules=["q_proj", "v_proj"])
@@ -264,5 +291,7 @@ def test_biases_and_other_tensors_of_the_base_are_listed(tmp_path):
     assert load_file(folder / WEIGHTS)["base_model.model.model.norm.weight"].shape == (32,)
     resized = causal_base()
     resized.resize_token_embeddings(VOCAB + 2)
-    peft_model(resized, target_modules=["q_proj"]).save_pretrained(folder, save_embedding_layers=True)
+    peft_model(resized, target_modules=["q_proj"]).save_pretrained(
+        folder, save_embedding_layers=True
+    )
     assert set(read_adapter(folder).saved) == {"model.embed_tokens.weight", "lm_head.weight"}

@@ -26,7 +26,10 @@ def test_generation(tmp_path):
     words = "--base tiny --layers 1 --prompt 4 --new-tokens 4 --rounds 2 --output"
     bench_generation.main([*words.split(), str(tmp_path)])
     rows = json.loads((tmp_path / "generation_cpu.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["batch"], row["target"]) for row in rows if "target" in row] == [(1, 0.75), (8, 0.85)]
+    assert [(row["batch"], row["target"]) for row in rows if "target" in row] == [
+        (1, 0.75),
+        (8, 0.85),
+    ]
     assert "X-LoRA" in rows[-1]["what"] and rows[-1]["tokens/s"] > 0
 
 

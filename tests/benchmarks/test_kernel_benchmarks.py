@@ -1,4 +1,6 @@
-"""The kernel benchmark runs from end to end on tiny shapes, finds wrong candidates, and knows KERNELS' bounds."""
+"""The kernel benchmark runs from end to end on tiny shapes, finds wrong candidates, and knows
+KERNELS' bounds.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_every_candidate_has_a_row_or_a_reason(result, mode):
 
 def test_figures_are_sensible(result):
     timed = [row for row in result[1]["rows"] if "over frozen linear" in row]
-    assert {"forward", "decode", "layer decode", "scaling experts"} <= {row["measure"] for row in timed}
+    assert {"forward", "decode", "layer decode", "scaling experts"} <= {
+        row["measure"] for row in timed
+    }
     for row in timed:
         figures = [value for value in row.values() if isinstance(value, float)]
         assert all(math.isfinite(figure) and figure > 0 for figure in figures), row
@@ -54,14 +58,19 @@ def test_figures_are_sensible(result):
 
 
 def test_ours_names_the_path_that_it_takes(result):
-    rows = [row for row in result[1]["rows"] if row.get("candidate") == ours("eager") and "path" in row]
+    rows = [
+        row for row in result[1]["rows"] if row.get("candidate") == ours("eager") and "path" in row
+    ]
     assert {row["path"] for row in rows if row["measure"] == "forward"} == {"dense", "sequence"}
 
 
 def test_the_summary_has_every_target(result):
     lines = result[1]["summary"]
     assert [line["target"] for line in lines] == ["≥ 3.0", "≤ 1.3", "≤ 1.5"] * 2
-    assert all(line["met"] in (True, False) and line["min"] <= line["value"] <= line["max"] for line in lines)
+    assert all(
+        line["met"] in (True, False) and line["min"] <= line["value"] <= line["max"]
+        for line in lines
+    )
 
 
 def test_the_figure_is_there(result):
@@ -75,7 +84,9 @@ def test_without_matplotlib_a_line_says_so(tmp_path, monkeypatch):
 
 
 def test_some_measures_alone(tmp_path, capsys):
-    bench_kernels.main(["--quick", "--device", "cpu", "--only", "growth,memory", "--out", str(tmp_path)])
+    bench_kernels.main(
+        ["--quick", "--device", "cpu", "--only", "growth,memory", "--out", str(tmp_path)]
+    )
     rows = json.loads((tmp_path / "kernels_cpu.json").read_text(encoding="utf-8"))["rows"]
     assert {row["measure"].partition(",")[0] for row in rows} == {"growth", "memory"}
     assert "needs a GPU" in capsys.readouterr().out
@@ -96,7 +107,8 @@ def test_a_wrong_candidate_raises(factor):
 @pytest.mark.parametrize(
     "case",
     [
-        # ranks that grouped_mm's strides do not allow; more experts than are checked at once; shared routing rows
+        # ranks that grouped_mm's strides do not allow; more experts than are checked at once;
+        # shared routing rows
         replace(TINY, rank=12),
         replace(TINY, experts=40, rank=2, top_k=4),
         replace(TINY, tokens=512, tokens_per_row=64),
@@ -135,21 +147,37 @@ def test_every_backend_and_path_is_a_candidate():
 )
 def test_the_forward_bound_is_that_of_the_table(case, wanted):
     works = (base_pass(case, 2), added_forward(case, 2), added_forward(case, 2, dense=True))
-    assert [1e6 * work.seconds(H200) for work in works] == pytest.approx(wanted, rel=0.007, abs=0.05)
+    assert [1e6 * work.seconds(H200) for work in works] == pytest.approx(
+        wanted, rel=0.007, abs=0.05
+    )
 
 
 def test_the_backward_bound_is_near_the_table():
     # 83 and 182 there count the traffic of h too.
-    found = [1e6 * added_backward(c, 2, dense=True).seconds(H200) for c in (SQUARE, replace(SQUARE, rank=64))]
+    found = [
+        1e6 * added_backward(c, 2, dense=True).seconds(H200)
+        for c in (SQUARE, replace(SQUARE, rank=64))
+    ]
     assert found == pytest.approx([83, 182], rel=0.06)
     alone = added_backward(SQUARE, 2, with_base=False).seconds(H200)
     assert alone < added_backward(SQUARE, 2).seconds(H200)
 
 
 def test_a_target_reads_its_row():
-    row = {"measure": "m", "candidate": "peer", "over ours": 4.0, "over ours min": 2.0, "over ours max": 5.0}
+    row = {
+        "measure": "m",
+        "candidate": "peer",
+        "over ours": 4.0,
+        "over ours min": 2.0,
+        "over ours max": 5.0,
+    }
     inverse = Target("a", "m", "peer", "over ours", 0.3, inverse=True).judged([row])
-    assert (inverse["value"], inverse["min"], inverse["max"], inverse["met"]) == (0.25, 0.2, 0.5, True)
+    assert (inverse["value"], inverse["min"], inverse["max"], inverse["met"]) == (
+        0.25,
+        0.2,
+        0.5,
+        True,
+    )
     assert Target("a", "m", "peer", "over ours", 5.0, at_least=True).judged([row])["met"] is False
     assert Target("a", "m", FROZEN, "over ours", 5.0).judged([row])["met"] is None
 
@@ -163,9 +191,17 @@ def test_what_only_a_gpu_measures_holds_together_without_one(monkeypatch):
         monkeypatch.setattr(module, "captured", lambda call: call)
     monkeypatch.setattr(kernel_measures, "peak_bytes", lambda call: bool(call()) * 2**20)
     monkeypatch.setattr(kernel_measures, "_copies", lambda run, inputs: 2)
-    rows = [*kernel_measures.memory(run), *kernel_measures.decode(run), *kernel_layer.layer_decode(run)]
+    rows = [
+        *kernel_measures.memory(run),
+        *kernel_measures.decode(run),
+        *kernel_layer.layer_decode(run),
+    ]
     rows += kernel_questions.thin_products(run, 64, 32) + kernel_questions.launches(run, 10)
-    loop = [row for row in rows if row.get("candidate") == "loop over experts" and row["measure"] == "decode"]
+    loop = [
+        row
+        for row in rows
+        if row.get("candidate") == "loop over experts" and row["measure"] == "decode"
+    ]
     assert loop and all("graph" in row["not run"] for row in loop)
     lines = {line["what"]: line["value"] for line in summary(QUICK, "cuda", run.default, rows)}
     assert lines["peak memory, ours / single LoRA rank K·r"] > 1

@@ -1,4 +1,6 @@
-"""The routing benchmark: tasks are read or refused, scores are what plain forward passes give, and it runs whole."""
+"""The routing benchmark: tasks are read or refused, scores are what plain forward passes give, and
+it runs whole.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def folder(tmp_path) -> Path:
         (tmp_path / "tasks" / name).mkdir(parents=True)
         for part, count in (("train", 24), ("test", 12)):
             lines = [json.dumps(row) + "\n" for row in task_rows(name, count)]
-            (tmp_path / "tasks" / name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (tmp_path / "tasks" / name / f"{part}.jsonl").write_text(
+                "".join(lines), encoding="utf-8"
+            )
     return tmp_path / "tasks"
 
 
@@ -54,7 +58,9 @@ def tiny(tmp_path_factory):
 
 
 def test_it_measures_everything_and_writes_it(folder, tmp_path, capsys):
-    words = f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick"
+    words = (
+        f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick"
+    )
     bench_routing.main([*words.split(), "--output", str(tmp_path / "out")])
     out = tmp_path / "out"
     found = json.loads((out / "routing_cpu.json").read_text(encoding="utf-8"))
@@ -75,9 +81,17 @@ def test_it_measures_everything_and_writes_it(folder, tmp_path, capsys):
     oracle = rows["each task by its own expert (oracle)"]
     assert all(oracle["loss"][name] == rows[f"expert {name}"]["loss"][name] for name in names)
     assert all(
-        math.isfinite(loss) for row in rows.values() for losses in row["loss"].values() for loss in losses
+        math.isfinite(loss)
+        for row in rows.values()
+        for losses in row["loss"].values()
+        for loss in losses
     )
-    assert all(0 <= share <= 1 for row in rows.values() for own in row["accuracy"].values() for share in own)
+    assert all(
+        0 <= share <= 1
+        for row in rows.values()
+        for own in row["accuracy"].values()
+        for share in own
+    )
     # Every prompt went somewhere, in every confusion matrix.
     assert all(sum(own.values()) == 12 for own in found["confusion"][0].values())
     assert set(found["harder"][-1]["confusion"][0]) == {*names, "colours"}
@@ -89,22 +103,37 @@ def test_it_measures_everything_and_writes_it(folder, tmp_path, capsys):
     assert set(found["base"][0]["kinds"].values()) == {
         "task", "a task without an expert", "outside, learned", "outside, unseen",
     }  # fmt: skip
-    assert all(isinstance(row["met"], bool) for row in found["targets"]) and len(found["targets"]) == 10
-    assert all(0 < low <= middle <= high for middle, low, high in found["latency"][0]["ratios"].values())
+    assert (
+        all(isinstance(row["met"], bool) for row in found["targets"])
+        and len(found["targets"]) == 10
+    )
+    assert all(
+        0 < low <= middle <= high for middle, low, high in found["latency"][0]["ratios"].values()
+    )
     for name in ("confusion", "confusion_harder", "base", "replay"):
         assert (out / f"routing_{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (out / "routing_cpu.md").read_text(encoding="utf-8") in printed
-    assert "| gated, sequence |" in printed and "Data: tasks." in printed and "selector, seed 0" in printed
+    assert (
+        "| gated, sequence |" in printed
+        and "Data: tasks." in printed
+        and "selector, seed 0" in printed
+    )
 
 
 def test_without_a_folder_the_corpus_is_the_tasks(tmp_path):
     options = bench_routing.arguments(["--base", "tiny", "--quick"])
     settings = bench_routing.settings_of(options, tmp_path)
     assert settings.names == ["python", "cpp", "docs", "licences"] and not settings.harder
-    assert all(len(task.test) >= 40 and not task.options and not task.has_answers for task in settings.tasks)
+    assert all(
+        len(task.test) >= 40 and not task.options and not task.has_answers
+        for task in settings.tasks
+    )
     # What teaches the gate to leave texts alone is no task that it has an expert for.
-    assert settings.outside_train == ("docs",) and [t.name for t in settings.outside] == ["docs", "licences"]
+    assert settings.outside_train == ("docs",) and [t.name for t in settings.outside] == [
+        "docs",
+        "licences",
+    ]
     assert options.seeds == 1 and bench_routing.arguments([]).seeds == 3
 
 
@@ -116,7 +145,10 @@ def test_without_a_folder_the_corpus_is_the_tasks(tmp_path):
         ("[1]", "line 2 is a list; expected an object with instruction, output"),
         ('{"instruction": "a"}', "line 2: 'output' is None"),
         ('{"instruction": " ", "output": "b"}', "line 2: 'instruction' is ' '"),
-        ('{"instruction": "a", "output": "b", "answer": 3}', "line 2: 'answer' is 3; expected text"),
+        (
+            '{"instruction": "a", "output": "b", "answer": 3}',
+            "line 2: 'answer' is 3; expected text",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -128,7 +160,9 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 def test_folders_and_names_that_are_wrong_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="has no task law. Its tasks are: colour, colours, side, sums"):
+    with pytest.raises(
+        ValueError, match="has no task law. Its tasks are: colour, colours, side, sums"
+    ):
         read_tasks(folder, ["colour", "law"])
     with pytest.raises(ValueError, match="is no folder"):
         read_tasks(tmp_path / "nowhere", ["colour", "side"])
@@ -147,17 +181,25 @@ def test_folders_and_names_that_are_wrong_are_named(folder, tmp_path):
 
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"instruction": "a\u2028b", "output": "c"}\n', encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        '{"instruction": "a\u2028b", "output": "c"}\n', encoding="utf-8"
+    )
     assert read_rows(tmp_path / "x.jsonl")[0]["instruction"] == "a\u2028b"
 
 
 def test_options_are_a_closed_set_of_answers():
-    colour, sums = (Task(n, tuple(task_rows(n, 24)), tuple(task_rows(n, 12))) for n in ("colour", "sums"))
+    colour, sums = (
+        Task(n, tuple(task_rows(n, 24)), tuple(task_rows(n, 12))) for n in ("colour", "sums")
+    )
     assert colour.options == ("blue", "green", "red") and sums.options == ()
     # An answer that training never shows is outside the set.
     other = {"instruction": "?", "output": "the answer is pink", "answer": "pink"}
     assert Task("colour", colour.train, (*colour.test, other)).options == ()
-    assert drawn(colour.train, 5, 0, "a") == drawn(colour.train, 5, 0, "a") != drawn(colour.train, 5, 1, "a")
+    assert (
+        drawn(colour.train, 5, 0, "a")
+        == drawn(colour.train, 5, 0, "a")
+        != drawn(colour.train, 5, 1, "a")
+    )
 
 
 def test_a_score_is_the_loss_of_plain_forward_passes(tiny):
@@ -188,7 +230,10 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(tiny):
         rows[number]["ids"] = target.tolist()
         right += 1
     sheet = Sheet(
-        [{k: v for k, v in row.items() if k != "ids"} for row in rows], (), tokenizer, has_answers=True
+        [{k: v for k, v in row.items() if k != "ids"} for row in rows],
+        (),
+        tokenizer,
+        has_answers=True,
     )
     for number in range(right):
         prompt, target = sheet.texts.prompts()[number], torch.tensor(rows[number]["ids"])
@@ -198,7 +243,9 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(tiny):
         }
         # The join after the prompt is part of any target, and not what is asked here.
         row["labels"][len(prompt)] = -100
-        sheet.texts.rows[number] = row | {"router_mask": torch.arange(len(row["labels"])) < len(prompt)}
+        sheet.texts.rows[number] = row | {
+            "router_mask": torch.arange(len(row["labels"])) < len(prompt)
+        }
     assert score(model, sheet).right == right
 
 
@@ -246,7 +293,10 @@ def test_labels_are_read_up_to_the_end_of_the_line(tiny):
 def test_targets_are_met_by_the_mean():
     spread = Spread.of([0.98, 1.0, 1.0])
     assert (spread.low, spread.high) == (0.98, 1.0) and spread.text(".2f") == "0.99 (0.98–1.00)"
-    assert _row("a", spread, 0.99, least=True)["met"] and not _row("a", spread, 0.995, least=True)["met"]
+    assert (
+        _row("a", spread, 0.99, least=True)["met"]
+        and not _row("a", spread, 0.995, least=True)["met"]
+    )
     assert (
         not _row("b", Spread(1.0, 1.0, 1.0), 1.0, strict=True)["met"]
         and _row("b", Spread(1, 1, 1), 1.0)["met"]
@@ -260,21 +310,26 @@ def test_a_template_is_the_words_that_nearly_all_prompts_have(folder):
     bare = task.without_template()
     assert [row["instruction"] for row in bare.train[:2]] == ["0:", "1:"] and bare.test[1]["output"]
     all_alike = Task(
-        "a", ({"instruction": "same", "output": "x"},) * 3, ({"instruction": "same", "output": "x"},)
+        "a",
+        ({"instruction": "same", "output": "x"},) * 3,
+        ({"instruction": "same", "output": "x"},),
     )
     assert all_alike.without_template().test[0]["instruction"] == "same"
 
 
 def test_parts_alone(folder, tmp_path):
-    words = (
-        f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick".split()
-    )
+    words = f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick".split()
     found = {}
     for only in ("gates", "harder"):
         bench_routing.main([*words, "--only", only, "--output", str(tmp_path)])
-        found[only] = json.loads((tmp_path / f"routing_{only}_cpu.json").read_text(encoding="utf-8"))
+        found[only] = json.loads(
+            (tmp_path / f"routing_{only}_cpu.json").read_text(encoding="utf-8")
+        )
     kinds = {row["gate"] for row in found["gates"]["routing"]}
-    assert {"linear, mean of the embeddings", "mlp, mean; prompts without their template's words"} <= kinds
+    assert {
+        "linear, mean of the embeddings",
+        "mlp, mean; prompts without their template's words",
+    } <= kinds
     over = {row["gate"]: row["mean"] for row in found["harder"]["over_oracle"]}
     assert over["oracle"] == 1 and over["gated, sequence, top 2"] > 0
     assert not (tmp_path / "routing_cpu.json").exists()

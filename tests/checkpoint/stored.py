@@ -63,7 +63,9 @@ def rewrite(
     tensors: Callable[[dict[str, Tensor]], Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Change what the checkpoint in `folder` holds: its tensors in place, fields of its header's config."""
+    """Change what the checkpoint in `folder` holds: its tensors in place, fields of its header's
+    config.
+    """
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -76,4 +78,6 @@ def rewrite(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }

@@ -1,4 +1,6 @@
-"""A save that is cut off, anywhere and for any reason, leaves a whole checkpoint, the old or the new one."""
+"""A save that is cut off, anywhere and for any reason, leaves a whole checkpoint, the old or the
+new one.
+"""
 
 import os
 import resource
@@ -114,7 +116,9 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_old_checkpoint(tmp_path, monk
 
     assert in_child(save) == -signal.SIGKILL
     after = contents(folder)
-    assert len(after) > len(before), "nothing was left behind: the kill came too early to test anything"
+    assert len(after) > len(before), (
+        "nothing was left behind: the kill came too early to test anything"
+    )
     assert {name: after[name] for name in before} == before
     assert (logits(load(folder)) == logits(old)).all()
 
@@ -127,7 +131,8 @@ def test_a_full_disk_is_an_oserror_that_names_the_folder_and_changes_nothing(tmp
     before = contents(folder)
 
     def save():
-        # A real refusal by the kernel: the limit on a file's size, below the experts' or the base's.
+        # A real refusal by the kernel: the limit on a file's size, below the experts' or the
+        # base's.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         with pytest.raises(OSError, match=f"checkpoint in {folder} could not be written"):
@@ -147,7 +152,9 @@ def test_a_folder_that_cannot_be_written_is_an_oserror_that_names_it(tmp_path):
     assert a_file.read_text() == "mine"
 
 
-def test_an_error_of_the_base_while_saving_leaves_folder_and_model_as_they_were(tmp_path, monkeypatch):
+def test_an_error_of_the_base_while_saving_leaves_folder_and_model_as_they_were(
+    tmp_path, monkeypatch
+):
     model, folder = saved(tmp_path), tmp_path / "experts"
     before, expected = contents(folder), logits(model)
 

@@ -89,7 +89,14 @@ def _state(model):
     """All that could change on a base: class, modules, hooks, what trains, settings."""
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     trains = [(n, p.requires_grad) for n, p in model.named_parameters()]
-    return type(model), hooks, trains, sorted(model.__dict__), dict(model.config.__dict__), model.training
+    return (
+        type(model),
+        hooks,
+        trains,
+        sorted(model.__dict__),
+        dict(model.config.__dict__),
+        model.training,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,9 @@ def test_a_broken_config_json_is_an_error_and_the_weights_still_load(folder, tex
     with pytest.raises((OSError, ValueError)):
         load(folder)
     # All that is needed lies in the weights' file.
-    assert torch.equal(logits(MoeLoraForCausalLM.from_pretrained(folder)), logits(mixture_on(causal_base())))
+    assert torch.equal(
+        logits(MoeLoraForCausalLM.from_pretrained(folder)), logits(mixture_on(causal_base()))
+    )
 
 
 def test_a_config_json_of_a_newer_format_says_upgrade(folder):
@@ -170,7 +179,7 @@ def test_load_state_dict_forgives_the_base_and_nothing_of_the_experts(folder):
             model.load_state_dict({**held, A_KEY: held[A_KEY].T}, strict=strict)
     with pytest.raises(RuntimeError, match=r"lacks: \['elsewhere'\]"):
         model.load_state_dict({**held, "elsewhere": torch.zeros(1)})
-    assert model.load_state_dict({**held, "elsewhere": torch.zeros(1)}, strict=False).unexpected_keys == [
-        "elsewhere"
-    ]
+    assert model.load_state_dict(
+        {**held, "elsewhere": torch.zeros(1)}, strict=False
+    ).unexpected_keys == ["elsewhere"]
     assert same(model, load(folder)), "a refused state dict was loaded in part"

@@ -1,4 +1,6 @@
-"""The base that experts were trained on is recognised, and another one is an error that says what differs."""
+"""The base that experts were trained on is recognised, and another one is an error that says what
+differs.
+"""
 
 import pytest
 import torch

@@ -20,7 +20,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Makes a hub cache that holds the repository `someone/tiny` at COMMIT, and keywords that find it."""
+    """Makes a hub cache that holds the repository `someone/tiny` at COMMIT, and keywords that find
+    it.
+    """
     # The keyword alone does not keep AutoModel from asking the network for an adapter.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -36,7 +38,9 @@ def cached(tmp_path, monkeypatch):
 
 def test_the_commit_of_a_hub_base_is_recorded_and_loaded(tmp_path, cached):
     offline = cached(write_base)
-    model = MoeLoraForCausalLM.from_base("someone/tiny", MoeLoraConfig(num_experts=2), **offline).eval()
+    model = MoeLoraForCausalLM.from_base(
+        "someone/tiny", MoeLoraConfig(num_experts=2), **offline
+    ).eval()
     model.save_pretrained(tmp_path / "experts")
     config = json.loads((tmp_path / "experts" / "config.json").read_text())
     assert (config["base_model_name_or_path"], config["base_revision"]) == ("someone/tiny", COMMIT)
@@ -69,7 +73,9 @@ def test_push_to_hub_uploads_the_checkpoint(tmp_path, monkeypatch):
             sent.update({o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations})
 
     monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
-    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *a, **k: ModelCard("# x"))
+    monkeypatch.setattr(
+        transformers.utils.hub, "create_and_tag_model_card", lambda *a, **k: ModelCard("# x")
+    )
     model.push_to_hub("someone/experts")
     assert sent.keys() == {"README.md", "config.json", "generation_config.json", WEIGHTS}
     here = safetensors.torch.load_file(tmp_path / "experts" / WEIGHTS)
@@ -85,6 +91,8 @@ def test_pushing_while_saving_is_refused_and_unknown_keywords_too(tmp_path):
         model.save_pretrained(tmp_path / "pushed", save_bas=True)
     assert not (tmp_path / "pushed").exists()
     # accelerate's idiom, and what push_to_hub passes.
-    model.save_pretrained(tmp_path / "fine", is_main_process=True, save_function=None, max_shard_size="1GB")
+    model.save_pretrained(
+        tmp_path / "fine", is_main_process=True, save_function=None, max_shard_size="1GB"
+    )
     model.save_pretrained(tmp_path / "other-process", is_main_process=False)
     assert same(load(tmp_path / "fine"), model) and not (tmp_path / "other-process").exists()

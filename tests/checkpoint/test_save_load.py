@@ -1,4 +1,6 @@
-"""A checkpoint gives back the same model, bit for bit, from every way in which it can be saved and loaded."""
+"""A checkpoint gives back the same model, bit for bit, from every way in which it can be saved and
+loaded.
+"""
 
 import shutil
 
@@ -9,7 +11,13 @@ from bases import CLASSIFIERS, VOCAB, causal_base
 from checkpoint.stored import WEIGHTS, load, logits, mixture_on, same, saved, write_base
 from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import moelora.injection.sites
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
@@ -25,7 +33,9 @@ def test_reloaded_logits_are_the_same_bits(tmp_path, name):
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_reloaded_classifier_and_its_trained_head_are_the_same_bits(tmp_path, name):
     model = mixture_on(write_base(tmp_path / "base", name, classifier=True), classifier=True)
-    head = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora")]
+    head = [
+        p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora")
+    ]
     assert head
     with torch.no_grad():
         for parameter in head:
@@ -49,7 +59,11 @@ def test_the_default_checkpoint_holds_no_base_and_is_a_moelora_config(tmp_path):
     model = saved(tmp_path)
     folder = tmp_path / "experts"
     assert all(key.startswith("moelora.") for key in safetensors.torch.load_file(folder / WEIGHTS))
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        WEIGHTS,
+    ]
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, MoeLoraConfig) and config.model_type == "moelora"
     assert config.base_model_name_or_path == str(tmp_path / "its-base")
@@ -61,7 +75,9 @@ def test_the_default_checkpoint_holds_no_base_and_is_a_moelora_config(tmp_path):
 def test_a_self_contained_checkpoint_moves_away_from_its_base(tmp_path):
     model = mixture_on(write_base(tmp_path / "base"))
     model.save_pretrained(tmp_path / "whole", save_base=True)
-    assert same(model, mixture_on(write_base(tmp_path / "base"))), "saving the base changed the model"
+    assert same(model, mixture_on(write_base(tmp_path / "base"))), (
+        "saving the base changed the model"
+    )
     shutil.rmtree(tmp_path / "base")
     shutil.move(tmp_path / "whole", tmp_path / "elsewhere")
     assert same(load(tmp_path / "elsewhere"), model)
@@ -113,7 +129,9 @@ def test_frozen_experts_do_not_change_the_file(tmp_path):
     model.freeze_experts(["expert_1", "expert_3"])
     model.save_pretrained(tmp_path / "frozen")
     for key, tensor in safetensors.torch.load_file(tmp_path / "experts" / WEIGHTS).items():
-        assert torch.equal(safetensors.torch.load_file(tmp_path / "frozen" / WEIGHTS)[key], tensor), key
+        assert torch.equal(
+            safetensors.torch.load_file(tmp_path / "frozen" / WEIGHTS)[key], tensor
+        ), key
     assert same(load(tmp_path / "frozen"), model)
 
 
@@ -121,7 +139,11 @@ def test_load_keywords_reach_the_base(tmp_path):
     saved(tmp_path)
     folder = tmp_path / "experts"
     model = load(
-        folder, attn_implementation="eager", dtype=torch.bfloat16, device_map="cpu", output_hidden_states=True
+        folder,
+        attn_implementation="eager",
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        output_hidden_states=True,
     )
     assert model.config._attn_implementation == "eager"
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -149,7 +171,10 @@ def test_settings_that_leave_the_tensors_alone_can_change_at_loading(tmp_path, t
     loader = load if through_auto else MoeLoraForCausalLM.from_pretrained
     again = loader(tmp_path / "experts", num_experts_per_tok=1, router_aux_loss_coef=0.5)
     model.save_pretrained(tmp_path / "unchanged")
-    assert again.moelora_config.num_experts_per_tok == 1 and again.moelora_config.router_aux_loss_coef == 0.5
+    assert (
+        again.moelora_config.num_experts_per_tok == 1
+        and again.moelora_config.router_aux_loss_coef == 0.5
+    )
     assert not same(again, model)
     with pytest.raises(ValueError, match="num_experts_per_tok=9"):
         loader(tmp_path / "experts", num_experts_per_tok=9)
@@ -201,7 +226,9 @@ def test_the_expert_load_is_in_the_checkpoint(tmp_path):
     model = saved(tmp_path)
     model.moelora.load.previous.random_(0, 9)
     model.save_pretrained(tmp_path / "experts")
-    assert torch.equal(load(tmp_path / "experts").moelora.load.previous, model.moelora.load.previous)
+    assert torch.equal(
+        load(tmp_path / "experts").moelora.load.previous, model.moelora.load.previous
+    )
 
 
 def test_a_config_serves_several_bases_and_a_mixture_s_config_another(tmp_path):
@@ -217,7 +244,12 @@ def test_a_checkpoint_that_trainer_wrote_loads(tmp_path):
     model = mixture_on(write_base(tmp_path / "base"))
     rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
     settings = TrainingArguments(
-        tmp_path / "run", max_steps=1, per_device_train_batch_size=2, report_to=[], save_steps=1, use_cpu=True
+        tmp_path / "run",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_steps=1,
+        use_cpu=True,
     )
     Trainer(model=model, args=settings, train_dataset=rows).train()
     assert same(load(tmp_path / "run" / "checkpoint-1"), model.eval())

@@ -1,4 +1,6 @@
-"""The console command end to end on real folders: check, compose, info, export, merge; and what it refuses."""
+"""The console command end to end on real folders: check, compose, info, export, merge; and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,30 @@ def run(*words: Any, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base and two adapters of it, as their makers save them, and the mixture that `compose` makes."""
+    """A base and two adapters of it, as their makers save them, and the mixture that `compose`
+    makes.
+    """
     root = tmp_path_factory.mktemp("cli")
     base = base_of("llama")
     base.save_pretrained(root / "base")
     for seed, name in enumerate(("math", "code")):
         fresh = AutoModelForCausalLM.from_pretrained(root / "base")
-        save_adapter(root / name, fresh, seed, r=4 * (seed + 1), target_modules=["q_proj", "down_proj"])
+        save_adapter(
+            root / name, fresh, seed, r=4 * (seed + 1), target_modules=["q_proj", "down_proj"]
+        )
     found = {name: root / name for name in ("base", "math", "code", "mixture")}
     adapters = ("-a", f"math={found['math']}", "-a", f"code={found['code']}")
-    text = run("compose", found["base"], *adapters, "-o", found["mixture"], "--router-init", "arrow", "-k", 1)
+    text = run(
+        "compose",
+        found["base"],
+        *adapters,
+        "-o",
+        found["mixture"],
+        "--router-init",
+        "arrow",
+        "-k",
+        1,
+    )
     assert "2 experts" in text and "math, code" in text
     return found
 
@@ -49,7 +65,11 @@ def peft_logits(folders: dict[str, Path], adapter: Path) -> torch.Tensor:
 def test_a_composed_mixture_loads_and_holds_the_adapters(folders: dict[str, Path]) -> None:
     model = MoeLoraForCausalLM.from_pretrained(folders["mixture"]).eval()
     config = model.moelora_config
-    assert (config.expert_names, config.router, config.num_experts_per_tok) == (["math", "code"], "arrow", 1)
+    assert (config.expert_names, config.router, config.num_experts_per_tok) == (
+        ["math", "code"],
+        "arrow",
+        1,
+    )
     for name in ("math", "code"):
         with torch.no_grad(), model.use_experts(name):
             torch.testing.assert_close(
@@ -64,7 +84,14 @@ def test_check_lists_good_and_bad(folders: dict[str, Path], tmp_path: Path) -> N
         tmp_path / "dora", AutoModelForCausalLM.from_pretrained(folders["base"]), use_dora=True
     )
     text = run(
-        "check", folders["base"], *good, "-a", f"dora={bad}", "-a", f"lost={tmp_path / 'lost'}", status=1
+        "check",
+        folders["base"],
+        *good,
+        "-a",
+        f"dora={bad}",
+        "-a",
+        f"lost={tmp_path / 'lost'}",
+        status=1,
     )
     assert "none" in text and "DoRA" in text and "lost" in text
 
@@ -73,7 +100,9 @@ def test_info_needs_no_base(folders: dict[str, Path]) -> None:
     text = run("info", folders["mixture"])
     model = MoeLoraForCausalLM.from_pretrained(folders["mixture"])
     experts = sum(f.stacked().numel() for f in model.moelora.factors())
-    counts = [int(cell) for cell in text.replace(",", "").replace("│", " ").split() if cell.isdigit()]
+    counts = [
+        int(cell) for cell in text.replace(",", "").replace("│", " ").split() if cell.isdigit()
+    ]
     assert {"math", "code"} <= set(text.replace("│", " ").split())
     assert experts in {a + b for a in counts for b in counts}
     assert "arrow, top 1, token level, scope site" in text
@@ -96,7 +125,9 @@ def test_merge_is_the_fixed_mixture(folders: dict[str, Path], tmp_path: Path) ->
     model = MoeLoraForCausalLM.from_pretrained(folders["mixture"]).eval()
     with torch.no_grad(), model.use_experts({"math": 0.7, "code": -0.25}):
         wanted = model(INPUT).logits
-    torch.testing.assert_close(peft_logits(folders, tmp_path / "merged"), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        peft_logits(folders, tmp_path / "merged"), wanted, rtol=1e-5, atol=1e-5
+    )
     run("merge", folders["mixture"], *weights, "-o", tmp_path / "small", "--rank", 2)
     ties = ("--recipe", "dare_ties", "--density", 0.5, "--seed", 3, "--rank", 4)
     run("merge", folders["mixture"], *weights, "-o", tmp_path / "ties", *ties)
@@ -105,9 +136,15 @@ def test_merge_is_the_fixed_mixture(folders: dict[str, Path], tmp_path: Path) ->
 
 def test_mistakes_are_messages_and_no_tracebacks(folders: dict[str, Path], tmp_path: Path) -> None:
     cases = [
-        (("compose", folders["base"], "-a", "math", "-o", tmp_path / "x"), "'math' is no NAME=VALUE"),
+        (
+            ("compose", folders["base"], "-a", "math", "-o", tmp_path / "x"),
+            "'math' is no NAME=VALUE",
+        ),
         (("export", folders["mixture"], "law", "-o", tmp_path / "x"), "There is no expert 'law'"),
-        (("merge", folders["mixture"], "-w", "math=much", "-o", tmp_path / "x"), "expected a number"),
+        (
+            ("merge", folders["mixture"], "-w", "math=much", "-o", tmp_path / "x"),
+            "expected a number",
+        ),
         (("info", tmp_path / "nothing"), "nothing"),
     ]
     for words, message in cases:

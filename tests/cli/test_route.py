@@ -1,4 +1,6 @@
-"""Routing as a service: `route_prompts`, and `moelora route` on real folders, with what goes wrong in a line."""
+"""Routing as a service: `route_prompts`, and `moelora route` on real folders, with what goes wrong
+in a line.
+"""
 
 from __future__ import annotations
 
@@ -69,12 +71,16 @@ def loaded(folder: Path) -> tuple[Any, Any]:
     return model, load_tokenizer(model, folder / "mixture")
 
 
-def run(folder: Path, *words: Any, text: str | bytes = "", status: int = 0) -> tuple[list[Any], str]:
+def run(
+    folder: Path, *words: Any, text: str | bytes = "", status: int = 0
+) -> tuple[list[Any], str]:
     """The command's lines out, and what it says on standard error."""
     said = [str(word) for word in ("route", "--model", folder / "mixture", *words)]
     result = CliRunner().invoke(app, said, input=text)
     assert result.exit_code == status, result.output
-    return [json.loads(line) for line in result.stdout.splitlines()], " ".join(result.stderr.split())
+    return [json.loads(line) for line in result.stdout.splitlines()], " ".join(
+        result.stderr.split()
+    )
 
 
 def lines_of(*contents: Any) -> str:
@@ -84,7 +90,9 @@ def lines_of(*contents: Any) -> str:
 def test_one_answer_a_line_in_order(folder, loaded):
     model, tokenizer = loaded
     rows = [(e, text) for e in range(3) for text in text_of(e, 5, 7)]
-    rows = [rows[i] for i in torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()]
+    rows = [
+        rows[i] for i in torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()
+    ]
     text = lines_of(*({"prompt": text, "id": i} for i, (_, text) in enumerate(rows)))
     found, _ = run(folder, "--batch-size", 4, text=text)
     assert [answer["id"] for answer in found] == list(range(15))
@@ -97,7 +105,9 @@ def test_one_answer_a_line_in_order(folder, loaded):
         assert [probabilities[name] for name in EXPERTS] == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"routing_level": "token", "router_scope": "site"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"routing_level": "token", "router_scope": "site"}], ids=str
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(name, side, fields):
@@ -178,7 +188,12 @@ def test_files_in_and_out(folder, tmp_path):
     source.write_text(lines_of(*PROMPTS))
     assert run(folder, "--input", source, "--output", target) == ([], "")
     first = target.read_text()
-    assert [json.loads(line)["expert"] for line in first.splitlines()] == ["math", "code", "law", "math"]
+    assert [json.loads(line)["expert"] for line in first.splitlines()] == [
+        "math",
+        "code",
+        "law",
+        "math",
+    ]
     _, said = run(folder, "-i", source, "-o", target, status=1)
     assert "exists" in said and target.read_text() == first
     run(folder, "-i", source, "-o", target, "--overwrite")
@@ -231,7 +246,9 @@ def test_the_base_is_a_name_too():
 def test_from_python(loaded):
     model, tokenizer = loaded
     model.train()
-    found = route_prompts(model, tokenizer, (p for p in [*PROMPTS, [{"role": "user", "content": "w21"}]]), 2)
+    found = route_prompts(
+        model, tokenizer, (p for p in [*PROMPTS, [{"role": "user", "content": "w21"}]]), 2
+    )
     assert model.training and all(isinstance(routed, RoutedPrompt) for routed in found)
     assert [routed.expert for routed in found[:4]] == ["math", "code", "law", "math"]
     assert sum(found[0].probabilities.values()) == pytest.approx(1.0, abs=1e-6)

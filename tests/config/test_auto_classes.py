@@ -1,4 +1,6 @@
-"""Importing moelora teaches the Auto classes one more model type, and changes nothing for the others."""
+"""Importing moelora teaches the Auto classes one more model type, and changes nothing for the
+others.
+"""
 
 import importlib
 
@@ -64,7 +66,10 @@ def test_the_text_generation_pipeline_runs(tokenizer, level):
         ["w5 w6 w7", "w9"], batch_size=2, **settings
     )
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)[0, 3:]
-    assert made[0][0]["generated_text"].split() == tokenizer.decode(ids, skip_special_tokens=True).split()
+    assert (
+        made[0][0]["generated_text"].split()
+        == tokenizer.decode(ids, skip_special_tokens=True).split()
+    )
 
 
 def test_the_text_generation_pipeline_runs_from_a_folder(tokenizer, tmp_path):

@@ -1,4 +1,6 @@
-"""Every field of the configuration is checked, by name and with what was expected; good ones survive JSON."""
+"""Every field of the configuration is checked, by name and with what was expected; good ones
+survive JSON.
+"""
 
 import json
 import math
@@ -9,7 +11,13 @@ from bases import causal_base
 from core.mixtures import causal, factors, tokens
 
 from moelora import ROUTERS, MoeLoraConfig
-from moelora.config import AUX_LOSS_WINDOWS, FORMAT_VERSION, ROUTER_POOLINGS, ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.config import (
+    AUX_LOSS_WINDOWS,
+    FORMAT_VERSION,
+    ROUTER_POOLINGS,
+    ROUTER_SCOPES,
+    ROUTING_LEVELS,
+)
 
 COUNTS = {
     "num_experts": 1,
@@ -56,7 +64,9 @@ def test_counts_are_integers_that_are_large_enough(name):
     refused(ValueError, f"{name}=.*at least {COUNTS[name]}", **{name: COUNTS[name] - 1})
     for wrong in ("4", 2.0, True, math.nan):
         refused(TypeError, f"{name}=.*expected an integer", **{name: wrong})
-    given = MoeLoraConfig(**{"num_experts": 2, "num_experts_per_tok": 1, name: max(COUNTS[name], 1)})
+    given = MoeLoraConfig(
+        **{"num_experts": 2, "num_experts_per_tok": 1, name: max(COUNTS[name], 1)}
+    )
     assert getattr(given, name) == max(COUNTS[name], 1)
 
 
@@ -137,7 +147,9 @@ def test_layers_are_one_number_or_several():
 
 
 def test_no_token_chooses_more_experts_than_there_are():
-    refused(ValueError, "num_experts_per_tok=3.*num_experts=2", num_experts=2, num_experts_per_tok=3)
+    refused(
+        ValueError, "num_experts_per_tok=3.*num_experts=2", num_experts=2, num_experts_per_tok=3
+    )
     # The default of 2 with one expert, too.
     refused(ValueError, "Lower num_experts_per_tok", num_experts=1)
 
@@ -153,7 +165,11 @@ def test_one_value_for_each_expert_or_one_for_all(name):
 def test_scaling_is_alpha_over_rank_for_each_expert():
     config = MoeLoraConfig(num_experts=3, r=[1, 4, 16], lora_alpha=[2, 2, 8])
     assert (config.ranks, config.scaling) == ((1, 4, 16), (2.0, 0.5, 0.5))
-    assert MoeLoraConfig(num_experts=3, r=[1, 4, 16], lora_alpha=8, use_rslora=True).scaling == (8, 4, 2)
+    assert MoeLoraConfig(num_experts=3, r=[1, 4, 16], lora_alpha=8, use_rslora=True).scaling == (
+        8,
+        4,
+        2,
+    )
 
 
 def test_single_linears_have_ranks_and_scaling_of_their_own():
@@ -163,13 +179,24 @@ def test_single_linears_have_ranks_and_scaling_of_their_own():
     assert (config.ranks_of("v"), config.scaling_of("v")) == ((4, 4, 4), (1.0, 1.0, 1.0))
     assert config.to_dict()["expert_ranks"] == fields["expert_ranks"]
     refused(
-        ValueError, r"expert_ranks\['q'\]=\[1\]: .* each of the 3", num_experts=3, expert_ranks={"q": [1]}
+        ValueError,
+        r"expert_ranks\['q'\]=\[1\]: .* each of the 3",
+        num_experts=3,
+        expert_ranks={"q": [1]},
     )
     refused(
-        ValueError, r"expert_ranks\['q'\]=-1", num_experts=1, num_experts_per_tok=1, expert_ranks={"q": [-1]}
+        ValueError,
+        r"expert_ranks\['q'\]=-1",
+        num_experts=1,
+        num_experts_per_tok=1,
+        expert_ranks={"q": [-1]},
     )
     refused(
-        ValueError, "expert_scaling", num_experts=1, num_experts_per_tok=1, expert_scaling={"q": [math.nan]}
+        ValueError,
+        "expert_scaling",
+        num_experts=1,
+        num_experts_per_tok=1,
+        expert_scaling={"q": [math.nan]},
     )
 
 
@@ -221,13 +248,17 @@ FULL = dict(
 def test_pooling_is_for_prompts_and_the_name_of_no_expert_is_taken():
     refused(ValueError, "router_pooling='last'.*routing_level='token'", router_pooling="last")
     refused(ValueError, r"\(base\)", num_experts=2, expert_names=["math", "(base)"])
-    names = MoeLoraConfig(num_experts=2, expert_names=["math", "code"], null_expert=True).choice_names
+    names = MoeLoraConfig(
+        num_experts=2, expert_names=["math", "code"], null_expert=True
+    ).choice_names
     assert names == ["math", "code", "(base)"]
 
 
 def test_a_config_survives_dicts_json_and_folders(tmp_path):
     config = MoeLoraConfig(**FULL)
-    changed = {n for n in MoeLoraConfig.field_names() if getattr(config, n) != getattr(MoeLoraConfig(), n)}
+    changed = {
+        n for n in MoeLoraConfig.field_names() if getattr(config, n) != getattr(MoeLoraConfig(), n)
+    }
     assert changed == set(FULL), "a field at its default would pass even if it were lost"
     config.save_pretrained(tmp_path)
     (tmp_path / "own.json").write_text(json.dumps(config.own_fields()))
@@ -254,4 +285,6 @@ def test_forced_experts_of_mixed_ranks_use_their_own_factors_and_scaling(rslora)
             merged.get_submodule(name).weight += scale * b @ a
         with model.use_experts(f"expert_{e}"):
             # The same sums, in another order.
-            torch.testing.assert_close(model(tokens()).logits, merged(tokens()).logits, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(
+                model(tokens()).logits, merged(tokens()).logits, rtol=1e-4, atol=2e-5
+            )

@@ -18,19 +18,28 @@ from moelora.core.experts import Factor
 SCOPES = ROUTER_SCOPES
 LEVELS = ROUTING_LEVELS
 ALL_CAUSAL = [*CAUSAL, *UNHEARD_OF]
-FIELDS = {"num_experts": 4, "r": 3, "lora_alpha": 6, "num_experts_per_tok": 2, "target_modules": "all-linear"}
+FIELDS = {
+    "num_experts": 4,
+    "r": 3,
+    "lora_alpha": 6,
+    "num_experts_per_tok": 2,
+    "target_modules": "all-linear",
+}
 # The router losses off, so that what a router learns comes through its weights.
 NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 
-# The probe is most of the time that making a tiny mixture takes, and answers the same for the same configurations.
+# The probe is most of the time that making a tiny mixture takes, and answers the same for the same
+# configurations.
 _FOUND: dict[tuple, list[list[str]]] = {}
 
 
 def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fields: Any) -> Any:
-    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is new.
+    """A mixture put into `base`, in eval mode; `active` gives every B values, else the mixture is
+    new.
 
-    probe: find the sites in this very base, as `from_base` does; else a base of this kind was probed once.
+    probe: find the sites in this very base, as `from_base` does; else a base of this kind was
+    probed once.
     """
     classifier = type(base).__name__.endswith("ForSequenceClassification")
     public = MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
@@ -63,7 +72,9 @@ def activate(model: Any, seed: int = 2, std: float = 0.3) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for site in model.moelora.sites.values():
         for linear in site.linears:
-            linear.lora_B.copy_(torch.randn(linear.lora_B.stacked().shape, generator=generator) * std)
+            linear.lora_B.copy_(
+                torch.randn(linear.lora_B.stacked().shape, generator=generator) * std
+            )
     return model
 
 
@@ -84,13 +95,19 @@ def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
     pad = [(width - len(row), 0) for row in rows]
     return {
         "input_ids": torch.stack([nn.functional.pad(row, p) for row, p in zip(rows, pad)]),
-        "attention_mask": torch.stack([nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]),
+        "attention_mask": torch.stack(
+            [nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]
+        ),
     }
 
 
 def adapted(model: Any) -> dict[str, tuple[Any, int]]:
     """Each adapted linear's site and its number there, by the linear's name."""
-    return {name: (site, i) for site in model.moelora.sites.values() for i, name in enumerate(site.names)}
+    return {
+        name: (site, i)
+        for site in model.moelora.sites.values()
+        for i, name in enumerate(site.names)
+    }
 
 
 def factors(

@@ -29,7 +29,9 @@ CUTS = {1: 8, 4: 2, 2: 4}
 
 
 def _accumulated(model, data, folder, cut, **settings):
-    """What one or more optimizer steps on 8 rows recorded, cut into `cut` micro-batches of 8 / `cut` rows."""
+    """What one or more optimizer steps on 8 rows recorded, cut into `cut` micro-batches of 8 /
+    `cut` rows.
+    """
     model = copy.deepcopy(model)
     open_window(model)
     rows = {"per_device_train_batch_size": CUTS[cut], "gradient_accumulation_steps": cut}
@@ -55,7 +57,9 @@ def test_accumulation_counts_and_gradients_agree_in_later_steps_too(tmp_path):
         for found, expected in zip(run.gradients, runs[0].gradients):
             assert_same(found, expected, tolerance=1e-4)  # three steps, each on what the last left
         for name in ("current", "previous"):
-            assert all(torch.equal(a, b) for a, b in zip(getattr(run, name), getattr(runs[0], name)))
+            assert all(
+                torch.equal(a, b) for a, b in zip(getattr(run, name), getattr(runs[0], name))
+            )
 
 
 def test_the_micro_batch_window_depends_on_how_the_batch_is_cut(tmp_path):
@@ -66,11 +70,16 @@ def test_the_micro_batch_window_depends_on_how_the_batch_is_cut(tmp_path):
 
 
 def test_a_classifiers_router_losses_are_additive(tmp_path):
-    """With minus without losses: transformers leaves a classifier's own loss unscaled under accumulation."""
+    """With minus without losses: transformers leaves a classifier's own loss unscaled under
+    accumulation.
+    """
     model, data = classifier("llama", **LOSSES).double(), rows_of(classes(8))
     own = []
     for cut in CUTS:
-        both = [_accumulated(m, data, tmp_path, cut).gradients[0] for m in (model, without_losses(model))]
+        both = [
+            _accumulated(m, data, tmp_path, cut).gradients[0]
+            for m in (model, without_losses(model))
+        ]
         own.append({name: both[0][name] - both[1][name] for name in only_routers(both[0])})
     assert_same(own[1], own[0])
     assert_same(own[2], own[0])
@@ -127,7 +136,9 @@ def test_evaluation_between_steps_does_not_roll_the_window(tmp_path):
     recorded = []
     for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         data = rows_of(batch(8))
-        recorded.append(train(causal(**LOSSES), data, tmp_path, max_steps=3, eval_dataset=data, **settings))
+        recorded.append(
+            train(causal(**LOSSES), data, tmp_path, max_steps=3, eval_dataset=data, **settings)
+        )
     for name in ("current", "previous"):
         pairs = zip(getattr(recorded[0], name), getattr(recorded[1], name))
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -135,7 +146,9 @@ def test_evaluation_between_steps_does_not_roll_the_window(tmp_path):
 
 def _trained(**fields):
     """Routers that preferred expert 0 nearly everywhere, trained on random tokens."""
-    model = into(causal_base(num_hidden_layers=1), num_experts_per_tok=1, **{**NO_LOSSES, **fields}).train()
+    model = into(
+        causal_base(num_hidden_layers=1), num_experts_per_tok=1, **{**NO_LOSSES, **fields}
+    ).train()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         layer = model.model.layers[0]
@@ -209,7 +222,13 @@ def test_expert_targets_teach_the_router(level):
         ids = torch.randint(3, 10, (4, 8), generator=generator)
         ids[2:] += 40
         labels = ids.masked_fill(torch.arange(8) < 4, -100)
-        step(model, optimizer, input_ids=ids, labels=labels, expert_targets=torch.tensor([3, 3, 1, 1]))
+        step(
+            model,
+            optimizer,
+            input_ids=ids,
+            labels=labels,
+            expert_targets=torch.tensor([3, 3, 1, 1]),
+        )
     report = model.eval().route(input_ids=ids)
     assert report.top_experts() == ["expert_3", "expert_3", "expert_1", "expert_1"]
     assert float(report.by_sequence[0, 3]) > 0.45  # of two experts a token

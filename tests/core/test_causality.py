@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from moelora import Routing
 
 LENGTH, PROMPT, CHANGED = 12, 4, 8
-# fp32: rows of one batch may be multiplied in another order, nothing more. Real changes are above 1e-3.
+# fp32: rows of one batch may be multiplied in another order, nothing more. Real changes are above
+# 1e-3.
 CLOSE, FAR = 2e-6, 1e-3
 
 
@@ -145,7 +146,10 @@ TRAINING_REFUSALS = {
     "labels taken out of the batch": (lambda ids: {}, "pass router_mask"),
     "labels used outside of the model": (lambda ids: {"num_items_in_batch": 5}, "pass router_mask"),
     "packed rows": (
-        lambda ids: {"labels": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]] * 2)},
+        lambda ids: {
+            "labels": ids,
+            "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]] * 2),
+        },
         "packed",
     ),
 }
@@ -187,7 +191,9 @@ def test_a_filled_cache_without_the_prompt_s_routing_is_refused():
     for more in ({}, {"router_mask": torch.ones(2, 1)}):
         with pytest.raises(ValueError, match=r"expert_routing=outputs\.expert_routing"):
             model(tokens(2, 1), past_key_values=prefix.past_key_values, **more)
-    model(tokens(2, 1), past_key_values=prefix.past_key_values, expert_routing=prefix.expert_routing)
+    model(
+        tokens(2, 1), past_key_values=prefix.past_key_values, expert_routing=prefix.expert_routing
+    )
 
 
 def test_a_routing_of_other_sequences_is_refused():

@@ -69,7 +69,8 @@ def test_every_trainable_parameter_gets_its_gradient(name, kind):
     expected = gradients(model, **batch())
     assert all(g.abs().max() > 0 for g in expected.values())
     _checkpointed(model, kind)
-    # Newer versions of transformers make the embeddings' output need a gradient, which hides the trap.
+    # Newer versions of transformers make the embeddings' output need a gradient, which hides the
+    # trap.
     model.disable_input_require_grads()
     assert_same(gradients(model, **batch()), expected, FP32)
 
@@ -104,7 +105,9 @@ def test_trainer_checkpoints_and_accumulates(kind, tmp_path):
         return train(model, rows_of(batch(8)), tmp_path, per_device_train_batch_size=2, **settings)
 
     plain = run()
-    found = run(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": KINDS[kind]})
+    found = run(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": KINDS[kind]}
+    )
     for gradient, expected in zip(found.gradients, plain.gradients):
         assert_same(gradient, expected, 1e-4)  # two steps in fp32
     assert all(torch.equal(a, b) for a, b in zip(found.current, plain.current))
@@ -150,7 +153,9 @@ def test_recomputing_after_the_forcing_has_ended_still_forces(scope, kind):
 
 
 def _accumulated(loss, parameters):
-    """Gradients by `backward`, since reentrant checkpointing refuses `torch.autograd.grad`; none are left."""
+    """Gradients by `backward`, since reentrant checkpointing refuses `torch.autograd.grad`; none
+    are left.
+    """
     loss.backward()
     found = [p.grad for p in parameters]
     for parameter in parameters:

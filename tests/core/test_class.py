@@ -108,12 +108,17 @@ def _saved(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
-@pytest.mark.parametrize("name,scope", [("llama", s) for s in SCOPES] + [("gpt2", "site"), ("bert", "site")])
+@pytest.mark.parametrize(
+    "name,scope", [("llama", s) for s in SCOPES] + [("gpt2", "site"), ("bert", "site")]
+)
 def test_copies_are_whole_and_their_own(copied, name, scope):
     model = classifier(name) if name == "bert" else causal(name, router_scope=scope)
     logits = model(tokens()).logits
     twin = copied(model)
-    assert type(twin) is type(model) and twin.moelora_config.to_dict() == model.moelora_config.to_dict()
+    assert (
+        type(twin) is type(model)
+        and twin.moelora_config.to_dict() == model.moelora_config.to_dict()
+    )
     assert torch.equal(twin(tokens()).logits, logits)
     with torch.no_grad():
         for parameter in twin.moelora.parameters():
@@ -151,7 +156,9 @@ def test_resized_embeddings_keep_the_experts_working(name):
 def test_peft_on_top_adapts_the_base_s_linears_and_no_router(router, level):
     model = causal(router=router, routing_level=level, num_experts=4)
     logits = model(tokens()).logits
-    on_top = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    on_top = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     inner = on_top.base_model.model
     found = [n for n, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
     assert len(found) == 14 and not [n for n in found if n.startswith("moelora")]

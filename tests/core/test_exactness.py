@@ -31,7 +31,9 @@ def _classifier_batch():
 
 
 def _seeded(model, inputs, training):
-    """Logits and loss in one mode; one seed, so that the base's dropout is the same if nobody else draws."""
+    """Logits and loss in one mode; one seed, so that the base's dropout is the same if nobody else
+    draws.
+    """
     model.train(training)
     torch.manual_seed(5)
     outputs = model(**inputs)
@@ -47,7 +49,9 @@ def _assert_new_mixture_is_base(base, inputs, **fields):
         assert torch.equal(after[1], before[1]), f"loss, training={training}"
     changed, _ = _seeded(activate(model), inputs, False)
     assert changed.dtype == expected[0][0].dtype
-    assert not torch.allclose(changed, expected[0][0], atol=1e-3), "experts that are not zero change nothing"
+    assert not torch.allclose(changed, expected[0][0], atol=1e-3), (
+        "experts that are not zero change nothing"
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -66,7 +70,9 @@ def test_new_mixture_in_a_classifier_is_the_base_bit_for_bit(name, level):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_new_mixture_is_the_base_in_every_scope(name, scope, level):
-    _assert_new_mixture_is_base(causal_base(name), _causal_batch(), routing_level=level, router_scope=scope)
+    _assert_new_mixture_is_base(
+        causal_base(name), _causal_batch(), routing_level=level, router_scope=scope
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -109,10 +115,14 @@ def _assert_near(got, expected):
 
 
 def _backward(model):
-    """Logits of a batch, and the gradient that a random cotangent gives to the embeddings that go in."""
+    """Logits of a batch, and the gradient that a random cotangent gives to the embeddings that go
+    in.
+    """
     embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings).logits
-    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6)).to(logits.dtype)
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6)).to(
+        logits.dtype
+    )
     (logits * cotangent).sum().backward()
     return logits.detach(), embeddings.grad
 
@@ -127,7 +137,12 @@ def _base(name):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_one_expert_gives_the_logits_and_gradients_of_peft(name, rslora, dtype):
     model = into(
-        _base(name).to(dtype), num_experts=1, num_experts_per_tok=1, r=4, lora_alpha=6, use_rslora=rslora
+        _base(name).to(dtype),
+        num_experts=1,
+        num_experts_per_tok=1,
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
     )
     twin = _twin(_base(name).to(dtype), model, {0: 1.0})
     ours, theirs = _backward(model), _backward(twin)

@@ -49,12 +49,16 @@ def test_left_padded_batches_equal_single_rows(name, level):
     for i, row in enumerate(rows):
         alone = model.generate(**left_padded([row]), **GREEDY, **WITH_LOGITS)
         assert torch.equal(batch.sequences[i, PROMPT:], alone.sequences[0, len(row) :])
-        torch.testing.assert_close(torch.stack(batch.logits, 1)[i], torch.stack(alone.logits, 1)[0], **CLOSE)
+        torch.testing.assert_close(
+            torch.stack(batch.logits, 1)[i], torch.stack(alone.logits, 1)[0], **CLOSE
+        )
 
 
 @torch.no_grad()
 def _step_by_step(model, ids):
-    """Logits from the prompt's forward and then one token at a time, as a hand-written loop does it."""
+    """Logits from the prompt's forward and then one token at a time, as a hand-written loop does
+    it.
+    """
     outputs = model(ids[:, :PROMPT], use_cache=True)
     routing = getattr(outputs, "expert_routing", None)
     logits = [outputs.logits[:, -1]]
@@ -66,7 +70,9 @@ def _step_by_step(model, ids):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name,scope", [(n, "site") for n in CAUSAL] + [("llama", s) for s in SCOPES])
+@pytest.mark.parametrize(
+    "name,scope", [(n, "site") for n in CAUSAL] + [("llama", s) for s in SCOPES]
+)
 def test_token_by_token_with_the_cache_equals_one_forward(name, scope, level):
     model = causal(name, router_scope=scope, routing_level=level)
     ids = tokens(2, PROMPT + NEW)
@@ -115,7 +121,11 @@ def test_each_sampled_sequence_keeps_its_own_prompt_s_routing(level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_beam_s_score_is_that_of_one_forward(level):
     model = causal(routing_level=level)
-    settings = {**DECODING["beams, several a prompt"], "return_dict_in_generate": True, "output_scores": True}
+    settings = {
+        **DECODING["beams, several a prompt"],
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     beams = model.generate(tokens(2, PROMPT), **settings)
     logits = _one_forward(model, beams.sequences).log_softmax(-1)
     each = logits.gather(2, beams.sequences[:, PROMPT:, None]).squeeze(2)
@@ -146,7 +156,9 @@ def test_assisted_generation_is_the_unassisted_one(assistant, level, padded):
         inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
     settings = {**GREEDY, "max_new_tokens": 9, "min_new_tokens": 9}
     calls = []
-    model.register_forward_hook(lambda m, a, k, out: calls.append(out.logits.shape[1]), with_kwargs=True)
+    model.register_forward_hook(
+        lambda m, a, k, out: calls.append(out.logits.shape[1]), with_kwargs=True
+    )
     expected = model.generate(**inputs, **settings)
     plain_calls = len(calls)
     assert torch.equal(model.generate(**inputs, **help_, **settings), expected)
@@ -168,7 +180,9 @@ def test_a_plain_model_takes_a_sequence_level_mixture_as_assistant(scope):
     base, settings = causal_base("llama", seed=1), GREEDY
     expected = base.generate(tokens(1, PROMPT), **settings)
     helper = causal(router_scope=scope, routing_level="token")
-    assert torch.equal(base.generate(tokens(1, PROMPT), assistant_model=helper, **settings), expected)
+    assert torch.equal(
+        base.generate(tokens(1, PROMPT), assistant_model=helper, **settings), expected
+    )
 
 
 def test_generations_of_different_sizes_leave_nothing_behind():
@@ -220,7 +234,9 @@ def test_a_given_routing_is_kept_while_generating():
     for settings in (GREEDY, DECODING["beams"]):
         given = model.generate(ids, expert_routing=routing, **settings)
         assert not torch.equal(given, model.generate(ids, **settings))
-        assert torch.equal(given, model.generate(ids, expert_routing=routing, use_cache=False, **settings))
+        assert torch.equal(
+            given, model.generate(ids, expert_routing=routing, use_cache=False, **settings)
+        )
 
 
 def test_a_router_mask_says_which_part_of_the_input_is_the_prompt():
@@ -228,7 +244,9 @@ def test_a_router_mask_says_which_part_of_the_input_is_the_prompt():
     ids = tokens(2, PROMPT + 3)
     routing = model(ids[:, :PROMPT]).expert_routing
     expected = model.generate(ids, expert_routing=routing, **GREEDY)
-    assert torch.equal(model.generate(ids, router_mask=prompt_mask(ids, PROMPT), **GREEDY), expected)
+    assert torch.equal(
+        model.generate(ids, router_mask=prompt_mask(ids, PROMPT), **GREEDY), expected
+    )
 
 
 def test_a_prompt_in_chunks_is_refused_at_sequence_level_alone():

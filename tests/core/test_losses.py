@@ -1,4 +1,6 @@
-"""The router losses' gradient is that of CE + losses by plain autograd, however the loop treats the loss."""
+"""The router losses' gradient is that of CE + losses by plain autograd, however the loop treats the
+loss.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def _assert_by_the_book(model, inputs, targets=None):
     fractions = open_window(model)
     expected, value = by_the_book(model, inputs, fractions, targets)
     assert_same(
-        gradients(model, **inputs, **({} if targets is None else {"expert_targets": targets})), expected
+        gradients(model, **inputs, **({} if targets is None else {"expert_targets": targets})),
+        expected,
     )
     open_window(model)
     model.zero_grad()
@@ -90,7 +93,9 @@ def test_a_packed_row_has_the_gradients_of_its_sequences():
     model = causal(**LOSSES).double()
     inputs = batch()
     rows = [{n: t[row["attention_mask"] == 1] for n, t in row.items()} for row in rows_of(inputs)]
-    packed = DataCollatorWithFlattening()([{n: r[n].tolist() for n in ("input_ids", "labels")} for r in rows])
+    packed = DataCollatorWithFlattening()(
+        [{n: r[n].tolist() for n in ("input_ids", "labels")} for r in rows]
+    )
     assert packed["input_ids"].shape[0] == 1
     items = torch.tensor(31)
     found = gradients(model, **packed, num_items_in_batch=items, use_cache=False)
@@ -141,13 +146,19 @@ def test_fp16_without_labels_needs_the_callback_or_a_scale():
 
 @pytest.mark.parametrize("how", ["label_smoothing", "compute_loss_func"])
 def test_trainer_taking_the_labels_out_keeps_the_router_losses(how, tmp_path):
-    """The router losses' own gradient, with minus without, is the one of a step with the labels inside."""
+    """The router losses' own gradient, with minus without, is the one of a step with the labels
+    inside.
+    """
 
     def summed(outputs, labels, num_items_in_batch=None):
         logits = outputs.logits[:, :-1].flatten(0, 1)
         return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
-    settings = {"label_smoothing_factor": 0.2} if how == "label_smoothing" else {"compute_loss_func": summed}
+    settings = (
+        {"label_smoothing_factor": 0.2}
+        if how == "label_smoothing"
+        else {"compute_loss_func": summed}
+    )
     data = rows_of(batch(8))
     found = []
     for extra in ({}, settings, {**settings, "callbacks": [MoeLoraCallback()]}):
@@ -156,7 +167,11 @@ def test_trainer_taking_the_labels_out_keeps_the_router_losses(how, tmp_path):
             model = causal(**LOSSES).double()
             open_window(model)
             model = model if lossy else without_losses(model)
-            steps = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+            steps = {
+                "max_steps": 1,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 4,
+            }
             own.append(train(model, data, tmp_path, **steps, **extra).gradients[0])
         found.append({name: own[0][name] - own[1][name] for name in only_routers(own[0])})
     assert_same(found[1], found[0])
@@ -202,7 +217,9 @@ def test_bad_expert_targets_are_refused(what):
 
 def test_expert_targets_by_token_are_refused_at_sequence_level():
     with pytest.raises(ValueError, match=r"routing_level='sequence'"):
-        causal(routing_level="sequence")(**batch(), expert_targets=torch.zeros(4, 10, dtype=torch.long))
+        causal(routing_level="sequence")(
+            **batch(), expert_targets=torch.zeros(4, 10, dtype=torch.long)
+        )
 
 
 def test_evaluation_has_no_router_losses_unless_asked():

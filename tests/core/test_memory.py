@@ -11,7 +11,9 @@ INPUT = torch.arange(2 * 16).view(2, 16) % 11 + 3
 
 
 def test_16_bit_activations_are_not_kept_in_fp32() -> None:
-    """A router that casts its input keeps twice the input of every site: more than a single LoRA keeps in all."""
+    """A router that casts its input keeps twice the input of every site: more than a single LoRA
+    keeps in all.
+    """
     model = causal().to(torch.bfloat16).train()
     kept: list[Tensor] = []
 
@@ -22,4 +24,6 @@ def test_16_bit_activations_are_not_kept_in_fp32() -> None:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(INPUT, labels=INPUT)
     flat = {(INPUT.numel(), site.in_features) for site in model.moelora.sites.values()}
-    assert flat and not [t.shape for t in kept if t.dtype == torch.float32 and tuple(t.shape) in flat]
+    assert flat and not [
+        t.shape for t in kept if t.dtype == torch.float32 and tuple(t.shape) in flat
+    ]

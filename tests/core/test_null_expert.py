@@ -45,7 +45,9 @@ def test_who_chooses_no_expert_is_the_base(scope, level):
     assert torch.equal(model(tokens()).logits, causal_base()(tokens()).logits)
     report = model.route(input_ids=tokens())
     assert report.choice_names[-1] == NO_EXPERT and set(report.top_experts()) == {NO_EXPERT}
-    assert bool((report.by_router[:, -1] == 1).all()) and bool((report.probabilities[:, -1] > 0.99).all())
+    assert bool((report.by_router[:, -1] == 1).all()) and bool(
+        (report.probabilities[:, -1] > 0.99).all()
+    )
 
 
 @torch.no_grad()
@@ -111,14 +113,19 @@ def test_the_balancing_loss_counts_the_base_too():
     model(tokens(), labels=tokens())
     load = model.moelora.load
     assert load.current.shape == (1, EXPERTS + 1)
-    assert int(load.current.sum()) == 2 * tokens().numel() and int(load.current[0, -1]) == tokens().numel()
+    assert (
+        int(load.current.sum()) == 2 * tokens().numel()
+        and int(load.current[0, -1]) == tokens().numel()
+    )
 
 
 @torch.no_grad()
 def test_a_ban_leaves_the_base():
     model = null(num_experts_per_tok=1)
     prefer(model, 0)
-    (routing, *_) = model(tokens(), banned_experts="expert_0", output_expert_routing=True).expert_routing
+    (routing, *_) = model(
+        tokens(), banned_experts="expert_0", output_expert_routing=True
+    ).expert_routing
     assert not bool((routing.expert_ids == 0).any())
     for name in ("expert_1", "expert_2", "expert_3"):
         prefer(model, EXPERTS)
@@ -132,7 +139,10 @@ def test_experts_come_and_go_and_the_base_stays_a_choice():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.train()(tokens(), labels=tokens()).loss.backward()
     optimizer.step()
-    before, state = router.weight.detach().clone(), optimizer.state[router.weight]["exp_avg"].clone()
+    before, state = (
+        router.weight.detach().clone(),
+        optimizer.state[router.weight]["exp_avg"].clone(),
+    )
     change = model.add_expert("law")
     resume_optimizer(optimizer, change)
     (router,) = model.moelora.routers.values()
@@ -172,6 +182,8 @@ def test_it_generates_and_saves(level, tmp_path):
     model = null(routing_level=level)
     out = model.generate(tokens(), max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path)
-    again = MoeLoraForCausalLM.from_pretrained(str(tmp_path), base=copy.deepcopy(causal_base())).eval()
+    again = MoeLoraForCausalLM.from_pretrained(
+        str(tmp_path), base=copy.deepcopy(causal_base())
+    ).eval()
     assert torch.equal(again.generate(tokens(), max_new_tokens=4, do_sample=False), out)
     assert again.moelora_config.null_expert

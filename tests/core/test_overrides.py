@@ -85,7 +85,9 @@ def test_each_sequence_is_the_base_with_its_own_mixture_merged(name, scope):
 @pytest.mark.parametrize("scope", SCOPES)
 @torch.no_grad()
 def test_each_token_may_have_its_own_weights(scope):
-    """Causality tells tokens apart: up to where the weights change, logits are those of the first weights."""
+    """Causality tells tokens apart: up to where the weights change, logits are those of the first
+    weights.
+    """
     model, ids = causal(router_scope=scope), tokens()
     weights = EACH[0].repeat(2, 10, 1)
     weights[:, 6:] = EACH[1]
@@ -116,7 +118,9 @@ def test_a_linear_that_reads_something_else_than_tokens_takes_no_weights_of_toke
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name,level", [("llama", "token"), ("llama", "sequence"), ("gpt2", "token")])
+@pytest.mark.parametrize(
+    "name,level", [("llama", "token"), ("llama", "sequence"), ("gpt2", "token")]
+)
 def test_generation_carries_each_prompt_s_weights(name, level, way):
     model = causal(name, routing_level=level)
     inputs = left_padded([tokens(1, PROMPT)[0], tokens(1, 4, seed=4)[0]])
@@ -158,12 +162,17 @@ def test_new_tokens_have_the_weights_of_the_prompt_s_last_one(name):
 @pytest.mark.parametrize("assistant", ["a plain model", "a mixture", "the prompt"])
 def test_assisted_generation_is_the_unassisted_one(assistant, level):
     model, row = causal(routing_level=level), torch.cat([tokens(1, 4), tokens(1, 4)], 1)
-    helpers = {"a plain model": lambda: causal_base(seed=1), "a mixture": lambda: causal(num_experts=3)}
+    helpers = {
+        "a plain model": lambda: causal_base(seed=1),
+        "a mixture": lambda: causal(num_experts=3),
+    }
     helper = helpers[assistant]() if assistant in helpers else None
     help_ = {"prompt_lookup_num_tokens": 2} if helper is None else {"assistant_model": helper}
     for forced in ({"expert_weights": torch.randn(1, 8, 4)}, {"banned_experts": NAMES[:2]}):
         settings = {**GREEDY, "max_new_tokens": 9, "min_new_tokens": 9, **forced}
-        assert torch.equal(model.generate(row, **help_, **settings), model.generate(row, **settings))
+        assert torch.equal(
+            model.generate(row, **help_, **settings), model.generate(row, **settings)
+        )
 
 
 @pytest.mark.parametrize("kind", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
@@ -179,7 +188,11 @@ def test_gradients_reach_an_outside_gate_and_recomputation_sees_the_same_weights
         output = model(ids, labels=ids, expert_weights=gate.tanh())
         assert not hasattr(output, "expert_aux_loss"), "the routers did nothing"
         output.loss.backward()
-        rows = [p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and "routers" not in n]
+        rows = [
+            p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.requires_grad and "routers" not in n
+        ]
         assert all(p.grad is None for p in model.moelora.routers.parameters())
         return [gate.grad.clone(), *rows]
 
@@ -192,7 +205,10 @@ def test_gradients_reach_an_outside_gate_and_recomputation_sees_the_same_weights
         steps = torch.zeros_like(gate)
         for i in range(gate.numel()):
             shift = torch.zeros(gate.numel()).scatter_(0, torch.tensor([i]), 1e-2).view_as(gate)
-            losses = [model(ids, labels=ids, expert_weights=(gate + s).tanh()).loss for s in (shift, -shift)]
+            losses = [
+                model(ids, labels=ids, expert_weights=(gate + s).tanh()).loss
+                for s in (shift, -shift)
+            ]
             steps.view(-1)[i] = (losses[0] - losses[1]) / 2e-2
     torch.testing.assert_close(expected[0], steps, rtol=3e-2, atol=1e-3)
 
@@ -226,10 +242,16 @@ def test_with_fewer_than_k_left_the_other_slots_are_empty_and_generation_goes_on
     with model.use_experts(ban=NAMES[:2]), model.use_experts(ban="expert_3"):
         chosen = model.route(input_ids=ids)
         assert torch.equal(chosen.expert_share, torch.tensor([0.0, 0.0, 1.0, 0.0]))
-        assert all((r.expert_ids.sort(1).values == torch.tensor([-1, 2])).all() for r in chosen.routing)
+        assert all(
+            (r.expert_ids.sort(1).values == torch.tensor([-1, 2])).all() for r in chosen.routing
+        )
         got = model.generate(ids, **GREEDY)
-    assert torch.equal(model.generate(ids, banned_experts=[NAMES[0], NAMES[1], NAMES[3]], **GREEDY), got)
-    assert torch.equal(model.generate(ids, expert_weights=torch.tensor([0.0, 0.0, 1.0, 0.0]), **GREEDY), got)
+    assert torch.equal(
+        model.generate(ids, banned_experts=[NAMES[0], NAMES[1], NAMES[3]], **GREEDY), got
+    )
+    assert torch.equal(
+        model.generate(ids, expert_weights=torch.tensor([0.0, 0.0, 1.0, 0.0]), **GREEDY), got
+    )
 
 
 def test_training_under_a_ban_leaves_the_banned_expert_without_gradient():
@@ -252,9 +274,18 @@ WRONG = {
         "banned_experts": ["expert_1", "law"]
     },
     "All experts are banned": {"banned_experts": NAMES},
-    "expert_1 would be used and is banned": {"expert_weights": EACH[0], "banned_experts": "expert_1"},
-    "drop it or expert_targets": {"expert_weights": EACH[0], "expert_targets": torch.tensor([0, 1])},
-    "expert 3, which is banned": {"banned_experts": "expert_3", "expert_targets": torch.tensor([0, 3])},
+    "expert_1 would be used and is banned": {
+        "expert_weights": EACH[0],
+        "banned_experts": "expert_1",
+    },
+    "drop it or expert_targets": {
+        "expert_weights": EACH[0],
+        "expert_targets": torch.tensor([0, 1]),
+    },
+    "expert 3, which is banned": {
+        "banned_experts": "expert_3",
+        "expert_targets": torch.tensor([0, 3]),
+    },
 }
 
 

@@ -1,4 +1,6 @@
-"""Bases that are quantised, dispatched or offloaded: from_pretrained's keywords, and models that accelerate moves."""
+"""Bases that are quantised, dispatched or offloaded: from_pretrained's keywords, and models that
+accelerate moves.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def test_offloaded_weights(scope):
     accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
     assert next(base.model.layers[0].parameters()).device.type == "meta"
     model = MoeLoraForCausalLM.from_base(base, MoeLoraConfig(**ALL, router_scope=scope))
-    assert {t.device.type for t in (*model.moelora.parameters(), *model.moelora.buffers())} == {"cpu"}
+    assert {t.device.type for t in (*model.moelora.parameters(), *model.moelora.buffers())} == {
+        "cpu"
+    }
     outputs = model(input_ids=ids, output_expert_routing=True)
     assert torch.equal(outputs.logits, expected)
     assert len(outputs.expert_routing) == len(model.moelora.routers)

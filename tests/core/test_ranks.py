@@ -11,7 +11,11 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 INPUT = torch.arange(2 * 6).view(2, 6) % 11 + 3
 FIRST = "model.layers.0.self_attn."
-RANKS = {f"{FIRST}q_proj": [2, 0, 5], f"{FIRST}k_proj": [0, 0, 0], "model.layers.1.mlp.down_proj": [1, 2, 3]}
+RANKS = {
+    f"{FIRST}q_proj": [2, 0, 5],
+    f"{FIRST}k_proj": [0, 0, 0],
+    "model.layers.1.mlp.down_proj": [1, 2, 3],
+}
 SCALING = {f"{FIRST}q_proj": [0.5, 1.0, 3.0], "model.layers.1.mlp.down_proj": [2.0, 1.0, -1.0]}
 
 
@@ -28,13 +32,17 @@ def model():
     return activate(MoeLoraForCausalLM.from_base(causal_base("llama"), config).eval())
 
 
-@pytest.mark.parametrize("weights", [{"expert_0": 1.0}, {"expert_1": 0.5, "expert_2": -0.25}], ids=str)
+@pytest.mark.parametrize(
+    "weights", [{"expert_0": 1.0}, {"expert_1": 0.5, "expert_2": -0.25}], ids=str
+)
 def test_forced_experts_are_the_base_with_their_products_added(model, weights):
     """y = (W + Σ w s B A) x, linear by linear."""
     with model.use_experts(weights), torch.no_grad():
         forced = model(INPUT).logits
     merged = causal_base("llama").eval()
-    merged.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("moelora.")})
+    merged.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("moelora.")}
+    )
     for site in model.moelora.sites.values():
         for linear, name in zip(site.linears, site.names):
             ranks = RANKS.get(name, [4] * 3)
@@ -52,9 +60,14 @@ def test_forced_experts_are_the_base_with_their_products_added(model, weights):
 def test_every_row_trains_and_a_checkpoint_keeps_it_all(model, tmp_path):
     model.train()
     model(INPUT, labels=INPUT).loss.backward()
-    assert all(p.grad is not None for p in model.moelora.parameters() if p.requires_grad and p.numel())
+    assert all(
+        p.grad is not None for p in model.moelora.parameters() if p.requires_grad and p.numel()
+    )
     model.eval().save_pretrained(tmp_path)
     again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base("llama"))
-    assert again.moelora_config.expert_ranks == RANKS and again.moelora_config.expert_scaling == SCALING
+    assert (
+        again.moelora_config.expert_ranks == RANKS
+        and again.moelora_config.expert_scaling == SCALING
+    )
     with torch.no_grad():
         assert torch.equal(again.eval()(INPUT).logits, model(INPUT).logits)

@@ -35,11 +35,15 @@ def _captured(model, inputs):
         handles.append(
             module.register_forward_hook(lambda m, a, out, n=name: written.update({n: out.clone()}))
         )
-        handles.append(module.register_forward_pre_hook(lambda m, a, n=name: read.update({n: a[0].clone()})))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, a, n=name: read.update({n: a[0].clone()}))
+        )
         layer = decoder_layer(model, name)
         handles.append(
             model.get_submodule(layer).register_forward_pre_hook(
-                lambda m, a, k, n=layer: read.update({n: (a[0] if a else k["hidden_states"]).clone()}),
+                lambda m, a, k, n=layer: read.update(
+                    {n: (a[0] if a else k["hidden_states"]).clone()}
+                ),
                 with_kwargs=True,
             )
         )
@@ -56,10 +60,14 @@ def _frozen_linear(module, x):
 
 
 def _choice(model, router, row):
-    """[(expert, weight)] of one row: softmax over all, the k largest, divided by their sum where k > 1."""
+    """[(expert, weight)] of one row: softmax over all, the k largest, divided by their sum where k
+    > 1.
+    """
     config = model.moelora_config
     probabilities = (router.weight.to(row.dtype) @ row).softmax(0).tolist()
-    ranking = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[: config.num_experts_per_tok]
+    ranking = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[
+        : config.num_experts_per_tok
+    ]
     normed = config.norm_topk_prob and len(ranking) > 1
     total = sum(probabilities[e] for e in ranking) if normed else 1.0
     return [(e, probabilities[e] / total) for e in ranking]
@@ -93,7 +101,9 @@ def _assert_by_hand(model):
     read, written = _captured(model, inputs)
     for name in adapted(model):
         expected = _by_hand(model, name, read, inputs["attention_mask"].bool())
-        torch.testing.assert_close(written[name].view_as(expected), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            written[name].view_as(expected), expected, rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -155,7 +165,9 @@ def test_every_trainable_parameter_of_a_classifier_gets_a_gradient(name, scope, 
     model = classifier(name, router_scope=scope, routing_level=level, **NO_ROUTER_LOSS)
     trainable = _assert_all_trainable_get_gradients(model)
     heads = {n for n in trainable if not n.startswith("moelora.")}
-    assert heads and heads <= {"classifier.weight", "classifier.bias", "score.weight"}, "its head trains too"
+    assert heads and heads <= {"classifier.weight", "classifier.bias", "score.weight"}, (
+        "its head trains too"
+    )
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))

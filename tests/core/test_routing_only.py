@@ -1,4 +1,6 @@
-"""Asking for the routing alone: the same routing as a whole forward pass, earlier, and with gradients."""
+"""Asking for the routing alone: the same routing as a whole forward pass, earlier, and with
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_forced_experts_are_what_a_report_shows():
     model = causal(router_scope="model", routing_level="sequence")
     with model.use_experts({"expert_2": 1.0}):
         report = model.route(input_ids=tokens())
-    assert report.top_experts() == ["expert_2"] * 2 and report.probabilities.tolist() == [[0, 0, 1, 0]] * 2
+    assert (
+        report.top_experts() == ["expert_2"] * 2
+        and report.probabilities.tolist() == [[0, 0, 1, 0]] * 2
+    )
 
 
 @torch.no_grad()
@@ -85,7 +90,8 @@ def test_its_gradients_are_those_of_expert_targets(scope, reentrant):
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     losses = [
-        torch.nn.functional.cross_entropy(r.logits, targets) for r in model.routing_only(input_ids=tokens())
+        torch.nn.functional.cross_entropy(r.logits, targets)
+        for r in model.routing_only(input_ids=tokens())
     ]
     (sum(losses) / len(losses)).backward()
     found = {name: p.grad.clone() for name, p in model.moelora.routers.named_parameters()}

@@ -14,7 +14,8 @@ def rows(level: str) -> list[dict[str, torch.Tensor]]:
     """Texts of two kinds, by their tokens, each with its expert; no labels."""
     ids = torch.cat([tokens(ROWS, LENGTH, seed=1) % 20 + 3, tokens(ROWS, LENGTH, seed=2) % 20 + 30])
     made = [
-        {"input_ids": row, "expert_targets": torch.tensor(1 + 2 * (i // ROWS))} for i, row in enumerate(ids)
+        {"input_ids": row, "expert_targets": torch.tensor(1 + 2 * (i // ROWS))}
+        for i, row in enumerate(ids)
     ]
     if level == "sequence":
         made = [{**row, "router_mask": torch.ones(LENGTH, dtype=torch.bool)} for row in made]
@@ -36,7 +37,11 @@ def test_stock_trainer_trains_the_routers_of_every_scope(scope, level, tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
-    found = model.eval().route(input_ids=torch.stack([row["input_ids"] for row in rows(level)])).top_experts()
+    found = (
+        model.eval()
+        .route(input_ids=torch.stack([row["input_ids"] for row in rows(level)]))
+        .top_experts()
+    )
     right = [name == ("expert_1" if i < ROWS else "expert_3") for i, name in enumerate(found)]
     assert sum(right) >= 0.9 * len(right)
     assert all(torch.equal(p, experts[name]) for name, p in model.moelora.sites.named_parameters())
@@ -44,7 +49,9 @@ def test_stock_trainer_trains_the_routers_of_every_scope(scope, level, tmp_path)
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_gradient_is_that_of_the_attached_loss_however_layers_are_checkpointed(scope, reentrant):
+def test_the_gradient_is_that_of_the_attached_loss_however_layers_are_checkpointed(
+    scope, reentrant
+):
     targets = torch.tensor([2, 0])
     found = []
     for alone in (True, False):

@@ -1,4 +1,6 @@
-"""The example of adapters in and out end to end: two steps on two layers, everything printed and checked."""
+"""The example of adapters in and out end to end: two steps on two layers, everything printed and
+checked.
+"""
 
 import os
 import re
@@ -19,7 +21,13 @@ LINES = (
 def example(tmp_path_factory):
     folder = tmp_path_factory.mktemp("example")
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples/from_peft_adapters.py"), "--quick", "--output", str(folder)],
+        [
+            sys.executable,
+            str(ROOT / "examples/from_peft_adapters.py"),
+            "--quick",
+            "--output",
+            str(folder),
+        ],
         cwd=folder,
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "COLUMNS": "160"},
@@ -40,7 +48,9 @@ def test_every_line_of_the_table_has_its_losses(example):
 
 def test_the_choices_of_every_mixture_are_told(example):
     printed, _ = example
-    shares = [float(share) for share in re.findall(r"own expert has (\d+\.\d)% of the choices", printed)]
+    shares = [
+        float(share) for share in re.findall(r"own expert has (\d+\.\d)% of the choices", printed)
+    ]
     assert len(shares) == 4 and all(0 <= share <= 100 for share in shares)
 
 

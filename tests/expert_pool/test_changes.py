@@ -1,4 +1,6 @@
-"""Experts that come and go in a trained mixture: the others keep their bits, and the optimizer goes on."""
+"""Experts that come and go in a trained mixture: the others keep their bits, and the optimizer goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ BY_LINEAR = {
 
 
 def _experts(model):
-    """Each expert by name: its factors, scaling and frozen state by linear, its router rows, its load."""
+    """Each expert by name: its factors, scaling and frozen state by linear, its router rows, its
+    load.
+    """
     found = {}
     for e, name in enumerate(model.moelora_config.expert_names):
         linears = {n: (*ab, adapted(model)[n][0].linears[adapted(model)[n][1]].scaling[e])
                    for n, ab in factors(model, e).items()}  # fmt: skip
         rows = [router.weight[e].detach().clone() for router in model.moelora.routers.values()]
-        load = [getattr(model.moelora.load, b)[:, e].clone() for b in ("current", "previous", "bias")]
+        load = [
+            getattr(model.moelora.load, b)[:, e].clone() for b in ("current", "previous", "bias")
+        ]
         frozen = {e in factor.frozen_experts for factor in model.moelora.factors()}
         found[name] = (linears, rows, load, frozen)
     return found
@@ -77,7 +83,9 @@ CHANGES = {
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fields", [{}, BY_LINEAR], ids=["alike", "mixed ranks"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_others_keep_their_bits_and_a_checkpoint_has_it_all(change, fields, scope, level, tmp_path):
+def test_the_others_keep_their_bits_and_a_checkpoint_has_it_all(
+    change, fields, scope, level, tmp_path
+):
     model = _trained(router_scope=scope, routing_level=level, **fields)
     before = _experts(model)
     CHANGES[change](model)
@@ -128,7 +136,9 @@ def test_a_copy_is_its_original_and_noise_is_relative_to_it():
     model.add_expert("noisy", copy_of="expert_2", noise=0.1, seed=1)
     experts = _experts(model)
     for linear, (A, B, scaling) in experts["expert_2"][0].items():
-        assert torch.equal(experts["twin"][0][linear][0], A) and torch.equal(experts["twin"][0][linear][1], B)
+        assert torch.equal(experts["twin"][0][linear][0], A) and torch.equal(
+            experts["twin"][0][linear][1], B
+        )
         assert experts["twin"][0][linear][2] == experts["noisy"][0][linear][2] == scaling
         for own, noisy in zip((A, B), experts["noisy"][0][linear]):
             assert 0.05 < float((noisy - own).std() / own.std()) < 0.2

@@ -1,4 +1,6 @@
-"""Experts come and go between optimizer steps: its state moves along; routers of any form grow with them."""
+"""Experts come and go between optimizer steps: its state moves along; routers of any form grow with
+them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ GROWTH = {
     "a fresh one": lambda m: [m.add_expert("law")],
     "a copy, frozen": lambda m: [m.add_expert("law", copy_of="expert_0"), m.freeze_experts("law")],
     "a removal": lambda m: [m.remove_expert("expert_2")],
-    "several": lambda m: [m.add_expert("law"), m.replace_expert("law", r=7), m.remove_expert("expert_2")],
+    "several": lambda m: [
+        m.add_expert("law"),
+        m.replace_expert("law", r=7),
+        m.remove_expert("expert_2"),
+    ],
     "nothing in the end": lambda m: [m.freeze_experts(NAMES), m.unfreeze_experts(NAMES)],
 }
 
@@ -121,7 +127,9 @@ def test_an_optimizer_whose_state_has_no_rows_is_refused():
     with pytest.raises(TypeError, match="make a new optimizer"):
         resume_optimizer(optimizer, model.add_expert("law"))
     assert all(
-        a is b for x, g in zip(before, optimizer.param_groups) for a, b in zip(x, g["params"], strict=True)
+        a is b
+        for x, g in zip(before, optimizer.param_groups)
+        for a, b in zip(x, g["params"], strict=True)
     )
 
 
@@ -168,7 +176,9 @@ def test_a_router_of_another_form_says_how_it_grows(custom):
     before = {n: r.down.detach().clone() for n, r in model.moelora.routers.items()}
     model.train()(**batch()).loss.backward()
     optimizer.step()
-    averages = {n: optimizer.state[r.down]["exp_avg"].clone() for n, r in model.moelora.routers.items()}
+    averages = {
+        n: optimizer.state[r.down]["exp_avg"].clone() for n, r in model.moelora.routers.items()
+    }
     resume_optimizer(optimizer, model.add_expert("law", copy_of="expert_1"))
     for name, router in model.moelora.routers.items():
         assert router.up.shape == (6, 5) and torch.equal(router.up[:, 4], router.up[:, 1])

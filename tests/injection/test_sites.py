@@ -1,4 +1,6 @@
-"""Which modules are adapted and how they are grouped: found by a probe, as PEFT finds them, with no table."""
+"""Which modules are adapted and how they are grouped: found by a probe, as PEFT finds them, with no
+table.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ import moelora
 from moelora import MoeLoraConfig
 from moelora.injection.sites import find_sites
 
-# Bases whose fp32 forward needs an operator that fake tensors lack; only real weights can be probed then.
+# Bases whose fp32 forward needs an operator that fake tensors lack; only real weights can be probed
+# then.
 NEEDS_REAL_WEIGHTS = {"mixtral"}
 
 
@@ -78,7 +81,10 @@ def test_linears_that_read_one_tensor_are_one_site(name):
 
 @pytest.mark.parametrize("name", ALL_CAUSAL)
 def test_projection_scope_gives_every_linear_its_own_site(name):
-    shared, single = _sites(causal_base(name))[0], _sites(causal_base(name), router_scope="projection")[0]
+    shared, single = (
+        _sites(causal_base(name))[0],
+        _sites(causal_base(name), router_scope="projection")[0],
+    )
     assert sorted(single) == sorted([linear] for site in shared for linear in site)
 
 
@@ -89,7 +95,9 @@ def test_a_module_that_is_never_called_is_refused_by_name_and_reported_under_a_s
             _probed("mamba", target_modules=named)
     for shorthand in ("all-linear", None):
         model = _probed("mamba", target_modules=shorthand)
-        assert set(model.moelora.unadapted) == {f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)}
+        assert set(model.moelora.unadapted) == {
+            f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)
+        }
         assert not any("dt_proj" in n or "out_proj" in n for n in adapted(model))
 
 
@@ -113,10 +121,14 @@ REFUSED_BY_PEFT = {"mamba"}
 
 
 @pytest.mark.parametrize("wanted", WANTED)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "opt", "bloom", "falcon", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gptj", "opt", "bloom", "falcon", "gpt_neox", "phi3"]
+)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_targets_are_the_modules_that_peft_adapts(name, wanted):
-    ends = list(dict.fromkeys(n.rpartition(".")[2] for site in _sites(causal_base(name))[0] for n in site))
+    ends = list(
+        dict.fromkeys(n.rpartition(".")[2] for site in _sites(causal_base(name))[0] for n in site)
+    )
     fields = WANTED[wanted] if isinstance(WANTED[wanted], dict) else WANTED[wanted](ends)
     expected = _peft_adapts(causal_base(name), **fields)
     assert expected
@@ -126,13 +138,16 @@ def test_targets_are_the_modules_that_peft_adapts(name, wanted):
 @pytest.mark.parametrize("name", ALL_CAUSAL)
 def test_default_targets_are_the_names_in_peft_s_table_and_else_all_linears(name):
     names = PEFT_TARGETS.get(causal_base(name).config.model_type, "all-linear")
-    # The names, not None: PEFT stops at a base of whose experts it would rather adapt the parameters.
+    # The names, not None: PEFT stops at a base of whose experts it would rather adapt the
+    # parameters.
     by_peft = (
         {"target_modules": names}
         if name not in REFUSED_BY_PEFT
         else {"target_modules": ["in_proj", "x_proj"]}
     )
-    assert set(adapted(_probed(name, target_modules=None))) == _peft_adapts(causal_base(name), **by_peft)
+    assert set(adapted(_probed(name, target_modules=None))) == _peft_adapts(
+        causal_base(name), **by_peft
+    )
 
 
 def test_all_linear_can_be_cut_to_some_layers():
@@ -142,7 +157,9 @@ def test_all_linear_can_be_cut_to_some_layers():
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_s_head_trains_and_carries_no_experts(name):
     model = into(classifier_base(name), probe=True)
-    heads = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora.")}
+    heads = {
+        n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora.")
+    }
     assert heads and not {n.rpartition(".")[0] for n in heads} & set(adapted(model))
 
 
@@ -210,7 +227,9 @@ def _named_in(source: str, words: set[str]) -> set[str]:
     """Which of `words` the code names, its docstrings and comments (citations) left out."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
             node.body[0] = ast.Pass()
     code = ast.unparse(tree)
     return {w for w in words if re.search(rf"\b(?i:{w})(?![a-z0-9_])", code)}

@@ -17,7 +17,11 @@ def refused(error, match, base=None, public=MoeLoraForCausalLM, **fields):
     said = base(tokens()).logits if hasattr(base, "lm_head") else None
     with pytest.raises(error, match=match):
         public.from_base(base, MoeLoraConfig(**{**FIELDS, **fields}))
-    assert (type(base), list(base.state_dict()), [p.requires_grad for p in base.parameters()]) == before
+    assert (
+        type(base),
+        list(base.state_dict()),
+        [p.requires_grad for p in base.parameters()],
+    ) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     assert said is None or torch.equal(base(tokens()).logits, said)
 
@@ -30,7 +34,9 @@ def test_nothing_matched_shows_the_nearest_names_and_all_linears():
     )
     refused(ValueError, "matches no module", target_modules=r"model\.layers\.7\..*")
     refused(ValueError, r"in layers \[5\] matches no module", layers_to_transform=[5])
-    refused(ValueError, r"Nearest names: [^.]*c_attn", base=causal_base("gpt2"), target_modules=["atn"])
+    refused(
+        ValueError, r"Nearest names: [^.]*c_attn", base=causal_base("gpt2"), target_modules=["atn"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,9 @@ def test_targets_outside_of_what_the_scope_routes_are_errors():
 
 
 def test_modules_to_save_that_match_nothing_are_an_error():
-    refused(ValueError, r"modules_to_save names 'lm_heat'.*model, lm_head", modules_to_save=["lm_heat"])
+    refused(
+        ValueError, r"modules_to_save names 'lm_heat'.*model, lm_head", modules_to_save=["lm_heat"]
+    )
 
 
 def test_a_model_that_holds_a_mixture_takes_no_second_one():
@@ -140,7 +148,11 @@ def test_keywords_beside_a_loaded_model_are_refused():
 def test_each_class_takes_its_own_kind_of_base():
     refused(TypeError, "use MoeLoraForSequenceClassification", base=classifier_base())
     refused(TypeError, "use MoeLoraForSequenceClassification", base=classifier_base("llama"))
-    refused(TypeError, "no sequence classifier.*MoeLoraForCausalLM", public=MoeLoraForSequenceClassification)
+    refused(
+        TypeError,
+        "no sequence classifier.*MoeLoraForCausalLM",
+        public=MoeLoraForSequenceClassification,
+    )
     refused(TypeError, "no language modelling head", base=LlamaModel(causal_base().config).eval())
     assert classifier().is_classifier and not causal().is_classifier
 

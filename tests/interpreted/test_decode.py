@@ -1,4 +1,6 @@
-"""The decode path: the kernels route, shrink and expand a few tokens; against the specification in float64."""
+"""The decode path: the kernels route, shrink and expand a few tokens; against the specification in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,29 @@ launches = pytest.mark.parametrize(
 def router_of(case: Case, bias: bool = False, norm: bool = True) -> TopK:
     experts = len(case.ranks)
     return TopK(
-        torch.randn(experts, case.d_in) / case.d_in**0.5, torch.randn(experts) if bias else None, norm
+        torch.randn(experts, case.d_in) / case.d_in**0.5,
+        torch.randn(experts) if bias else None,
+        norm,
     )
 
 
 def decode(case: Case, router: TopK, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Plan]:
     plan = build_decode_plan(router, case.rows, case.num_slots)
     (h,) = shrink(inputs["x"], inputs["lora_A"], (case.offsets,), plan)
-    return expand(h, inputs["lora_B"], case.offsets, case.scales, plan, inputs["out"], **options), plan
+    return expand(
+        h, inputs["lora_B"], case.offsets, case.scales, plan, inputs["out"], **options
+    ), plan
 
 
 def assert_decodes(case: Case, router: TopK, dtype: torch.dtype) -> None:
     _, inputs = make(case, dtype)
     y, plan = decode(case, router, inputs, dtype=dtype)
     ids, weights = reference.top_k(
-        inputs["x"].double(), router.weight.double(), case.num_slots, router.selection_bias, router.norm
+        inputs["x"].double(),
+        router.weight.double(),
+        case.num_slots,
+        router.selection_bias,
+        router.norm,
     )
     assert torch.equal(plan.expert_ids, ids)
     torch.testing.assert_close(plan.weights.double(), weights, rtol=1e-4, atol=1e-6)
@@ -127,7 +137,9 @@ def test_what_does_not_fit_is_refused(case: Case, message: str) -> None:
 
 
 def test_a_router_of_another_kind_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"router.weight is torch.float16 \(3, 8\), expected torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"router.weight is torch.float16 \(3, 8\), expected torch.float32"
+    ):
         build_decode_plan(TopK(torch.zeros(3, 8).half()), 1, 2)
     with pytest.raises(ValueError, match="num_slots=4, expected 1 to the router's 3"):
         build_decode_plan(TopK(torch.zeros(3, 8)), 1, 4)
@@ -139,7 +151,9 @@ def test_what_wants_a_gradient_is_refused(name: str) -> None:
     router = router_of(case)
     _, inputs = make(case, torch.float32)
     (router.weight if name == "router" else inputs[name]).requires_grad_()
-    with pytest.raises(ValueError, match=f"{name} requires a gradient, which path='decode' has not"):
+    with pytest.raises(
+        ValueError, match=f"{name} requires a gradient, which path='decode' has not"
+    ):
         decode(case, router, inputs)
     with torch.no_grad():
         decode(case, router, inputs)

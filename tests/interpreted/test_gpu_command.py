@@ -1,4 +1,6 @@
-"""`make gpu` where there is no GPU: its steps under the interpreter, and what it says of a wrong result."""
+"""`make gpu` where there is no GPU: its steps under the interpreter, and what it says of a wrong
+result.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def test_every_check_is_made_and_saved(tmp_path: Path, no_bench: list[Any]) -> N
 
 
 def test_a_wrong_result_is_named_and_the_rest_goes_on(
-    tmp_path: Path, no_bench: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    no_bench: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     right = gpu_checks.ours
 

@@ -1,4 +1,6 @@
-"""How often a kernel is launched, and how many other operators run: neither depends on E, and hardly on K."""
+"""How often a kernel is launched, and how many other operators run: neither depends on E, and
+hardly on K.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.kernels.cases import Case, make, mixture
 
 
 class Count(TorchDispatchMode):
-    """Counts launches of kernels and, apart from what only gives a tensor another shape, torch's operators."""
+    """Counts launches of kernels and, apart from what only gives a tensor another shape, torch's
+    operators.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +63,9 @@ def case_of(experts: int, slots: int) -> Case:
 
 @pytest.mark.parametrize("path", ["dense", "sequence", "grouped"])
 @pytest.mark.parametrize(("experts", "slots"), [(2, 1), (2, 2), (9, 2), (33, 4)])
-def test_forward_and_backward(path: str, experts: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward(
+    path: str, experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = case_of(experts, slots)
     ids, inputs = make(case, torch.float32)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
@@ -76,7 +82,9 @@ def test_forward_and_backward(path: str, experts: int, slots: int, monkeypatch: 
     ids, inputs = make(smallest, torch.float32)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     monkeypatch.undo()
-    same = counted(lambda: mixture(smallest, ids, path=path, backend="triton")(**leaves), monkeypatch)
+    same = counted(
+        lambda: mixture(smallest, ids, path=path, backend="triton")(**leaves), monkeypatch
+    )
     assert forward.operators == same.operators
 
 
@@ -84,7 +92,9 @@ def test_forward_and_backward(path: str, experts: int, slots: int, monkeypatch: 
 def test_the_single_launch(experts: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(rows=4, ranks=(1,) * experts, num_slots=slots)
     ids, inputs = make(case, torch.float32)
-    plan = build_plan(ids, inputs["weights"], experts, total_rank=experts, path="dense", backend="triton")
+    plan = build_plan(
+        ids, inputs["weights"], experts, total_rank=experts, path="dense", backend="triton"
+    )
     tensors = (inputs["x"], inputs["lora_A"], inputs["lora_B"])
     count = counted(lambda: fused_mixture(*tensors, case.offsets, case.scales, plan), monkeypatch)
     assert count.kernels == 1
@@ -95,7 +105,9 @@ def test_the_single_launch(experts: int, slots: int, monkeypatch: pytest.MonkeyP
 def test_decoding(
     d_in: int, linears: int, kernels: int, experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One launch for a small linear, else one for the site and one for each linear: the router is inside."""
+    """One launch for a small linear, else one for the site and one for each linear: the router is
+    inside.
+    """
     case = Case(rows=2, ranks=(1,) * experts, num_slots=slots, d_in=d_in)
     _, inputs = make(case, torch.float32)
     router = TopK(torch.randn(experts, d_in))
@@ -104,7 +116,9 @@ def test_decoding(
         plan = build_decode_plan(router, 2, slots)
         lora_A = inputs["lora_A"].repeat(linears, 1)
         for h in shrink(inputs["x"], lora_A, (case.offsets,) * linears, plan):
-            expand(h, inputs["lora_B"], case.offsets, case.scales, plan, inputs["out"], inplace=True)
+            expand(
+                h, inputs["lora_B"], case.offsets, case.scales, plan, inputs["out"], inplace=True
+            )
 
     count = counted(step, monkeypatch)
     assert count.kernels == kernels

@@ -1,4 +1,6 @@
-"""The benchmark of a whole layer's decoding, with the router inside the kernels, under the interpreter."""
+"""The benchmark of a whole layer's decoding, with the router inside the kernels, under the
+interpreter.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def test_gradient_checkpointing_gives_the_same_bits() -> None:
             model.gradient_checkpointing_enable()
         model.zero_grad()
         model(INPUT, labels=INPUT).loss.backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        grads.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     for name, grad in grads[0].items():
         assert torch.equal(grad, grads[1][name]), name
 
@@ -92,10 +94,16 @@ def test_what_is_forced_or_banned_is_not_left_to_the_kernels_own_routing(
     monkeypatch.setattr(
         type(model.moelora), "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
     )
-    given = {"banned_experts": ["expert_1"]} if forced == "banned" else {"expert_weights": torch.randn(2, 4)}
+    given = (
+        {"banned_experts": ["expert_1"]}
+        if forced == "banned"
+        else {"expert_weights": torch.randn(2, 4)}
+    )
     with torch.no_grad():
         wanted = on(model, "eager")(INPUT, **given).logits
-        torch.testing.assert_close(on(model, "triton")(INPUT, **given).logits, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            on(model, "triton")(INPUT, **given).logits, wanted, rtol=1e-4, atol=1e-5
+        )
         assert not any(plans)
         with model.use_experts(ban="expert_1"):
             on(model, "triton")(INPUT)

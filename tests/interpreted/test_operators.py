@@ -45,7 +45,9 @@ def every_call() -> list[tuple[Any, tuple]]:
         for path in PATHS:
             run(mixture(CASE, ids, path=path, backend="triton"), inputs)
         x, lora_A, lora_B, weights, out = inputs.values()
-        plan = build_plan(ids, weights, 3, total_rank=10, tokens_per_row=2, path="dense", backend="triton")
+        plan = build_plan(
+            ids, weights, 3, total_rank=10, tokens_per_row=2, path="dense", backend="triton"
+        )
         fused_mixture(x, lora_A, lora_B, CASE.offsets, CASE.scales, plan, out)
         fixed = (CASE.offsets, CASE.scales)
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Shapes that need more than one tile, split or pass in some dimension, against the specification in float64."""
+"""Shapes that need more than one tile, split or pass in some dimension, against the specification
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,23 @@ from moelora_kernels import PATHS, build_plan
 from moelora_kernels.triton import fused_mixture
 from torch import Tensor
 
-from tests.kernels.cases import CASES, DTYPES, Case, assert_close, expected, make, mixture, run, with_ranks
+from tests.kernels.cases import (
+    CASES,
+    DTYPES,
+    Case,
+    assert_close,
+    expected,
+    make,
+    mixture,
+    run,
+    with_ranks,
+)
 
 # Each with its reason.
 LARGE = {
-    "two tiles of tokens, ranks and features": Case(rows=70, ranks=(40, 40, 60), d_in=72, d_out=136),
+    "two tiles of tokens, ranks and features": Case(
+        rows=70, ranks=(40, 40, 60), d_in=72, d_out=136
+    ),
     "d is split, its planes summed": Case(rows=3, ranks=(4, 4), d_in=1024, d_out=520),
     "T is split for the weights' gradients": Case(
         rows=5, tokens_per_row=104, ranks=(2, 2), num_slots=1, d_in=8, d_out=8
@@ -48,7 +62,9 @@ def test_a_thousand_experts(path: str) -> None:
 def test_the_single_launch(case: Case, dtype: torch.dtype) -> None:
     ids, inputs = make(case, dtype)
 
-    def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None) -> Tensor:
+    def function(
+        x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None
+    ) -> Tensor:
         plan = build_plan(
             ids, weights, len(case.ranks), total_rank=case.offsets[-1], tokens_per_row=case.tokens_per_row,
             path="dense", backend="triton",
@@ -60,6 +76,12 @@ def test_the_single_launch(case: Case, dtype: torch.dtype) -> None:
 
 def test_the_single_launch_holds_all_ranks_or_says_so() -> None:
     ids, inputs = make(with_ranks((40, 40)), torch.float32)
-    plan = build_plan(ids.clamp(max=1), inputs["weights"], 2, total_rank=80, path="dense", backend="triton")
-    with pytest.raises(ValueError, match="R=80, expected path='dense' and at most 64 ranks in torch.float32"):
-        fused_mixture(inputs["x"], inputs["lora_A"], inputs["lora_B"], (0, 40, 80), (1.0, 1.0), plan)
+    plan = build_plan(
+        ids.clamp(max=1), inputs["weights"], 2, total_rank=80, path="dense", backend="triton"
+    )
+    with pytest.raises(
+        ValueError, match="R=80, expected path='dense' and at most 64 ranks in torch.float32"
+    ):
+        fused_mixture(
+            inputs["x"], inputs["lora_A"], inputs["lora_B"], (0, 40, 80), (1.0, 1.0), plan
+        )

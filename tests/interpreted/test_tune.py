@@ -1,4 +1,6 @@
-"""Tuning: the fastest tile is kept, written, and used where its table is named; a wrong name says which there are."""
+"""Tuning: the fastest tile is kept, written, and used where its table is named; a wrong name says
+which there are.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_a_named_table_is_used(tmp_path: Path) -> None:
 def test_a_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     save_tuned(tmp_path / "nvidia-x.json", "x", {})
-    with pytest.raises(ValueError, match=r"tiles='h300': there is no h300.json: .*\(nvidia-x\).*tune"):
+    with pytest.raises(
+        ValueError, match=r"tiles='h300': there is no h300.json: .*\(nvidia-x\).*tune"
+    ):
         load_tuned("h300")
     (tmp_path / "broken.json").write_text('{"tiles": {"shrink": {"BLOCK": 1}}}')
     with pytest.raises(ValueError, match="broken.json is no table of tiles"):

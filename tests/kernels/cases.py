@@ -12,19 +12,15 @@ from moelora_kernels import BACKENDS, PATHS, lora_mixture, reference, triton
 from torch import Tensor
 
 # Largest error over the largest value of the float64 reference: about 8 roundings of the dtype.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
-# Under Triton's interpreter (a run of its own, see the Makefile) the Triton kernels are tested, else the others.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Under Triton's interpreter (a run of its own, see the Makefile) the Triton kernels are tested,
+# else the others.
 INTERPRETED = triton.interpreted()
 BACKENDS_AND_PATHS = list(product([b for b in BACKENDS if (b == "triton") == INTERPRETED], PATHS))
 # The kernels have no fp64, and the interpreter multiplies bf16 wrongly (triton #11584).
 EXACT = torch.float32 if INTERPRETED else torch.float64
-# Of drawn shapes, a result of one or two terms that cancel is off by many roundings of its own size: fp64's
-# tolerance has room for 4500 of them, fp32's for 17.
+# Of drawn shapes, a result of one or two terms that cancel is off by many roundings of its own
+# size: fp64's tolerance has room for 4500 of them, fp32's for 17.
 CANCELLING = 1e-4 if INTERPRETED else 0.0
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else list(TOLERANCE)
 HALVES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
@@ -131,9 +127,14 @@ def expected(case: Case, ids: Tensor, inputs: dict[str, Any]) -> dict[str, Tenso
 
 
 def assert_close(
-    actual: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype, tolerance: float = 0.0
+    actual: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    dtype: torch.dtype,
+    tolerance: float = 0.0,
 ) -> None:
-    """Each tensor within the dtype's tolerance (or a larger one) of the reference, and finite where it is."""
+    """Each tensor within the dtype's tolerance (or a larger one) of the reference, and finite where
+    it is.
+    """
     assert actual.keys() == reference.keys()
     for name, wanted in reference.items():
         assert actual[name].shape == wanted.shape, name

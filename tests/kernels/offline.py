@@ -1,4 +1,6 @@
-"""Compiling Triton kernels for GPUs that are not there: launches recorded on meta tensors, then `triton.compile`."""
+"""Compiling Triton kernels for GPUs that are not there: launches recorded on meta tensors, then
+`triton.compile`.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,11 @@ def _specialised(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
             if value % 16 == 0:
                 divisible.append(place)
     return Launch(
-        kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items())
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(divisible),
+        tuple(options.items()),
     )
 
 

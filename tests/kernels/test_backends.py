@@ -1,4 +1,6 @@
-"""Every backend on every path (Triton under its interpreter): values and all gradients against the specification."""
+"""Every backend on every path (Triton under its interpreter): values and all gradients against the
+specification.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +198,9 @@ def test_in_place_writes_into_out_and_nowhere_else(backend: str, path: str) -> N
     ids, inputs = make(case, EXACT)
 
     def function(inplace: bool) -> Callable[..., Tensor]:
-        def fused(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        def fused(
+            x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor
+        ) -> Tensor:
             plan = build_plan(ids, weights, 3, total_rank=9, path=path)
             (h,) = shrink(x, lora_A, (case.offsets,), plan, backend=backend)
             base = (out * 1).view(2, 3, -1)

@@ -68,7 +68,10 @@ def test_a_mistake_is_named(wrong: dict[str, Any], error: type[Exception], messa
     ("dtypes", "message"),
     [
         ({"x": torch.float64}, "x is torch.float64, expected bfloat16, float16 or float32"),
-        ({"expert_weights": torch.float64}, "the weights are torch.float64, expected torch.float32"),
+        (
+            {"expert_weights": torch.float64},
+            "the weights are torch.float64, expected torch.float32",
+        ),
     ],
 )
 def test_triton_names_the_dtypes_that_it_has(dtypes: dict[str, torch.dtype], message: str) -> None:

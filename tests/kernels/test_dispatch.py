@@ -78,7 +78,8 @@ def test_explain() -> None:
     assert lines[3] == "  not dense: no R ≤ 190·K, or T ≤ 64"
     assert lines[-1].startswith("path grouped: else; all experts' products would cost more")
     assert (
-        explain(Shape(4, 1, 8, 2, 1), backend="eager").splitlines()[0] == "backend eager: named by the caller"
+        explain(Shape(4, 1, 8, 2, 1), backend="eager").splitlines()[0]
+        == "backend eager: named by the caller"
     )
     assert explain(Shape(4, 1, 8, 2, 1), path="dense").endswith("path dense: named by the caller")
     decoding = explain(Shape(4, 1, 8, 2, 128, BF16, "cuda"))

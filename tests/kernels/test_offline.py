@@ -1,4 +1,6 @@
-"""Every default tile of every kernel compiles for every chip: no spill, shared memory that fits, tensor cores."""
+"""Every default tile of every kernel compiles for every chip: no spill, shared memory that fits,
+tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def training(
     tokens_per_row: int = 1,
     master: bool = False,
 ) -> None:
-    """The forward and backward launches of one linear of `experts` of equal rank; master: factors in fp32."""
+    """The forward and backward launches of one linear of `experts` of equal rank; master: factors
+    in fp32.
+    """
     site, scaling = sited(experts, rank)
     x, factor = (
         empty(rows * tokens_per_row, D, dtype=dtype),
@@ -57,10 +61,15 @@ def training(
     expand(h, factor, None, None, ids, slots, site, path, tokens_per_row, dtype, "")
 
 
-def one_launch(tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False) -> None:
+def one_launch(
+    tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False
+) -> None:
     """The single launch, with the routing given and, for few tokens, with the router inside."""
     site, scaling = sited(experts, rank)
-    x, factor = empty(tokens, D, dtype=dtype), empty(experts * rank, D, dtype=FP32 if master else dtype)
+    x, factor = (
+        empty(tokens, D, dtype=dtype),
+        empty(experts * rank, D, dtype=FP32 if master else dtype),
+    )
     ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
     h = empty(tokens, experts * rank)
     fused(x, factor, factor, scaling, site, ids, weights, x, x, h, 1, "")
@@ -69,10 +78,15 @@ def one_launch(tokens: int, experts: int, rank: int, dtype: torch.dtype, master:
         fused(x, factor, factor, scaling, site, ids, weights, x, x, None, 1, "", router)
 
 
-def decoding(tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False) -> None:
+def decoding(
+    tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False
+) -> None:
     """Both launches of the decode path."""
     site, scaling = sited(experts, rank)
-    x, factor = empty(tokens, D, dtype=dtype), empty(experts * rank, D, dtype=FP32 if master else dtype)
+    x, factor = (
+        empty(tokens, D, dtype=dtype),
+        empty(experts * rank, D, dtype=FP32 if master else dtype),
+    )
     logits, h = decode_shrink(x, empty(experts, D), factor, "")
     ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
     decode_expand(logits, h, factor, None, True, scaling, site, ids, weights, x, x, "")
@@ -80,7 +94,9 @@ def decoding(tokens: int, experts: int, rank: int, dtype: torch.dtype, master: b
 
 def sited(experts: int, rank: int) -> tuple[Layout, torch.Tensor]:
     meta = torch.device("meta")
-    return layout(tuple(range(0, experts * rank + 1, rank)), experts, meta), scales((1.0,) * experts, meta)
+    return layout(tuple(range(0, experts * rank + 1, rank)), experts, meta), scales(
+        (1.0,) * experts, meta
+    )
 
 
 def kernel_of(launch: Launch) -> str:
@@ -108,7 +124,8 @@ def every_launch() -> list[Launch]:
                 training("grouped", tokens, 64, rank, dtype, master=master)
             for tokens_per_row in (1, 32, 1024):
                 training("sequence", 8, 8, rank, dtype, tokens_per_row, master)
-        # Factors of 16 bits, which take half the room, are for who calls the kernels: the usual shapes.
+        # Factors of 16 bits, which take half the room, are for who calls the kernels: the usual
+        # shapes.
         for dtype in (BF16, FP16):
             training("dense", 8192, 8, 16, dtype)
             training("dense", 1, 8, 16, dtype)
@@ -124,7 +141,9 @@ NAMES = sorted({kernel_of(launch) for launch in LAUNCHES})
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[dict[tuple[Launch, str], Figures]]:
-    """What the compilers say of every launch on every target; printed as a table, a row for all tiles of a kernel."""
+    """What the compilers say of every launch on every target; printed as a table, a row for all
+    tiles of a kernel.
+    """
     work = list(product(LAUNCHES, TARGETS))
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         results = dict(zip(work, pool.map(_compile, range(len(work)), chunksize=8)))
@@ -147,7 +166,9 @@ def test_no_spill_and_shared_memory_that_fits(name: str, target: str, figures: d
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [name for name in NAMES if " fp32" not in name and "gate_grad" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if " fp32" not in name and "gate_grad" not in name]
+)
 def test_16_bit_products_use_tensor_cores(name: str, target: str, figures: dict) -> None:
     found = [f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target]
     assert found and all(f.tensor_cores for f in found)
@@ -159,7 +180,11 @@ def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:
     for name in NAMES:
         cells = []
         for target in TARGETS:
-            found = [f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target]
+            found = [
+                f
+                for (launch, on), f in figures.items()
+                if kernel_of(launch) == name and on == target
+            ]
             shared, registers = [f.shared >> 10 for f in found], [f.registers for f in found]
             cells.append(f"{min(shared)}-{max(shared)}K {min(registers)}-{max(registers)}r")
         lines.append(f"{name} ({len(found)}): " + " | ".join(cells))

@@ -70,7 +70,9 @@ def test_never_waits_for_the_device(path: str, backend: str, ranks: tuple[int, .
     ids, inputs = make(case, torch.float32)
     leaves = [t.to("meta").requires_grad_() for t in inputs.values() if t is not None]
     x, lora_A, lora_B, weights, out = leaves
-    plan = build_plan(ids.to("meta"), weights, 3, total_rank=4, tokens_per_row=2, path=path, backend=backend)
+    plan = build_plan(
+        ids.to("meta"), weights, 3, total_rank=4, tokens_per_row=2, path=path, backend=backend
+    )
     (h,) = shrink(x, lora_A, (case.offsets,), plan)
     y = expand(h, lora_B, case.offsets, (1.0, 2.0, 3.0), plan, out)
     grads = torch.autograd.grad(y, leaves, torch.empty_like(y))

@@ -1,4 +1,6 @@
-"""A router's logits: fp32 accuracy from 16-bit activations, all gradients, and no cast copy of x kept."""
+"""A router's logits: fp32 accuracy from 16-bit activations, all gradients, and no cast copy of x
+kept.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_only_x_itself_is_kept(backend: str) -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(TypeError, match="weight torch.float16, expected floating point and torch.float32"):
+    with pytest.raises(
+        TypeError, match="weight torch.float16, expected floating point and torch.float32"
+    ):
         router_logits(torch.zeros(2, 3), torch.zeros(4, 3).half())
     with pytest.raises(ValueError, match=r"x is \(1, 2, 3\) on cpu and weight \(4, 3\)"):
         router_logits(torch.zeros(1, 2, 3), torch.zeros(4, 3))

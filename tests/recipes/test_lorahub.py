@@ -66,7 +66,9 @@ def test_batches_are_scored_by_the_mean_over_all_labels(kind):
                 logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
             if kind is causal:
                 logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100])
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100]
+            )
         assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 

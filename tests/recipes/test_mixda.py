@@ -1,4 +1,6 @@
-"""MixDA: domain experts and gate on unlabelled text beside the base, then gate and task expert on labels."""
+"""MixDA: domain experts and gate on unlabelled text beside the base, then gate and task expert on
+labels.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def mixture(**fields: Any) -> Any:
 def domain(number: int, rows: int = 24, seed: int = 0) -> Texts:
     """Unlabelled texts of 12 tokens of the domain's own range."""
     generator = torch.Generator().manual_seed(10 * number + seed)
-    ids = torch.randint(FIRST + WIDTH * number, FIRST + WIDTH * (number + 1), (rows, 12), generator=generator)
+    ids = torch.randint(
+        FIRST + WIDTH * number, FIRST + WIDTH * (number + 1), (rows, 12), generator=generator
+    )
     return Texts([{"input_ids": row, "labels": row} for row in ids])
 
 
@@ -63,7 +67,12 @@ class Stages:
         found = self.fit(model, data, args, folder, collator, checkpoints)
         banned = None if forcing is None else forcing.banned.tolist()
         self.runs.append(
-            {"folder": folder, "moved": moved(before, bits(model)), "banned": banned, "rows": data.rows}
+            {
+                "folder": folder,
+                "moved": moved(before, bits(model)),
+                "banned": banned,
+                "rows": data.rows,
+            }
         )
         return found
 
@@ -85,7 +94,9 @@ def test_in_each_stage_its_own_expert_and_the_gate_train(level, monkeypatch, tmp
     assert not any("expert_targets" in row for one in stages.runs for row in one["rows"])
     assert state(model) == was and "base" not in moved(base, bits(model))
     assert list(report.domains) == ["red", "green"] and report.task.steps == 2
-    assert report.seconds == report.task.seconds + sum(one.seconds for one in report.domains.values())
+    assert report.seconds == report.task.seconds + sum(
+        one.seconds for one in report.domains.values()
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -116,7 +127,9 @@ def test_domains_and_task_are_learned(level, tmp_path):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(level, monkeypatch, tmp_path):
+def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(
+    level, monkeypatch, tmp_path
+):
     stages, general = Stages(monkeypatch), domain(3)
     model = mixture(routing_level=level, expert_target_loss_coef=3.0)
     run(model, tmp_path, general, max_steps=30)

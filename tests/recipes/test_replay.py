@@ -52,7 +52,11 @@ def test_one_text_of_each_cluster_the_nearest_to_its_centre():
 )
 def test_a_share_is_rounded_up_and_all_are_different(share, expected):
     kept = select_replay(groups(), share)
-    assert len(kept) == len(set(kept)) == expected and kept == sorted(kept) and all(0 <= i < 20 for i in kept)
+    assert (
+        len(kept) == len(set(kept)) == expected
+        and kept == sorted(kept)
+        and all(0 <= i < 20 for i in kept)
+    )
 
 
 def test_rounding_up_is_not_misled_by_floats():
@@ -99,9 +103,15 @@ def test_without_replay_the_old_tasks_are_lost_and_with_half_of_them_they_stay()
         before = bits(model)
         added = add_task(model, "blue", task(2, 40), old=old, replay=replay, gate={"epochs": 40})
         assert added.name == "blue" and added.expert_seconds == 0 and added.gate.accuracy >= 0.95
-        assert {name: len(rows) for name, rows in added.kept.items()} == dict.fromkeys(OLD, int(40 * replay))
+        assert {name: len(rows) for name, rows in added.kept.items()} == dict.fromkeys(
+            OLD, int(40 * replay)
+        )
         assert model.moelora_config.expert_names == [*OLD, "blue"]
-        assert all(torch.equal(v, bits(model)[k]) for k, v in before.items() if not k.startswith("moelora."))
+        assert all(
+            torch.equal(v, bits(model)[k])
+            for k, v in before.items()
+            if not k.startswith("moelora.")
+        )
         found[replay] = [share(model, name, own) for name, own in tasks(seed=1).items()]
     assert min(found[0.5]) >= 0.95 and found[0.0][2] >= 0.95
     assert sum(found[0.0][:2]) <= sum(found[0.5][:2]) - 0.5
@@ -115,7 +125,9 @@ def test_it_is_trained_on_the_new_texts_and_those_that_were_kept_alone():
         assert added.kept[name] == select_replay(prompt_features(like, own), 0.1, seed=3)
         assert len(added.kept[name]) == 4
     like.add_expert("blue", seed=3)
-    texts = {name: own.subset(added.kept[name]) for name, own in old.items()} | {"blue": task(2, 40)}
+    texts = {name: own.subset(added.kept[name]) for name, own in old.items()} | {
+        "blue": task(2, 40)
+    }
     train_gate(like, texts, epochs=2, seed=3)
     after = bits(like)
     assert all(torch.equal(v, after[k]) for k, v in bits(model).items())
@@ -128,7 +140,9 @@ def test_an_adapter_becomes_the_new_expert_bit_for_bit(tmp_path):
     like.add_expert("blue", adapter=folder, allow_base_mismatch=True)
     add_task(model, "blue", task(2), adapter=folder, old=old, replay=0.5)
     mixture, expected = bits(model), bits(like)
-    assert all(torch.equal(v, mixture[k]) for k, v in expected.items() if k.startswith("moelora.sites."))
+    assert all(
+        torch.equal(v, mixture[k]) for k, v in expected.items() if k.startswith("moelora.sites.")
+    )
     assert causal_base().config.vocab_size == model.config.vocab_size
 
 
@@ -167,7 +181,9 @@ def test_deleting_a_task_keeps_how_the_others_are_told_apart(fields):
     model.remove_expert("red")
     after = model.routing_only(input_ids=torch.stack([p[:4] for p in task(2).prompts()]))[0].logits
     torch.testing.assert_close(after, before[:, 1:])
-    assert all(share(model, name, own) >= 0.95 for name, own in tasks(seed=1).items() if name != "red")
+    assert all(
+        share(model, name, own) >= 0.95 for name, own in tasks(seed=1).items() if name != "red"
+    )
     assert set(choices(model, task(0))) <= {"green", "blue"}
 
 
@@ -189,12 +205,20 @@ def test_an_error_leaves_the_model_as_it_was(changes, message):
     model, old = pool()
     before, names = bits(model), list(model.moelora_config.expert_names)
     config = model.moelora_config.to_dict()
-    arguments: dict[str, Any] = {"name": "blue", "texts": task(2), "old": old, "replay": 0.1, **changes}
+    arguments: dict[str, Any] = {
+        "name": "blue",
+        "texts": task(2),
+        "old": old,
+        "replay": 0.1,
+        **changes,
+    }
     with pytest.raises(ValueError, match=message):
         add_task(model, arguments.pop("name"), arguments.pop("texts"), **arguments)
     assert model.moelora_config.expert_names == names and model.moelora_config.to_dict() == config
     after = bits(model)
-    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(v, after[k]) for k, v in before.items()
+    )
 
 
 def test_a_gate_that_fails_halfway_is_put_back(monkeypatch):

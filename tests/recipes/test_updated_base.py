@@ -30,18 +30,28 @@ def test_experts_move_to_an_updated_base(tmp_path: Path) -> None:
     old.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="allow_base_mismatch"):
         MoeLoraForCausalLM.from_pretrained(tmp_path, base=updated_base())
-    new = MoeLoraForCausalLM.from_pretrained(tmp_path, base=updated_base(), allow_base_mismatch=True).eval()
+    new = MoeLoraForCausalLM.from_pretrained(
+        tmp_path, base=updated_base(), allow_base_mismatch=True
+    ).eval()
     labels = IDS.clone()
     labels[0, :4] = -100
     report = compare_bases(
-        old, new, [{"input_ids": IDS[:2], "labels": labels[:2]}, {"input_ids": IDS[2:], "labels": labels[2:]}]
+        old,
+        new,
+        [
+            {"input_ids": IDS[:2], "labels": labels[:2]},
+            {"input_ids": IDS[2:], "labels": labels[2:]},
+        ],
     )
 
     with torch.no_grad():
         logits = [model(IDS).logits[:, :-1] for model in (old, new)]
     wanted, counted = labels[:, 1:], labels[:, 1:] != -100
     was, now = ((values.argmax(-1) == wanted)[counted] for values in logits)
-    losses = [torch.nn.functional.cross_entropy(values[counted], wanted[counted]).item() for values in logits]
+    losses = [
+        torch.nn.functional.cross_entropy(values[counted], wanted[counted]).item()
+        for values in logits
+    ]
     assert report.predictions == int(counted.sum()) == 21
     assert (report.loss_before, report.loss_after) == pytest.approx(losses, rel=1e-5)
     assert (report.right_before, report.right_after) == (int(was.sum()), int(now.sum()))
@@ -54,7 +64,9 @@ def test_experts_move_to_an_updated_base(tmp_path: Path) -> None:
 
 
 def test_planted_flips() -> None:
-    """Labels that are the old model's own predictions: all right before, and every change is a negative flip."""
+    """Labels that are the old model's own predictions: all right before, and every change is a
+    negative flip.
+    """
     model = classifier("bert")
     changed = classifier_base("bert").eval()
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The descriptor router: its formula, its projection, and experts that are found by a few texts of them."""
+"""The descriptor router: its formula, its projection, and experts that are found by a few texts of
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,28 @@ from core.mixtures import causal, tokens
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
-from moelora.routers.descriptor import MAX_TEMPERATURE, SHRINKAGE, DescriptorRouter, fitted_projection
+from moelora.routers.descriptor import (
+    MAX_TEMPERATURE,
+    SHRINKAGE,
+    DescriptorRouter,
+    fitted_projection,
+)
 from moelora.training.router_init import initialise
 
 EXPERTS = ["a", "b", "c"]
-# Inside a random model, where routers of one layer change what those of the next read, the rows of "prototype" do no
-# better: 0.76 to 0.93 in these two scopes.
+# Inside a random model, where routers of one layer change what those of the next read, the rows of
+# "prototype" do no better: 0.76 to 0.93 in these two scopes.
 BETTER_THAN = {"projection": 0.6, "site": 0.6, "layer": 0.75, "model": 0.95}
 GATE = {"routing_level": "sequence", "router_scope": "model"}
 
 
 def mixture(**fields: Any) -> Any:
-    made = {"num_experts": 3, "num_experts_per_tok": 1, "expert_names": EXPERTS, "router": "descriptor"}
+    made = {
+        "num_experts": 3,
+        "num_experts_per_tok": 1,
+        "expert_names": EXPERTS,
+        "router": "descriptor",
+    }
     return causal(**{**made, **fields})
 
 
@@ -56,7 +68,9 @@ def test_scores_are_the_cosines_of_what_is_projected():
     for described in ([], [0, 2, 3]):
         router.described[described] = True
         rows = described or [0, 1, 2, 3]
-        centre = router.descriptors[rows].mean(0) if described else torch.zeros(7, dtype=torch.float64)
+        centre = (
+            router.descriptors[rows].mean(0) if described else torch.zeros(7, dtype=torch.float64)
+        )
         scores, projection = router.score(x).detach(), router.projection.detach()
         apart = torch.stack([projection @ (router.descriptors[e] - centre) for e in rows])
         shortest = 1e-4 * apart.square().sum() / 4
@@ -64,7 +78,9 @@ def test_scores_are_the_cosines_of_what_is_projected():
             for e in range(4):
                 mine, its = (projection @ (v - centre) for v in (x[n], router.descriptors[e]))
                 wanted = (
-                    10 * mine @ its / mine.norm() / (its.norm() ** 2 + shortest).sqrt() if e in rows else 0
+                    10 * mine @ its / mine.norm() / (its.norm() ** 2 + shortest).sqrt()
+                    if e in rows
+                    else 0
                 )
                 assert float(scores[n, e]) == pytest.approx(float(wanted), abs=1e-5)
 
@@ -94,12 +110,16 @@ def test_the_projection_is_the_inverse_covariance_where_the_classes_differ(each)
     ridge = SHRINKAGE * spread.square().mean() * torch.eye(20)
     inverse = torch.linalg.inv((1 - SHRINKAGE) * spread.T @ spread / len(spread) + ridge)
     projection = fitted_projection(classes, 12).double()
-    assert projection.shape == (12, 20) and projection.square().mean() == pytest.approx(1.0, rel=1e-4)
+    assert projection.shape == (12, 20) and projection.square().mean() == pytest.approx(
+        1.0, rel=1e-4
+    )
     away = means - means.mean(0)
     x = torch.randn(30, 20, dtype=torch.float64)
     found, wanted = x @ projection.T @ projection @ away.T, x @ inverse @ away.T
     factor = (found * wanted).sum() / wanted.square().sum()
-    torch.testing.assert_close(found, factor * wanted, rtol=1e-3, atol=1e-3 * float(found.abs().max()))
+    torch.testing.assert_close(
+        found, factor * wanted, rtol=1e-3, atol=1e-3 * float(found.abs().max())
+    )
     assert torch.equal(projection, fitted_projection(classes, 12).double())
 
 
@@ -203,7 +223,8 @@ def test_rows_come_and_go_with_the_experts():
 
 
 def test_rows_are_told_from_other_sizes_that_agree_with_them():
-    # As many experts as the projection has rows and inputs: still only the descriptors belong to experts.
+    # As many experts as the projection has rows and inputs: still only the descriptors belong to
+    # experts.
     config = MoeLoraConfig(num_experts=8, router_hidden_size=8)
     router = DescriptorRouter(config, 8)
     projection = router.projection.clone()
@@ -231,7 +252,9 @@ def test_prototypes_are_descriptors_here_and_begin_anew():
 
 def test_a_checkpoint_holds_the_descriptors(tmp_path):
     causal_base().save_pretrained(tmp_path / "base")
-    config = MoeLoraConfig(num_experts=3, expert_names=EXPERTS, router="descriptor", num_experts_per_tok=1)
+    config = MoeLoraConfig(
+        num_experts=3, expert_names=EXPERTS, router="descriptor", num_experts_per_tok=1
+    )
     model = MoeLoraForCausalLM.from_base(str(tmp_path / "base"), config).eval()
     model.describe_experts(texts("ab"))
     model.save_pretrained(tmp_path / "mixture")
@@ -252,7 +275,11 @@ def test_a_checkpoint_holds_the_descriptors(tmp_path):
         ({}, {"(base)": ["x"]}, "There is no expert '.base.'. The experts are: a, b, c"),
         ({}, {"a": ["x"]}, "'a' are strings: pass the base's tokenizer"),
         ({}, {"a": []}, "no texts of 'a'"),
-        ({"router": "top_k"}, {"a": ["x"]}, "this mixture has 'top_k': make one with .*router='descriptor'"),
+        (
+            {"router": "top_k"},
+            {"a": ["x"]},
+            "this mixture has 'top_k': make one with .*router='descriptor'",
+        ),
     ],
 )
 def test_mistakes_are_named_and_change_nothing(fields, given, message):

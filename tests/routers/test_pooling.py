@@ -1,4 +1,6 @@
-"""What a sequence router reads: mean, last token or attention, with or without the input norm, and the small MLP."""
+"""What a sequence router reads: mean, last token or attention, with or without the input norm, and
+the small MLP.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ GATE = dict(routing_level="sequence", router_scope="model", router_layer=0, num_
 
 
 def gate(pooling: str = "mean", **fields):
-    """A mixture whose one router reads the prompt's embeddings, with a query that prefers some tokens."""
+    """A mixture whose one router reads the prompt's embeddings, with a query that prefers some
+    tokens.
+    """
     model = causal(**{**GATE, "router_pooling": pooling, **fields})
     if pooling == "attention":
         (router,) = model.moelora.routers.values()
@@ -102,7 +106,9 @@ def test_no_logit_of_the_answer_depends_on_a_later_token(pooling):
 @pytest.mark.parametrize("router", sorted(set(ROUTERS) & {"top_k", "mlp", "arrow"}))
 @pytest.mark.parametrize("scope", ["site", "model"])
 def test_everything_that_attention_adds_takes_gradients(router, scope):
-    model = causal(**{**GATE, "router_scope": scope, "router_pooling": "attention", "router": router}).train()
+    model = causal(
+        **{**GATE, "router_scope": scope, "router_pooling": "attention", "router": router}
+    ).train()
     labels = tokens().masked_fill(prompt_mask(tokens(), 4), -100)
     model(tokens(), labels=labels, expert_targets=torch.tensor([0, 1])).loss.backward()
     for name, parameter in model.moelora.routers.named_parameters():
@@ -130,7 +136,8 @@ def test_the_input_norm_makes_the_scale_of_the_input_nothing():
 
 @torch.no_grad()
 def test_what_all_experts_share_stays_when_experts_come_and_go():
-    # As many inputs and hidden units as experts: a row for each by their shape, but not by what they are.
+    # As many inputs and hidden units as experts: a row for each by their shape, but not by what
+    # they are.
     config = MoeLoraConfig(
         num_experts=8, routing_level="sequence", router_pooling="attention", router_hidden_size=8
     )
@@ -148,7 +155,12 @@ def test_what_all_experts_share_stays_when_experts_come_and_go():
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ROUTER_POOLINGS)
 def test_a_checkpoint_has_all_of_it(pooling, tmp_path):
-    fields = {"router": "mlp", "router_hidden_size": 5, "router_input_norm": True, "null_expert": True}
+    fields = {
+        "router": "mlp",
+        "router_hidden_size": 5,
+        "router_input_norm": True,
+        "null_expert": True,
+    }
     model = gate(pooling, **fields)
     model.save_pretrained(tmp_path)
     again = MoeLoraForCausalLM.from_pretrained(str(tmp_path), base=causal_base()).eval()

@@ -1,4 +1,6 @@
-"""Training runs of the data-parallel tests, alone or as one of two processes, which import them from here."""
+"""Training runs of the data-parallel tests, alone or as one of two processes, which import them
+from here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 import torch.distributed as dist
 from core.mixtures import causal, classifier
 from torch.nn.parallel import DistributedDataParallel
-from training.runs import LOSSES, NO_LOSSES, batch, classes, gradients_of, open_window, rows_of, train
+from training.runs import (
+    LOSSES,
+    NO_LOSSES,
+    batch,
+    classes,
+    gradients_of,
+    open_window,
+    rows_of,
+    train,
+)
 
 from moelora.training import MoeLoraCallback
 
@@ -40,7 +51,9 @@ CASES: dict[str, dict] = {
 
 
 def run_case(name: str, world: int, folder: Path) -> dict[str, Any]:
-    """Train as `CASES[name]` says in this process, one of `world`; what was recorded, or the error's text."""
+    """Train as `CASES[name]` says in this process, one of `world`; what was recorded, or the
+    error's text.
+    """
     case = CASES[name]
     make = case.get("make", causal)
     model = make(**{**LOSSES, **case.get("fields", {})}).double()
@@ -68,7 +81,9 @@ def run_case(name: str, world: int, folder: Path) -> dict[str, Any]:
 
 
 def run_static_graph(rank: int, world: int) -> dict[str, Any]:
-    """Two passes under plain DDP with a static graph (bare in a world of one): outputs and gradients."""
+    """Two passes under plain DDP with a static graph (bare in a world of one): outputs and
+    gradients.
+    """
     model = causal(**LOSSES).double().train()
     open_window(model)
     wrapped = DistributedDataParallel(model, static_graph=True) if world > 1 else model
@@ -91,7 +106,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     """One of two processes: run all cases, and leave what came out in `folder`."""
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        {name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1"
+    )
     where = Path(folder)
     try:
         found = {name: run_case(name, WORLD, where / f"run-{rank}") for name in CASES}

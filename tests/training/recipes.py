@@ -32,9 +32,15 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def bits(model: Any) -> dict[str, Tensor]:
-    """Every tensor of the model: each expert's factors by `expert.<name>.…`, the rest by their own names."""
+    """Every tensor of the model: each expert's factors by `expert.<name>.…`, the rest by their own
+    names.
+    """
     state = torch.nn.Module.state_dict(model)
-    found = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("moelora.sites.")}
+    found = {
+        name: tensor.clone()
+        for name, tensor in state.items()
+        if not name.startswith("moelora.sites.")
+    }
     for name, factor in model.moelora.named_modules():
         if hasattr(factor, "expert_rows"):
             for number, expert in enumerate(model.moelora_config.expert_names):
@@ -44,7 +50,9 @@ def bits(model: Any) -> dict[str, Tensor]:
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """The parts of which a bit changed: "expert.<name>", "moelora.routers", "moelora.load" or "base"."""
+    """The parts of which a bit changed: "expert.<name>", "moelora.routers", "moelora.load" or
+    "base".
+    """
     assert before.keys() == after.keys()
     return {_part(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
@@ -70,13 +78,19 @@ def state(model: Any) -> tuple:
         (factor.frozen_experts, None if factor.rows is None else factor.rows.requires_grad)
         for factor in model.moelora.factors()
     ]
-    flags = [(name, p.requires_grad) for name, p in model.named_parameters() if "moelora.sites" not in name]
+    flags = [
+        (name, p.requires_grad)
+        for name, p in model.named_parameters()
+        if "moelora.sites" not in name
+    ]
     return factors, flags, model.training, model.moelora.forcing, "forward" in model.__dict__
 
 
 @torch.no_grad()
 def loss(model: Any, texts: Texts, expert: str | None = None) -> float:
-    """The mean loss of the texts with one expert, with the base alone ("(base)"), or as the routers choose."""
+    """The mean loss of the texts with one expert, with the base alone ("(base)"), or as the routers
+    choose.
+    """
     level, rows = model.moelora_config.routing_level, texts.rows
     if level == "token" or expert is not None:
         rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]

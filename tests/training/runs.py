@@ -24,7 +24,9 @@ NO_LOSSES = dict.fromkeys(COEFFICIENTS, 0.0)
 TOLERANCE = 2e-6
 
 
-def batch(rows: int = 4, length: int = 10, padding: int = 0, side: str = "right", seed: int = 3) -> dict:
+def batch(
+    rows: int = 4, length: int = 10, padding: int = 0, side: str = "right", seed: int = 3
+) -> dict:
     """Rows of different lengths, padded to `length + padding`; labels follow a prompt."""
     ids = tokens(rows, length, seed=seed)
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -33,7 +35,10 @@ def batch(rows: int = 4, length: int = 10, padding: int = 0, side: str = "right"
         labels[i, : 2 + i % 3] = -100
     ids, labels = ids * mask, labels.masked_fill(mask == 0, -100)
     pad = (padding, 0) if side == "left" else (0, padding)
-    padded = {n: torch.nn.functional.pad(t, pad) for n, t in (("input_ids", ids), ("attention_mask", mask))}
+    padded = {
+        n: torch.nn.functional.pad(t, pad)
+        for n, t in (("input_ids", ids), ("attention_mask", mask))
+    }
     return {**padded, "labels": torch.nn.functional.pad(labels, pad, value=-100)}
 
 
@@ -96,7 +101,9 @@ def difference(found: Gradients, expected: Gradients) -> float:
     """|found − expected| / |expected| over all routers."""
     squares = torch.zeros(2, dtype=torch.float64)
     for name, gradient in only_routers(expected).items():
-        squares += torch.stack([(found[name] - gradient).square().sum(), gradient.square().sum()]).double()
+        squares += torch.stack(
+            [(found[name] - gradient).square().sum(), gradient.square().sum()]
+        ).double()
     return float((squares[0] / squares[1]).sqrt())
 
 
@@ -108,8 +115,11 @@ def without_losses(model: Any) -> Any:
     return plain
 
 
-def by_the_book(model: Any, inputs: dict, fractions: Tensor, targets: Tensor | None = None) -> tuple:
-    """Gradients of CE + router losses by plain autograd, and the router losses' value: the specification.
+def by_the_book(
+    model: Any, inputs: dict, fractions: Tensor, targets: Tensor | None = None
+) -> tuple:
+    """Gradients of CE + router losses by plain autograd, and the router losses' value: the
+    specification.
 
     CE by hand from the logits; the router losses from the routers' logits, caught by hooks.
     """
@@ -117,7 +127,9 @@ def by_the_book(model: Any, inputs: dict, fractions: Tensor, targets: Tensor | N
     plain.zero_grad()
     caught: dict[str, Tensor] = {}
     for name, router in plain.moelora.routers.items():
-        router.register_forward_hook(lambda _, args, out, name=name: caught.update({name: out.logits}))
+        router.register_forward_hook(
+            lambda _, args, out, name=name: caught.update({name: out.logits})
+        )
     torch.manual_seed(0)
     outputs = plain(**inputs)
     labels = inputs["labels"]
@@ -175,7 +187,9 @@ class Recorder(TrainerCallback):
 def trainer(
     model: Any, data: list | None, folder: Path, callbacks: Sequence = (), **settings: Any
 ) -> Trainer:
-    """A stock Trainer on the CPU that logs to nobody; what it gets beside `args` is split off `settings`."""
+    """A stock Trainer on the CPU that logs to nobody; what it gets beside `args` is split off
+    `settings`.
+    """
     others = ("eval_dataset", "data_collator", "compute_metrics", "compute_loss_func", "optimizers")
     given = {name: settings.pop(name) for name in others if name in settings}
     defaults = {
@@ -204,7 +218,9 @@ def train(model: Any, data: list, folder: Path, **settings: Any) -> Recorder:
     return recorder
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, set_to_none: bool = True, **inputs: Any) -> Any:
+def step(
+    model: Any, optimizer: torch.optim.Optimizer, set_to_none: bool = True, **inputs: Any
+) -> Any:
     """One step of a plain training loop; returns the outputs."""
     optimizer.zero_grad(set_to_none=set_to_none)
     outputs = model(**inputs)

@@ -67,6 +67,8 @@ def word_tokenizer(
     names = ["[PAD]", "[BOS]", "[EOS]", *dict.fromkeys(words.split())]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("[BOS] $A", special_tokens=[("[BOS]", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[BOS] $A", special_tokens=[("[BOS]", 1)]
+    )
     found = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", **special}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **found)

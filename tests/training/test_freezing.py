@@ -102,20 +102,28 @@ def test_unfrozen_experts_train_again(tmp_path):
 def test_with_all_experts_frozen_only_routers_train(tmp_path):
     model = causal()
     model.freeze_experts(model.moelora_config.expert_names)
-    assert all(name.startswith("moelora.routers.") for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        name.startswith("moelora.routers.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    )
     before = bits(model)
     train(model, rows_of(batch(8)), tmp_path, **DECAY)
     for name, tensor in model.state_dict().items():
         trained = name.startswith(("moelora.routers.", "moelora.load."))
         assert trained or torch.equal(tensor, before[name]), name
-    assert any(not torch.equal(t, before[n]) for n, t in model.state_dict().items() if "routers" in n)
+    assert any(
+        not torch.equal(t, before[n]) for n, t in model.state_dict().items() if "routers" in n
+    )
 
 
 def test_a_checkpoint_of_frozen_experts_loads_into_one_without(tmp_path):
     model = causal(r=[2, 3, 4, 5])
     model.freeze_experts(["expert_1"])
     model.save_pretrained(tmp_path)
-    restored = type(model).__bases__[0].from_pretrained(str(tmp_path), base=causal(active=False).unload())
+    restored = (
+        type(model).__bases__[0].from_pretrained(str(tmp_path), base=causal(active=False).unload())
+    )
     assert_bits(bits(restored), bits(model))
 
 

@@ -32,7 +32,9 @@ def others(model: Any, before: dict[str, torch.Tensor]) -> list[str]:
     """What changed beside the routers."""
     after = torch.nn.Module.state_dict(model)
     return [
-        k for k in before if not k.startswith("moelora.routers.") and not torch.equal(before[k], after[k])
+        k
+        for k in before
+        if not k.startswith("moelora.routers.") and not torch.equal(before[k], after[k])
     ]
 
 
@@ -77,7 +79,9 @@ def test_the_same_seed_gives_the_same_bits(router, pooling):
 
 
 def test_what_is_computed_once_gives_what_whole_passes_give():
-    """The same step by the stock forward pass: AdamW's first step on the cross-entropy of the same prompts."""
+    """The same step by the stock forward pass: AdamW's first step on the cross-entropy of the same
+    prompts.
+    """
     model, texts = gate(), tasks(4)
     other = copy.deepcopy(model)
     train_gate(model, texts, epochs=1, batch_size=64, learning_rate=0.01)
@@ -101,7 +105,9 @@ def test_the_forward_ends_at_the_router_and_targets_are_never_read():
     texts, found = tasks(6), []
     for target in (5, 40):
         changed = {
-            name: Texts([{**r, "input_ids": r["input_ids"].where(r["router_mask"], target)} for r in own])
+            name: Texts(
+                [{**r, "input_ids": r["input_ids"].where(r["router_mask"], target)} for r in own]
+            )
             for name, own in texts.items()
         }
         model = gate()
@@ -114,7 +120,9 @@ def test_no_expert_is_a_choice_to_be_learned():
     model = gate(num_experts=2, expert_names=["red", "green"], null_expert=True)
     names = ("red", "green", "(base)")
     train_gate(model, tasks(names=names))
-    assert all(share(model, name, texts) >= 0.95 for name, texts in tasks(seed=1, names=names).items())
+    assert all(
+        share(model, name, texts) >= 0.95 for name, texts in tasks(seed=1, names=names).items()
+    )
 
 
 def test_a_descriptor_router_learns_from_what_its_experts_do():
@@ -213,7 +221,10 @@ def test_an_error_on_the_way_leaves_modes_and_gradients_as_they_were():
     (router,) = model.moelora.routers.values()
     router.requires_grad_(False)
     broken = Texts(
-        [*task(0, 3).labelled(0), {"input_ids": torch.tensor([999]), "expert_targets": torch.tensor(1)}]
+        [
+            *task(0, 3).labelled(0),
+            {"input_ids": torch.tensor([999]), "expert_targets": torch.tensor(1)},
+        ]
     )
     with pytest.raises(IndexError):
         train_gate(model, broken)

@@ -69,7 +69,10 @@ def test_whole_texts_count_from_their_second_token():
     model = gate()
     whole = Texts([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in texts(2)])
     torch.testing.assert_close(
-        oracle_targets(model, whole, batch_size=4).losses, by_hand(model, whole)[:, :-1], rtol=1e-4, atol=1e-5
+        oracle_targets(model, whole, batch_size=4).losses,
+        by_hand(model, whole)[:, :-1],
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -86,13 +89,17 @@ def test_batches_modes_and_routers_change_nothing(level):
 def test_ties_go_to_the_lowest_number_and_a_margin_leaves_them_out():
     model = gate(active=False, null_expert=True)
     found = oracle_targets(model, texts(2))
-    assert found.targets.tolist() == [0] * 6 and torch.equal(found.losses, found.losses[:, :1].expand(-1, 4))
+    assert found.targets.tolist() == [0] * 6 and torch.equal(
+        found.losses, found.losses[:, :1].expand(-1, 4)
+    )
     assert oracle_targets(model, texts(2), margin=1e-6).targets.tolist() == [-100] * 6
     model = gate()
     two = oracle_targets(model, texts()).losses.sort(1).values
     margin = float((two[:, 1] - two[:, 0]).median())
     targets = oracle_targets(model, texts(), margin=margin).targets
-    assert torch.equal(targets == -100, two[:, 1] - two[:, 0] < margin) and bool((targets == -100).any())
+    assert torch.equal(targets == -100, two[:, 1] - two[:, 0] < margin) and bool(
+        (targets == -100).any()
+    )
 
 
 def learn(model: Any, name: str, own: Texts) -> None:
@@ -103,7 +110,9 @@ def learn(model: Any, name: str, own: Texts) -> None:
     with model.use_experts(name):
         for _ in range(20):
             optimizer.zero_grad()
-            model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss.backward()
+            model(
+                **{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+            ).loss.backward()
             optimizer.step()
 
 

@@ -1,4 +1,6 @@
-"""Two processes on half a batch each have the gradients, counts and errors of one process on the whole."""
+"""Two processes on half a batch each have the gradients, counts and errors of one process on the
+whole.
+"""
 
 from __future__ import annotations
 

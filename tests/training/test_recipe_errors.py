@@ -37,9 +37,17 @@ DATA = [
     ({"red": iter([])}, TypeError, "The data of 'red' is a list_iterator; expected Texts"),
     ({"red": "a text"}, TypeError, "The data of 'red' is a str; expected Texts"),
     ({"red": ["a text"]}, ValueError, "Row 0 of 'red' has str; expected input_ids"),
-    ({"red": [ROW, {"labels": [1]}]}, ValueError, r"Row 1 of 'red' has \['labels'\]; expected input_ids"),
+    (
+        {"red": [ROW, {"labels": [1]}]},
+        ValueError,
+        r"Row 1 of 'red' has \['labels'\]; expected input_ids",
+    ),
     ({"red": [{**ROW, "labels": 1}]}, ValueError, r"Row 0 of 'red' has labels of shape \[\]"),
-    ({"red": [{**ROW, "labels": [1]}]}, ValueError, r"labels of shape \[1\] and input_ids of shape \[3\]"),
+    (
+        {"red": [{**ROW, "labels": [1]}]},
+        ValueError,
+        r"labels of shape \[1\] and input_ids of shape \[3\]",
+    ),
 ]
 
 
@@ -60,8 +68,16 @@ def test_data_that_is_none(recipe, data, error, message, untrained, tmp_path):
         ),
         ({"gate": {"epochs": 0}}, ValueError, "epochs=0 is too small"),
         ({"gate": {"learning_rate": 0.0}}, ValueError, "learning_rate=0.0 is out of range"),
-        ({"labels": "domain"}, ValueError, "labels='domain' is unknown; expected one of: task, oracle"),
-        ({"args": {"max_steps": 3}}, TypeError, "args is a dict; expected transformers' TrainingArguments"),
+        (
+            {"labels": "domain"},
+            ValueError,
+            "labels='domain' is unknown; expected one of: task, oracle",
+        ),
+        (
+            {"args": {"max_steps": 3}},
+            TypeError,
+            "args is a dict; expected transformers' TrainingArguments",
+        ),
     ],
 )
 def test_options_that_do_not_exist_are_found_before_hours_of_training(
@@ -73,9 +89,13 @@ def test_options_that_do_not_exist_are_found_before_hours_of_training(
 
 
 def test_texts_that_no_oracle_can_label_are_found_before_too(untrained, tmp_path):
-    silent = Texts([{**row, "labels": torch.full_like(row["labels"], -100)} for row in task(1).rows])
+    silent = Texts(
+        [{**row, "labels": torch.full_like(row["labels"], -100)} for row in task(1).rows]
+    )
     with pytest.raises(ValueError, match="Row 24 has no target token"):
-        train_in_stages(gate(), {"red": task(0), "green": silent}, arguments(tmp_path), labels="oracle")
+        train_in_stages(
+            gate(), {"red": task(0), "green": silent}, arguments(tmp_path), labels="oracle"
+        )
 
 
 @pytest.mark.parametrize("name", ["pink", "(base)"])
@@ -110,7 +130,12 @@ MIXDA: dict[str, Any] = {
     ("fields", "changes", "error", "message"),
     [
         ({"null_expert": False}, {}, ValueError, "with null_expert=True"),
-        ({"num_experts_per_tok": 1}, {}, ValueError, "num_experts_per_tok=1 .* use num_experts_per_tok=2"),
+        (
+            {"num_experts_per_tok": 1},
+            {},
+            ValueError,
+            "num_experts_per_tok=1 .* use num_experts_per_tok=2",
+        ),
         ({}, {"task_expert": "red"}, ValueError, "task_expert='red' is a domain's expert"),
         ({}, {"task_expert": "pink"}, ValueError, "no expert 'pink'"),
         ({}, {"task_expert": "(base)"}, ValueError, r"no expert '\(base\)'"),
@@ -132,7 +157,9 @@ def test_mixda_says_what_it_needs(fields, changes, error, message, untrained, tm
 
 def test_texts_that_a_sequence_router_reads_to_their_end_are_refused(untrained, tmp_path):
     model = gate(null_expert=True, num_experts_per_tok=2, router_prefix_tokens=12)
-    whole = Texts([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in task(0).rows])
+    whole = Texts(
+        [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in task(0).rows]
+    )
     given = {**MIXDA, "domains": {"red": whole}}
     with pytest.raises(
         ValueError, match="'red' have no prompt and 12 tokens at most.*router_prefix_tokens=12"

@@ -11,10 +11,10 @@ from training.recipes import Broken, arguments, bits, loss, moved, of_expert, sa
 from training.runs import classes, rows_of
 from training.tasks import gate, share, task, tasks
 
+from moelora.recipes import add_task
 from moelora.training import (
     PadRouting,
     Texts,
-    add_task,
     oracle_targets,
     train_expert,
     train_gate,
@@ -122,11 +122,15 @@ def test_the_oracle_says_whose_a_text_is(tmp_path):
     model.freeze_experts(NAMES)
     exchanged = {"green": task(0), "red": task(1), "blue": task(2)}
     like = bits(model)
-    report = train_in_stages(model, exchanged, arguments(tmp_path, learning_rate=1e-9), labels="oracle")
+    report = train_in_stages(
+        model, exchanged, arguments(tmp_path, learning_rate=1e-9), labels="oracle"
+    )
     assert moved(like, bits(model)) >= {"moelora.routers"}
     found = oracle_targets(model, Texts.joined(exchanged.values()))
     assert report.oracle is not None and torch.equal(report.oracle.targets, found.targets)
-    assert float((report.oracle.targets.view(3, 24) == torch.arange(3)[:, None]).float().mean()) >= 0.9
+    assert (
+        float((report.oracle.targets.view(3, 24) == torch.arange(3)[:, None]).float().mean()) >= 0.9
+    )
     assert all(share(model, name, own) >= 0.8 for name, own in tasks(seed=1).items())
 
 
@@ -143,11 +147,16 @@ def test_no_expert_takes_part_in_the_gates_stage_alone(tmp_path):
 def test_a_dataset_of_padded_rows_is_as_good_as_texts(tmp_path):
     def padded(texts: Texts) -> list[dict[str, Any]]:
         made = [PadRouting(padding_side="left")([row, *texts]) for row in texts]
-        return [{k: v[0].tolist() for k, v in batch.items() if k != "router_mask"} for batch in made]
+        return [
+            {k: v[0].tolist() for k, v in batch.items() if k != "router_mask"} for batch in made
+        ]
 
     data = tasks(names=NAMES[:2])
     one, other = gate(), gate()
-    for model, given in ((one, data), (other, {name: padded(texts) for name, texts in data.items()})):
+    for model, given in (
+        (one, data),
+        (other, {name: padded(texts) for name, texts in data.items()}),
+    ):
         train_in_stages(model, given, arguments(tmp_path), gate={"epochs": 2})
     routers = {name: t for name, t in bits(one).items() if name.startswith("moelora.routers")}
     assert all(torch.equal(t, bits(other)[name]) for name, t in routers.items())
@@ -158,7 +167,11 @@ def test_a_dataset_of_padded_rows_is_as_good_as_texts(tmp_path):
 @pytest.mark.parametrize("level", LEVELS)
 def test_jointly_everything_learns_at_once(level, tmp_path):
     model = gate(active=False, routing_level=level)
-    before, was, first = bits(model), state(model), loss(model, Texts.joined(tasks(seed=1).values()))
+    before, was, first = (
+        bits(model),
+        state(model),
+        loss(model, Texts.joined(tasks(seed=1).values())),
+    )
     spy = Spy()
     report = train_jointly(model, tasks(), arguments(tmp_path, max_steps=30), collator=spy)
     assert report.steps == 30 and report.seconds > 0 and state(model) == was
@@ -183,7 +196,9 @@ def test_what_is_frozen_stays_so_in_joint_training(tmp_path):
     model.freeze_experts("green")
     before = bits(model)
     train_jointly(model, tasks(), arguments(tmp_path, **DECAY))
-    assert "expert.green" not in moved(before, bits(model)) and "expert.red" in moved(before, bits(model))
+    assert "expert.green" not in moved(before, bits(model)) and "expert.red" in moved(
+        before, bits(model)
+    )
 
 
 def test_checkpoints_are_written_where_they_are_asked_for(tmp_path):

@@ -1,4 +1,6 @@
-"""Routers that start good: arrow against a full SVD, prototypes that find whose text it is, before any training."""
+"""Routers that start good: arrow against a full SVD, prototypes that find whose text it is, before
+any training.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def test_arrow_is_the_top_right_singular_vector(scope: str) -> None:
                 for i, linear in enumerate(site.linears)
             ]
             vector = torch.linalg.svd(torch.cat(deltas).detach().double()).Vh[0]
-            assert abs(float(vector @ weight[expert].detach().double())) == pytest.approx(1.0, abs=1e-5)
+            assert abs(float(vector @ weight[expert].detach().double())) == pytest.approx(
+                1.0, abs=1e-5
+            )
 
 
 def test_arrow_routes_by_direction_without_a_sign() -> None:
@@ -110,7 +114,12 @@ def test_texts_come_in_many_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "fields", "texts", "message"),
     [
-        ("best", {}, None, "router_init='best' is unknown; expected one of: random, arrow, prototype"),
+        (
+            "best",
+            {},
+            None,
+            "router_init='best' is unknown; expected one of: random, arrow, prototype",
+        ),
         ("arrow", {}, None, "sets the rows of router='arrow', not 'top_k'"),
         (
             "arrow",
@@ -120,7 +129,12 @@ def test_texts_come_in_many_forms(tmp_path: Path) -> None:
         ),
         ("arrow", {"router": "arrow"}, {"a": ["x"]}, "texts are for router_init='prototype'"),
         ("prototype", {}, {"a": ["x"], "d": ["y"]}, r"missing \['b', 'c'\], unknown \['d'\]"),
-        ("prototype", {}, {"a": ["x"], "b": ["x"], "c": ["x"]}, "'a' are strings: pass the base's tokenizer"),
+        (
+            "prototype",
+            {},
+            {"a": ["x"], "b": ["x"], "c": ["x"]},
+            "'a' are strings: pass the base's tokenizer",
+        ),
         ("prototype", {}, {"a": [], "b": [], "c": []}, "no texts of 'a'"),
         ("prototype", {}, {n: [torch.tensor([])] for n in "abc"}, "A text of 'a' has no tokens"),
     ],

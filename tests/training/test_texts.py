@@ -1,4 +1,6 @@
-"""Texts and their padding: what is a prompt, what takes a loss, and what reaches the model through collators."""
+"""Texts and their padding: what is a prompt, what takes a loss, and what reaches the model through
+collators.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_the_end_stands_once_and_rows_keep_their_numbers():
     assert len(both) == 3 and torch.equal(both[0]["input_ids"], texts[1]["input_ids"])
     labelled = both.labelled(torch.tensor([2, 0, 1]))
     assert [int(row["expert_targets"]) for row in labelled] == [2, 0, 1]
-    assert all("expert_targets" not in row for rows in (both, labelled.unlabelled()) for row in rows)
+    assert all(
+        "expert_targets" not in row for rows in (both, labelled.unlabelled()) for row in rows
+    )
     with pytest.raises(ValueError, match="2 expert_targets for 3 rows"):
         both.labelled([0, 1])
 
@@ -61,7 +65,10 @@ def test_the_end_stands_once_and_rows_keep_their_numbers():
         ({"prompt": "two", "completion": ""}, "Row 1 has an empty target"),
         ({"prompt": "two", "completion": None}, "Row 1 has an empty target"),
         ("\n", "Row 1 has an empty text"),
-        ({"prompt": "two"}, "Row 1 has the fields .*expected one of instruction, prompt with one of output"),
+        (
+            {"prompt": "two"},
+            "Row 1 has the fields .*expected one of instruction, prompt with one of output",
+        ),
         (7, "Row 1 is a int"),
         (
             {"prompt": "what is two plus three", "completion": "two"},
@@ -113,7 +120,8 @@ def test_stock_collators_carry_one_number_a_row_and_rows_of_one_length(name):
     batch = stock_collators()[name](rows)
     assert batch["expert_targets"].tolist() == [1, 1, 1]
     assert torch.equal(
-        torch.as_tensor(batch["router_mask"]).bool(), torch.stack([row["router_mask"] for row in rows])
+        torch.as_tensor(batch["router_mask"]).bool(),
+        torch.stack([row["router_mask"] for row in rows]),
     )
     targets = [{**row, "expert_targets": row["input_ids"] % 3} for row in rows]
     batch = stock_collators()[name](targets)
@@ -134,7 +142,9 @@ def test_ragged_rows_are_padded_on_the_models_side(name, side):
         where = slice(-length, None) if side == "left" else slice(0, length)
         rest = [j for j in range(12) if j not in range(12)[where]]
         assert all(torch.equal(batch[key][i, where], value) for key, value in row.items())
-        assert batch["attention_mask"][i].sum() == length and bool(batch["attention_mask"][i, where].all())
+        assert batch["attention_mask"][i].sum() == length and bool(
+            batch["attention_mask"][i, where].all()
+        )
         assert not bool(batch["router_mask"][i, rest].any())
         assert bool((batch["expert_targets"][i, rest] == -100).all())
         assert name == "padding" or bool((batch["labels"][i, rest] == -100).all())
@@ -149,14 +159,21 @@ def test_padding_that_cannot_be_is_refused():
         PadRouting()([rows[0], {**rows[1], "expert_targets": torch.tensor(1)}])
     with pytest.raises(ValueError, match=r"row 1 has shape \(3,\); expected \[12\]"):
         PadRouting()(
-            [{**row, "expert_targets": torch.ones(n, dtype=torch.int64)} for row, n in zip(rows, (7, 3))]
+            [
+                {**row, "expert_targets": torch.ones(n, dtype=torch.int64)}
+                for row, n in zip(rows, (7, 3))
+            ]
         )
     with pytest.raises(ValueError, match="different keys"):
         PadRouting()([rows[0], {"input_ids": rows[1]["input_ids"]}])
     with pytest.raises(ValueError, match="DataCollatorWithFlattening made 1 rows of 2"):
-        PadRouting(DataCollatorWithFlattening())([{k: v.tolist() for k, v in row.items()} for row in rows])
+        PadRouting(DataCollatorWithFlattening())(
+            [{k: v.tolist() for k, v in row.items()} for row in rows]
+        )
     # Where a row has no prompt of its own the model looks for one in its labels.
-    assert "router_mask" not in PadRouting()([rows[0], {k: rows[1][k] for k in ("input_ids", "labels")}])
+    assert "router_mask" not in PadRouting()(
+        [rows[0], {k: rows[1][k] for k in ("input_ids", "labels")}]
+    )
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
@@ -165,7 +182,10 @@ def test_the_stock_trainer_hands_it_all_to_the_model(level, tmp_path):
     if level == "token":
         texts = Texts([{k: v for k, v in row.items() if k != "router_mask"} for row in texts])
         texts = Texts(
-            [{**row, "expert_targets": row["expert_targets"].expand(len(row["labels"]))} for row in texts]
+            [
+                {**row, "expert_targets": row["expert_targets"].expand(len(row["labels"]))}
+                for row in texts
+            ]
         )
         model = causal(num_experts=3, router_scope="site", num_experts_per_tok=1, **NO_ROUTER_LOSS)
     else:
@@ -182,4 +202,6 @@ def test_the_stock_trainer_hands_it_all_to_the_model(level, tmp_path):
     for inputs in seen:
         assert inputs["expert_targets"].dim() == (1 if level == "sequence" else 2)
         assert ("router_mask" in inputs) is (level == "sequence")
-    assert not any(torch.equal(p, was) for p, was in zip(model.moelora.routers.parameters(), before))
+    assert not any(
+        torch.equal(p, was) for p, was in zip(model.moelora.routers.parameters(), before)
+    )

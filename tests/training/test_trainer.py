@@ -1,4 +1,6 @@
-"""End to end with the stock Trainer: what trains, what is evaluated, and the same bits after a stop."""
+"""End to end with the stock Trainer: what trains, what is evaluated, and the same bits after a
+stop.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_only_experts_and_routers_train(name):
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_trains_its_head_too_and_saves_it(name, tmp_path):
     model = classifier(name, active=False)
-    head = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora.")}
+    head = {
+        n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora.")
+    }
     before = bits(model)
     run = trainer(model, rows_of(classes(8)), tmp_path, max_steps=12)
     run.train()
@@ -83,7 +87,9 @@ def test_a_classifier_trains_its_head_too_and_saves_it(name, tmp_path):
     assert head and all(not torch.equal(model.state_dict()[n], before[n]) for n in head)
     run.save_model(str(tmp_path / "saved"))
     restored = (
-        type(model).__bases__[0].from_pretrained(str(tmp_path / "saved"), base=classifier(name).unload())
+        type(model)
+        .__bases__[0]
+        .from_pretrained(str(tmp_path / "saved"), base=classifier(name).unload())
     )
     assert_bits(bits(restored), bits(model))
 
@@ -98,7 +104,12 @@ def test_evaluation_gives_the_plain_loss_and_logits_alone(level, tmp_path):
 
     data = rows_of(inputs)
     run = trainer(
-        model, data, tmp_path, eval_dataset=data, compute_metrics=metrics, per_device_eval_batch_size=8
+        model,
+        data,
+        tmp_path,
+        eval_dataset=data,
+        compute_metrics=metrics,
+        per_device_eval_batch_size=8,
     )
     assert run.label_names == ["labels"]
     found = run.evaluate()
@@ -139,7 +150,9 @@ def test_load_best_model_at_end_brings_the_best_weights_back(tmp_path):
     run.train()
     assert run.state.best_global_step == 2
     assert_bits(bits(model), snapshots.bits[2])
-    differing = [n for n in snapshots.bits[4] if not torch.equal(snapshots.bits[4][n], snapshots.bits[2][n])]
+    differing = [
+        n for n in snapshots.bits[4] if not torch.equal(snapshots.bits[4][n], snapshots.bits[2][n])
+    ]
     assert len(differing) > 10
     # Versions of transformers differ in whether the last one stays beside the best.
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
@@ -155,7 +168,9 @@ RUNS = {
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", RUNS)
-def test_stopping_and_resuming_gives_the_bits_of_an_uninterrupted_run(kind, checkpointing, tmp_path):
+def test_stopping_and_resuming_gives_the_bits_of_an_uninterrupted_run(
+    kind, checkpointing, tmp_path
+):
     settings = {
         "save_strategy": "steps",
         "save_steps": 2,

@@ -18,13 +18,18 @@ from .tiles import group_block
 Offsets = tuple[int, ...]
 # A program of the single launch holds all ranks; more would spill, in fp32 earlier.
 FUSED_RANKS, FUSED_RANKS_FP32 = 256, 64
-# What every program of the single launch reads again (router and lora_A); beyond it a launch more costs less.
+# What every program of the single launch reads again (router and lora_A); beyond it a launch more
+# costs less.
 FUSED_BYTES = 1 << 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def shrink(x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan) -> tuple[Tensor, ...]:
-    """h_l = x A_lᵀ fp32 for every linear l: dense [T, R_l]; grouped, sequence [T, K, max rank of the linear]."""
+def shrink(
+    x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan
+) -> tuple[Tensor, ...]:
+    """h_l = x A_lᵀ fp32 for every linear l: dense [T, R_l]; grouped, sequence [T, K, max rank of
+    the linear].
+    """
     if plan.router is not None:
         return _decode_shrink(x, lora_A, rank_offsets, plan, plan.router)
     slots = _slots(plan, x, lora_A)
@@ -34,9 +39,15 @@ def shrink(x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: P
         plan.num_experts, plan.path, plan.tokens_per_row, slots.block if slots else 0, plan.tiles,
     )  # fmt: skip
     if plan.path == "dense":
-        return (h,) if len(rank_offsets) == 1 else h.split([offsets[-1] for offsets in rank_offsets], dim=1)
+        return (
+            (h,)
+            if len(rank_offsets) == 1
+            else h.split([offsets[-1] for offsets in rank_offsets], dim=1)
+        )
     ranks = [max(ranks_of(offsets)) for offsets in rank_offsets]
-    return tuple(own if rank == h.shape[3] else own[..., :rank] for own, rank in zip(h.unbind(2), ranks))
+    return tuple(
+        own if rank == h.shape[3] else own[..., :rank] for own, rank in zip(h.unbind(2), ranks)
+    )
 
 
 def expand(
@@ -52,14 +63,25 @@ def expand(
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
     if plan.router is not None:
-        return _decode_expand(h, lora_B, rank_offsets, scaling, plan, plan.router, out, inplace, dtype)
+        return _decode_expand(
+            h, lora_B, rank_offsets, scaling, plan, plan.router, out, inplace, dtype
+        )
     slots = _slots(plan, h, lora_B, plan.weights)
     flat = None if out is None else out.reshape(plan.num_tokens, out.shape[-1])
     tensors = (h, lora_B, plan.weights, flat, plan.expert_ids, _arrays(slots))
-    fixed = (rank_offsets, scaling, plan.path, plan.tokens_per_row, slots.block if slots else 0, plan.tiles)
+    fixed = (
+        rank_offsets,
+        scaling,
+        plan.path,
+        plan.tokens_per_row,
+        slots.block if slots else 0,
+        plan.tiles,
+    )
     if out is None:
         return op.expand(*tensors, *fixed, dtype or h.dtype)
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in (h, lora_B, plan.weights, out))
+    learning = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (h, lora_B, plan.weights, out)
+    )
     if inplace and not learning and out.is_contiguous():
         op.expand_(*tensors, *fixed)
         return out
@@ -67,7 +89,9 @@ def expand(
 
 
 def why_not(x: Tensor, weights: Tensor) -> str | None:
-    """Why these kernels cannot run on x with a routing's (or router's) weights, or None if they can."""
+    """Why these kernels cannot run on x with a routing's (or router's) weights, or None if they
+    can.
+    """
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, expected bfloat16, float16 or float32: pass backend='eager'"
     if weights.dtype != torch.float32:
@@ -86,7 +110,8 @@ def fused_mixture(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, rank_offsets: Offsets, scaling: tuple[float, ...], plan: Plan,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = out + Σ_e w_e · s_e · (x A_eᵀ) B_e of one linear in a single launch, on a plan of the dense path.
+    """y = out + Σ_e w_e · s_e · (x A_eᵀ) B_e of one linear in a single launch, on a plan of the
+    dense path.
 
     Raises: ValueError where the ranks do not fit into one program, or for another path.
     """
@@ -110,7 +135,9 @@ def _decode_shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: P
     _refuse_gradients(x=x, lora_A=lora_A, router=router.weight)
     plan.memo.clear()
     for offsets in site:
-        if not can_decode(Shape(plan.rows, 1, plan.num_experts, plan.num_slots, offsets[-1], x.dtype)):
+        if not can_decode(
+            Shape(plan.rows, 1, plan.num_experts, plan.num_slots, offsets[-1], x.dtype)
+        ):
             raise ValueError(
                 f"path='decode' got T={plan.rows}, E={plan.num_experts}, R={offsets[-1]} in {x.dtype}, expected at most"
                 f" 64 tokens, 64 experts and {DECODE_RANKS} ranks: route, and use build_plan"
@@ -132,8 +159,19 @@ def _decode_expand(
     if out is None:
         y = h.new_empty((plan.num_tokens, lora_B.shape[1]), dtype=dtype or h.dtype)
     else:
-        y = out if inplace and out.is_contiguous() else out.clone(memory_format=torch.contiguous_format)
-    routed = (router.selection_bias, router.norm, scaling, rank_offsets, plan.expert_ids, plan.weights)
+        y = (
+            out
+            if inplace and out.is_contiguous()
+            else out.clone(memory_format=torch.contiguous_format)
+        )
+    routed = (
+        router.selection_bias,
+        router.norm,
+        scaling,
+        rank_offsets,
+        plan.expert_ids,
+        plan.weights,
+    )
     last = (y.view(plan.num_tokens, lora_B.shape[1]), out is not None, plan.tiles)
     lora_A = plan.memo.get("lora_A")
     if lora_A is not None:

@@ -1,4 +1,6 @@
-"""Decoding (T ≤ 64): the router rides in the shrink, and every expand chooses the experts in its prologue."""
+"""Decoding (T ≤ 64): the router rides in the shrink, and every expand chooses the experts in its
+prologue.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def decode_shrink_kernel(
     num_tokens, total_rank, d, d_per_split, E, x_stride, logits_stride, plane_stride,
     BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """logits[split] = x Wᵀ (in fp32) and planes[split] = x Aᵀ of all linears, each over a part of d.
+    """logits[split] = x Wᵀ (in fp32) and planes[split] = x Aᵀ of all linears, each over a part of
+    d.
 
     Grid (tiles of tokens, 1 + blocks of rank, splits of d): block 0 is the router's.
     """
@@ -36,7 +39,9 @@ def decode_shrink_kernel(
         )  # fmt: skip
         scores_at = token.to(tl.int64)[:, None] * E + expert[None, :]
         tl.store(
-            logits + split * logits_stride + scores_at, scores, mask=there[:, None] & (expert < E)[None, :]
+            logits + split * logits_stride + scores_at,
+            scores,
+            mask=there[:, None] & (expert < E)[None, :],
         )
     else:
         rank = (tl.program_id(1) - 1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +61,8 @@ def decode_expand_kernel(
     K: tl.constexpr, NORM: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = out + (g·s·h) B for one linear, the routing from the logits' planes; writes it to ids and weights.
+    """y = out + (g·s·h) B for one linear, the routing from the logits' planes; writes it to ids and
+    weights.
 
     Grid (tiles of tokens, tiles of d); BLOCK_R holds all ranks of the linear.
     """
@@ -64,7 +70,9 @@ def decode_expand_kernel(
     there = token < num_tokens
     expert, rank = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R)
     place = token.to(tl.int64)[:, None] * E + expert[None, :]
-    scores = sum_planes(logits, place, there[:, None] & (expert < E)[None, :], splits, logits_stride)
+    scores = sum_planes(
+        logits, place, there[:, None] & (expert < E)[None, :], splits, logits_stride
+    )
     first = tl.program_id(1) == 0
     by_expert = select_experts(scores, bias, token, there, ids, weights, first, E, K, NORM, BLOCK_E)
     gate = gate_in_rank_space(by_expert, experts, scaling, total_rank, BLOCK_E, BLOCK_R)
@@ -115,7 +123,9 @@ def decode_expand(
     y: Tensor,
     tiles: str,
 ) -> None:
-    """Write y [T, d_out] for one linear's h [splits, T, R], and the routing to ids and weights [T, K]."""
+    """Write y [T, d_out] for one linear's h [splits, T, R], and the routing to ids and weights [T,
+    K].
+    """
     num_tokens, d = y.shape
     if 0 in y.shape:
         return

@@ -64,7 +64,9 @@ def _add_slot(
         which = linear * E + tl.maximum(expert, 0)
         rank_of = tl.where(expert >= 0, tl.load(ranks + which), 0)
         start = tl.load(starts + which)
-        h_rows = h + token.to(tl.int64)[:, None] * h_stride_t + slot * h_stride_k + linear * h_stride_l
+        h_rows = (
+            h + token.to(tl.int64)[:, None] * h_stride_t + slot * h_stride_k + linear * h_stride_l
+        )
         for first in range(0, rank_of, BLOCK_R):
             rank = first + tl.arange(0, BLOCK_R)
             own = rank < rank_of
@@ -81,7 +83,8 @@ def expand_dense_kernel(
     K: tl.constexpr, GATED: tl.constexpr, RESIDENT: tl.constexpr, TILES_D: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = out + (g·s·h) F over all R rows, those of experts not chosen with gate 0; in the dtype of y.
+    """y = out + (g·s·h) F over all R rows, those of experts not chosen with gate 0; in the dtype of
+    y.
 
     Grid (tiles of tokens, blocks of d). A program writes TILES_D tiles of d; RESIDENT: the gated h
     of all ranks is read and weighted once for them.
@@ -100,7 +103,9 @@ def expand_dense_kernel(
         inside = column < d
         acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
         if RESIDENT:
-            acc = multiply_rows(acc, h_tile, factor, lane_r, lane_r < total_rank, column, inside, d, dtype)
+            acc = multiply_rows(
+                acc, h_tile, factor, lane_r, lane_r < total_rank, column, inside, d, dtype
+            )
         else:
             for first in range(0, total_rank, BLOCK_R):
                 gated = _dense_h(
@@ -108,7 +113,9 @@ def expand_dense_kernel(
                     h_stride, K, GATED, BLOCK_R,
                 )  # fmt: skip
                 rank = first + lane_r
-                acc = multiply_rows(acc, gated, factor, rank, rank < total_rank, column, inside, d, dtype)
+                acc = multiply_rows(
+                    acc, gated, factor, rank, rank < total_rank, column, inside, d, dtype
+                )
         store_rows(y, out, acc, token, there, column, inside, d, out_stride)
 
 
@@ -118,7 +125,9 @@ def store_rows(y, out, acc, token, there, column, inside, d, out_stride):
     mask = there[:, None] & inside[None, :]
     token = token.to(tl.int64)[:, None]
     if out is not None:
-        acc += tl.load(out + token * out_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(out + token * out_stride + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store(y + token * d + column[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -132,8 +141,8 @@ def expand_slots_kernel(
 ):  # fmt: skip
     """y = out + Σ (w·s·h)[t, slot] F[rows of the slot's expert], in the dtype of y.
 
-    Grid (tiles of tokens, tiles of d). Sequence: all K slots of a row in one program. Grouped: one slot
-    (pass_slot) a launch, so that no two programs meet in a row of y; a token without an expert
+    Grid (tiles of tokens, tiles of d). Sequence: all K slots of a row in one program. Grouped: one
+    slot (pass_slot) a launch, so that no two programs meet in a row of y; a token without an expert
     there gets y = out, and the next pass reads y as its out.
     """
     tile = tl.program_id(0)
@@ -153,7 +162,9 @@ def expand_slots_kernel(
         )  # fmt: skip
     else:
         for slot in range(K):
-            expert = tl.load(row_ids + (tile // tl.cdiv(tokens_per_row, BLOCK_T)) * K + slot).to(tl.int32)
+            expert = tl.load(row_ids + (tile // tl.cdiv(tokens_per_row, BLOCK_T)) * K + slot).to(
+                tl.int32
+            )
             acc = _add_slot(
                 acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column, inside,
                 d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
@@ -175,7 +186,8 @@ def expand(
     tiles: str,
     y: Tensor | None = None,
 ) -> Tensor:
-    """out + Σ (w·s·h) F as y [T, d] of dtype; gate = (weights [rows, K], scaling [E]) or None: h as it is.
+    """out + Σ (w·s·h) F as y [T, d] of dtype; gate = (weights [rows, K], scaling [E]) or None: h as
+    it is.
 
     h of `shrink`'s form, of any strides but that of the last axis; y may be out itself.
     """
@@ -192,7 +204,9 @@ def expand(
     return y
 
 
-def _launch_dense(h, factor, out, y, gate, expert_ids, site: Layout, tokens_per_row: int, tiles: str) -> None:
+def _launch_dense(
+    h, factor, out, y, gate, expert_ids, site: Layout, tokens_per_row: int, tiles: str
+) -> None:
     """One launch."""
     num_tokens, d = y.shape
     tile = tile_for("expand", num_tokens, site.total_rank, y.dtype, tiles)
@@ -207,7 +221,17 @@ def _launch_dense(h, factor, out, y, gate, expert_ids, site: Layout, tokens_per_
 
 
 def _launch_slots(
-    h, factor, out, y, gate, expert_ids, slots, site: Layout, path: str, tokens_per_row: int, tiles: str
+    h,
+    factor,
+    out,
+    y,
+    gate,
+    expert_ids,
+    slots,
+    site: Layout,
+    path: str,
+    tokens_per_row: int,
+    tiles: str,
 ) -> None:
     """One launch; of the grouped path one for each slot, in order."""
     num_tokens, d = y.shape

@@ -22,8 +22,8 @@ def fused_kernel(
 ):  # fmt: skip
     """y = out + (g·s·(x Aᵀ)) B. Grid (tiles of tokens, parts of d_out); BLOCK_R holds all ranks.
 
-    Each part of d_out computes h anew: one part where tokens abound, many where a token must
-    fill the chip. With a router [E, d_in] fp32 the routing is computed too, and row_ids and weights are
+    Each part of d_out computes h anew: one part where tokens abound, many where a token must fill
+    the chip. With a router [E, d_in] fp32 the routing is computed too, and row_ids and weights are
     written; else they are read. h [T, R] fp32 is kept for the backward pass where it is given.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -46,7 +46,9 @@ def fused_kernel(
             BLOCK_D,
         )  # fmt: skip
         first = tl.program_id(1) == 0
-        by_expert = select_experts(logits, bias, token, there, row_ids, weights, first, E, K, NORM, BLOCK_E)
+        by_expert = select_experts(
+            logits, bias, token, there, row_ids, weights, first, E, K, NORM, BLOCK_E
+        )
         gate = gate_in_rank_space(by_expert, experts, scaling, total_rank, BLOCK_E, BLOCK_R)
     else:
         expert = tl.load(experts + rank, mask=used, other=-2)
@@ -76,7 +78,9 @@ def fused(
     tiles: str,
     router: tuple[Tensor, Tensor | None, bool] | None = None,
 ) -> None:
-    """Write y [T, d_out], h [T, R] if given, and with a router (weight, bias, norm) also the routing."""
+    """Write y [T, d_out], h [T, R] if given, and with a router (weight, bias, norm) also the
+    routing.
+    """
     num_tokens, d_out = y.shape
     if 0 in y.shape:
         return

@@ -1,4 +1,6 @@
-"""Between u = dy Bᵀ and the gradients: dh = g·s·u, dw = s⟨u, h⟩, and g·s·h for lora_B's gradient, in one launch."""
+"""Between u = dy Bᵀ and the gradients: dh = g·s·u, dw = s⟨u, h⟩, and g·s·h for lora_B's gradient,
+in one launch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def gate_grad_dense_kernel(
     num_tokens, tokens_per_row, total_rank, splits, plane_stride, h_stride,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dh, gated [T, R]; dweights [T, K] = Σ_{ranks of the slot's expert} s u h. Grid (tiles of tokens)."""
+    """dh, gated [T, R]; dweights [T, K] = Σ_{ranks of the slot's expert} s u h. Grid (tiles of
+    tokens).
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = token < num_tokens
     row = token // tokens_per_row
@@ -31,7 +35,9 @@ def gate_grad_dense_kernel(
         mask = there[:, None] & inside[None, :]
         place = token.to(tl.int64)[:, None] * total_rank + rank[None, :]
         u = sum_planes(planes, place, mask, splits, plane_stride)
-        h_tile = tl.load(h + token.to(tl.int64)[:, None] * h_stride + rank[None, :], mask=mask, other=0.0)
+        h_tile = tl.load(
+            h + token.to(tl.int64)[:, None] * h_stride + rank[None, :], mask=mask, other=0.0
+        )
         h_tile = h_tile.to(tl.float32)
         expert = tl.load(experts + rank, mask=inside, other=-2)
         scale = tl.load(scaling + tl.maximum(expert, 0))
@@ -87,7 +93,9 @@ def gate_grad(
     dtype: torch.dtype,
     tiles: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh of h's shape and dtype, g·s·h in dtype, dweights [rows, K] fp32) of u's planes, for one linear."""
+    """(dh of h's shape and dtype, g·s·h in dtype, dweights [rows, K] fp32) of u's planes, for one
+    linear.
+    """
     num_tokens, num_slots = h.shape[0], expert_ids.shape[1]
     dh, gated = h.new_empty(h.shape), h.new_empty(h.shape, dtype=dtype)
     dweights = weights.new_zeros((num_tokens, num_slots))

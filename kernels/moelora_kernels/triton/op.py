@@ -1,7 +1,9 @@
-"""The kernels as torch operators, with shapes for tracing and gradients: what torch.compile and autograd see.
+"""The kernels as torch operators, with shapes for tracing and gradients: what torch.compile and
+autograd see.
 
-Operators take tensors, numbers and lists only. `site` is the E + 1 offsets of each of a site's linears, one
-after another; `slots` the four arrays of a `SlotMap`, or none; `tiles` the name of a tuned table, or "".
+Operators take tensors, numbers and lists only. `site` is the E + 1 offsets of each of a site's
+linears, one after another; `slots` the four arrays of a `SlotMap`, or none; `tiles` the name of a
+tuned table, or "".
 """
 
 from __future__ import annotations
@@ -49,7 +51,17 @@ def input_grad(
     place = layout(tuple(site), num_experts, dh.device)
     dh, factor, slot_map = dense_rows(dh), factor.contiguous(), _map(slots, block)
     return run_expand(
-        dh, factor, None, None, ids.contiguous(), slot_map, place, path, tokens_per_row, dtype, tiles
+        dh,
+        factor,
+        None,
+        None,
+        ids.contiguous(),
+        slot_map,
+        place,
+        path,
+        tokens_per_row,
+        dtype,
+        tiles,
     )
 
 
@@ -82,12 +94,26 @@ def expand(
 ) -> Tensor:  # fmt: skip
     """out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype."""
     return _expand_into(
-        h, lora_B, weights, out, ids, slots, site, scaling, path, tokens_per_row, block, tiles, dtype
+        h,
+        lora_B,
+        weights,
+        out,
+        ids,
+        slots,
+        site,
+        scaling,
+        path,
+        tokens_per_row,
+        block,
+        tiles,
+        dtype,
     )
 
 
 @expand.register_fake
-def _(h, lora_B, weights, out, ids, slots, site, scaling, path, tokens_per_row, block, tiles, dtype):
+def _(
+    h, lora_B, weights, out, ids, slots, site, scaling, path, tokens_per_row, block, tiles, dtype
+):
     return h.new_empty((h.shape[0], lora_B.shape[1]), dtype=dtype)
 
 
@@ -98,7 +124,20 @@ def expand_(
 ) -> None:  # fmt: skip
     """`expand` into out; without gradients."""
     _expand_into(
-        h, lora_B, weights, out, ids, slots, site, scaling, path, tokens_per_row, block, tiles, out.dtype, out
+        h,
+        lora_B,
+        weights,
+        out,
+        ids,
+        slots,
+        site,
+        scaling,
+        path,
+        tokens_per_row,
+        block,
+        tiles,
+        out.dtype,
+        out,
     )
 
 
@@ -107,7 +146,9 @@ def fused(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor,
     site: Sequence[int], scaling: Sequence[float], tokens_per_row: int, tiles: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [T, d_out] of dtype, h [T, R] fp32) of one linear on the dense path, in one launch; R ≤ 256."""
+    """(y [T, d_out] of dtype, h [T, R] fp32) of one linear on the dense path, in one launch; R ≤
+    256.
+    """
     place = layout(tuple(site), len(scaling), x.device)
     y, h = _empty_fused(x, lora_A, lora_B, dtype)
     out = None if out is None else dense_rows(out)
@@ -123,7 +164,9 @@ def _(x, lora_A, lora_B, weights, out, ids, site, scaling, tokens_per_row, tiles
     return _empty_fused(x, lora_A, lora_B, dtype)
 
 
-def _empty_fused(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _empty_fused(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     y = x.new_empty((x.shape[0], lora_B.shape[1]), dtype=dtype)
     return y, x.new_empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32)
 
@@ -140,7 +183,9 @@ def expand_backward(
         dy, lora_B.contiguous(), ids, _map(slots, block), place, path, tokens_per_row, tiles
     )
     scale = scales(tuple(scaling), dy.device)
-    return run_gate_grad(planes, h, weights, scale, ids, place, path, tokens_per_row, dy.dtype, tiles)
+    return run_gate_grad(
+        planes, h, weights, scale, ids, place, path, tokens_per_row, dy.dtype, tiles
+    )
 
 
 @expand_backward.register_fake
@@ -149,7 +194,20 @@ def _(dy, h, lora_B, weights, ids, slots, site, scaling, path, tokens_per_row, b
 
 
 def _expand_into(
-    h, lora_B, weights, out, ids, slots, site, scaling, path, tokens_per_row, block, tiles, dtype, y=None
+    h,
+    lora_B,
+    weights,
+    out,
+    ids,
+    slots,
+    site,
+    scaling,
+    path,
+    tokens_per_row,
+    block,
+    tiles,
+    dtype,
+    y=None,
 ) -> Tensor:
     place = layout(tuple(site), len(scaling), h.device)
     if out is not None and y is None:
@@ -238,4 +296,12 @@ fused.register_autograd(_backward_of_fused, setup_context=_keep_fused)
 shrink.register_autograd(_backward_of_shrink, setup_context=_keep_shrink)
 expand.register_autograd(_backward_of_expand, setup_context=_keep_expand)
 
-OPERATORS: tuple[Callable, ...] = (shrink, input_grad, weight_grad, expand, expand_, expand_backward, fused)
+OPERATORS: tuple[Callable, ...] = (
+    shrink,
+    input_grad,
+    weight_grad,
+    expand,
+    expand_,
+    expand_backward,
+    fused,
+)

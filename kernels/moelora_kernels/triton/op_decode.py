@@ -37,7 +37,9 @@ def decode_expand_(
     place = layout(tuple(site), len(scaling), y.device)
     scale = scales(tuple(scaling), y.device)
     out = y if add else None
-    run_decode_expand(logits, h, lora_B.contiguous(), bias, norm, scale, place, ids, weights, out, y, tiles)
+    run_decode_expand(
+        logits, h, lora_B.contiguous(), bias, norm, scale, place, ids, weights, out, y, tiles
+    )
 
 
 @custom_op("moelora::fused_", mutates_args=("ids", "weights", "y"))
@@ -45,7 +47,9 @@ def fused_(
     x: Tensor, router: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, norm: bool,
     scaling: Sequence[float], site: Sequence[int], ids: Tensor, weights: Tensor, y: Tensor, add: bool, tiles: str,
 ) -> None:  # fmt: skip
-    """y (+)= the mixture of x, router and all, in one launch; the routing is written to ids and weights."""
+    """y (+)= the mixture of x, router and all, in one launch; the routing is written to ids and
+    weights.
+    """
     place = layout(tuple(site), len(scaling), y.device)
     scale = scales(tuple(scaling), y.device)
     run_fused(

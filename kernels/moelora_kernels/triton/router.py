@@ -1,4 +1,6 @@
-"""A router's logits to fp32 accuracy on tensor cores: fp32 numbers as three of 16 bits, as ranks of a dense shrink."""
+"""A router's logits to fp32 accuracy on tensor cores: fp32 numbers as three of 16 bits, as ranks of
+a dense shrink.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def _shrink(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(parts [P, …] of dtype, scales [P] fp32): values = Σ_p scales[p] · parts[p] to about fp32's accuracy.
+    """(parts [P, …] of dtype, scales [P] fp32): values = Σ_p scales[p] · parts[p] to about fp32's
+    accuracy.
 
     Each part is what the ones before left over, scaled up to where the dtype is dense.
     """

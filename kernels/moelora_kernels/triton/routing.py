@@ -11,10 +11,11 @@ def select_experts(
     logits, bias, token, there, ids, weights, stores,
     E, K: tl.constexpr, NORM: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """gate [tokens, BLOCK_E] fp32: the softmax of logits [tokens, BLOCK_E] at each token's K best experts, else 0.
+    """gate [tokens, BLOCK_E] fp32: the softmax of logits [tokens, BLOCK_E] at each token's K best
+    experts, else 0.
 
-    NORM: divided by its sum over them. bias [E] or None shifts which are chosen, not their
-    weights; of equals the first is chosen. Where `stores`, ids and weights [T, K] are written, best first.
+    NORM: divided by its sum over them. bias [E] or None shifts which are chosen, not their weights;
+    of equals the first is chosen. Where `stores`, ids and weights [T, K] are written, best first.
     """
     lane = tl.arange(0, BLOCK_E)
     real = (lane < E)[None, :]
@@ -41,13 +42,19 @@ def select_experts(
             place = token.to(tl.int64) * K + slot
             expert = tl.sum(tl.where(order == slot, lane[None, :], 0), axis=1)
             tl.store(ids + place, expert.to(tl.int64), mask=there)
-            tl.store(weights + place, tl.sum(tl.where(order == slot, gate, 0.0), axis=1), mask=there)
+            tl.store(
+                weights + place, tl.sum(tl.where(order == slot, gate, 0.0), axis=1), mask=there
+            )
     return gate
 
 
 @triton.jit
-def gate_in_rank_space(gate, experts, scaling, total_rank, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """g·s [tokens, BLOCK_R] of gate [tokens, BLOCK_E]: each rank takes its expert's, by a product with ones."""
+def gate_in_rank_space(
+    gate, experts, scaling, total_rank, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """g·s [tokens, BLOCK_R] of gate [tokens, BLOCK_E]: each rank takes its expert's, by a product
+    with ones.
+    """
     rank = tl.arange(0, BLOCK_R)
     expert = tl.load(experts + rank, mask=rank < total_rank, other=-1)
     scale = tl.load(scaling + tl.maximum(expert, 0))

@@ -40,7 +40,19 @@ def shrink_kernel(
         # Slots side by side read the same tokens, while those are in cache.
         slot, tile = tl.program_id(0) % K, tl.program_id(0) // K
         token, there, expert = tokens_of_tile(
-            tile, slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity, K, E, PATH, BLOCK_T
+            tile,
+            slot,
+            row_ids,
+            tokens,
+            bounds,
+            groups,
+            firsts,
+            tokens_per_row,
+            capacity,
+            K,
+            E,
+            PATH,
+            BLOCK_T,
         )
         linear, column = block % L, (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
         which = linear * E + tl.maximum(expert, 0)
@@ -54,7 +66,11 @@ def shrink_kernel(
         x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T, BLOCK_R,
         BLOCK_D,
     )  # fmt: skip
-    tl.store(planes + split.to(tl.int64) * plane_stride + place, acc, mask=there[:, None] & stored[None, :])
+    tl.store(
+        planes + split.to(tl.int64) * plane_stride + place,
+        acc,
+        mask=there[:, None] & stored[None, :],
+    )
 
 
 @triton.jit
@@ -70,7 +86,9 @@ def multiply_columns(
         column = first + tl.arange(0, BLOCK_D)
         inside = column < end
         x_tile = tl.load(x_rows + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        f_tile = tl.load(factor_rows + column[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+        f_tile = tl.load(
+            factor_rows + column[None, :], mask=used[:, None] & inside[None, :], other=0.0
+        )
         acc = tl.dot(x_tile.to(dtype), tl.trans(f_tile.to(dtype)), acc, input_precision="ieee")
     return acc
 
@@ -84,7 +102,9 @@ def sum_planes(planes, place, mask, splits, plane_stride):
     return total
 
 
-def h_shape(num_tokens: int, num_slots: int, path: str, site: tuple[int, int, int]) -> tuple[int, ...]:
+def h_shape(
+    num_tokens: int, num_slots: int, path: str, site: tuple[int, int, int]
+) -> tuple[int, ...]:
     """The shape of a site's h, for `sizes` of its offsets."""
     linears, total, largest = site
     return (num_tokens, total) if path == "dense" else (num_tokens, num_slots, linears, largest)
@@ -125,7 +145,12 @@ def shrink_planes(
 
 
 def tiles_of_tokens(
-    num_tokens: int, num_slots: int, path: str, tokens_per_row: int, slots: SlotMap | None, block: int
+    num_tokens: int,
+    num_slots: int,
+    path: str,
+    tokens_per_row: int,
+    slots: SlotMap | None,
+    block: int,
 ) -> int:
     """How many tiles of tokens there are, for every slot where a tile has one."""
     if path == "dense":

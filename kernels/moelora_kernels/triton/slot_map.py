@@ -39,7 +39,9 @@ def slot_map(expert_ids: Tensor, tokens_per_row: int, num_experts: int, block: i
     every = torch.arange(slots * groups_per_slot + 1, device=device)
     bounds = torch.searchsorted(keys, every) * tokens_per_row
 
-    counts = (bounds.diff() + (block - 1)).div(block, rounding_mode="floor").view(slots, groups_per_slot)
+    counts = (
+        (bounds.diff() + (block - 1)).div(block, rounding_mode="floor").view(slots, groups_per_slot)
+    )
     ends = counts.cumsum(1)
     num_tokens = rows * tokens_per_row
     capacity = min(num_tokens, num_tokens // block + groups_per_slot)
@@ -64,7 +66,9 @@ def tokens_of_tile(
     tile, slot, rows_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity,
     K, E, PATH: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of a tile for one slot, which of the lanes hold one, their row, and their expert (-1: none)."""
+    """The tokens of a tile for one slot, which of the lanes hold one, their row, and their expert
+    (-1: none).
+    """
     lane = tl.arange(0, BLOCK_T)
     if PATH == "sequence":
         tiles_per_row = tl.cdiv(tokens_per_row, BLOCK_T)

@@ -1,4 +1,6 @@
-"""Block sizes, warps and splits of every kernel: functions of the shape, or a device's tuned table by name."""
+"""Block sizes, warps and splits of every kernel: functions of the shape, or a device's tuned table
+by name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ MIN_DOT = 16  # tl.dot takes no smaller side
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens, ranks and features a program holds at once; the warps that share them; the loads under way."""
+    """Tokens, ranks and features a program holds at once; the warps that share them; the loads
+    under way.
+    """
 
     BLOCK_T: int
     BLOCK_R: int
@@ -28,10 +32,11 @@ class Tile:
 
 
 def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Tile:
-    """The tile of a kernel for tokens (of a row, on the sequence path), ranks in one product and bytes an element.
+    """The tile of a kernel for tokens (of a row, on the sequence path), ranks in one product and
+    bytes an element.
 
-    No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of the same
-    dtype or fp32: the compile tests hold it.
+    No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of
+    the same dtype or fp32: the compile tests hold it.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
@@ -56,16 +61,24 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
     if kernel == "expand":
         ranks = fitting(width, 128) if width <= 128 else 32
         return Tile(
-            tokens, ranks, 128 if width <= 64 else 64, 8 if tokens == 64 else 4, 1 if ranks == 128 else 2
+            tokens,
+            ranks,
+            128 if width <= 64 else 64,
+            8 if tokens == 64 else 4,
+            1 if ranks == 128 else 2,
         )
     if kernel == "expand_slots":
-        return Tile(tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2)
+        return Tile(
+            tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2
+        )
     if kernel == "weight_grad":
         ranks = fitting(width, 64)
         return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
     if kernel == "fused":
         return (
-            Tile(16, 256, 32, 4, 1) if width > 128 else Tile(min(tokens, 32), fitting(width, 128), 32, 8, 2)
+            Tile(16, 256, 32, 4, 1)
+            if width > 128
+            else Tile(min(tokens, 32), fitting(width, 128), 32, 8, 2)
         )
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 128, 4)
@@ -112,7 +125,8 @@ def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> st
 
 @lru_cache(maxsize=16)
 def load_tuned(name: str) -> dict[str, Tile]:
-    """The table that `python -m moelora_kernels.triton.tune` wrote: a name of this package's, or a path.
+    """The table that `python -m moelora_kernels.triton.tune` wrote: a name of this package's, or a
+    path.
 
     Raises: ValueError for a table that is not there or is no table.
     """
@@ -124,19 +138,29 @@ def load_tuned(name: str) -> dict[str, Tile]:
             " path of a .json, or write one with python -m moelora_kernels.triton.tune"
         )
     try:
-        return {key: Tile(**fields) for key, fields in json.loads(path.read_text("utf-8"))["tiles"].items()}
+        return {
+            key: Tile(**fields)
+            for key, fields in json.loads(path.read_text("utf-8"))["tiles"].items()
+        }
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"tiles={name!r}: {path.name} is no table of tiles ({error}): tune again") from error
+        raise ValueError(
+            f"tiles={name!r}: {path.name} is no table of tiles ({error}): tune again"
+        ) from error
 
 
 def save_tuned(path: Path, device: str, table: dict[str, Tile]) -> None:
     """Write a table of tiles for `load_tuned`."""
-    content = {"device": device, "tiles": {key: asdict(tile) for key, tile in sorted(table.items())}}
+    content = {
+        "device": device,
+        "tiles": {key: asdict(tile) for key, tile in sorted(table.items())},
+    }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
-    """The keyword arguments of a launch; Triton's default for fused multiply-adds changes between versions."""
+    """The keyword arguments of a launch; Triton's default for fused multiply-adds changes between
+    versions.
+    """
     return {**asdict(tile), "enable_fp_fusion": True}
 
 
@@ -151,7 +175,9 @@ def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tu
 
 
 def multiprocessors(device: torch.device) -> int:
-    """The device's multiprocessors; 4 stand in where there is no GPU, so that the interpreter splits sums as well."""
+    """The device's multiprocessors; 4 stand in where there is no GPU, so that the interpreter
+    splits sums as well.
+    """
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -163,7 +189,9 @@ def group_block(num_tokens: int, num_experts: int) -> int:
 
 
 def out_tiles(programs: int, device: torch.device) -> int:
-    """How many tiles of d one program of expand writes: more keep its h longer, fewer fill the chip."""
+    """How many tiles of d one program of expand writes: more keep its h longer, fewer fill the
+    chip.
+    """
     return max(1, min(8, programs // (4 * multiprocessors(device))))
 
 

@@ -1,4 +1,5 @@
-"""`python -m moelora_kernels.triton.tune NAME`: time tiles on this GPU and keep the fastest in a table called NAME.
+"""`python -m moelora_kernels.triton.tune NAME`: time tiles on this GPU and keep the fastest in a
+table called NAME.
 
 Nothing is tuned while a program runs: a table is used where its name is passed as `tiles`.
 """
@@ -46,8 +47,13 @@ CASES = [
 
 
 def neighbours(tile: Tile) -> list[Tile]:
-    """The tile, and those that differ from it in one number by a factor of two, or in the stages by one."""
-    others = [replace(tile, **{name: getattr(tile, name) * 2}) for name in ("BLOCK_T", "BLOCK_R", "BLOCK_D")]
+    """The tile, and those that differ from it in one number by a factor of two, or in the stages by
+    one.
+    """
+    others = [
+        replace(tile, **{name: getattr(tile, name) * 2})
+        for name in ("BLOCK_T", "BLOCK_R", "BLOCK_D")
+    ]
     others += [
         replace(tile, **{name: getattr(tile, name) // 2})
         for name in ("BLOCK_T", "BLOCK_R", "BLOCK_D")
@@ -55,7 +61,9 @@ def neighbours(tile: Tile) -> list[Tile]:
     ]
     others += [replace(tile, num_warps=warps) for warps in (2, 4, 8) if warps != tile.num_warps]
     others += [
-        replace(tile, num_stages=tile.num_stages + step) for step in (-1, 1) if tile.num_stages + step > 0
+        replace(tile, num_stages=tile.num_stages + step)
+        for step in (-1, 1)
+        if tile.num_stages + step > 0
     ]
     return [tile, *others]
 
@@ -63,14 +71,19 @@ def neighbours(tile: Tile) -> list[Tile]:
 def launcher(
     kernel: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[str], Any]:
-    """A function of a table's name that launches the kernel once; width: R, of expand_slots one expert's rank."""
+    """A function of a table's name that launches the kernel once; width: R, of expand_slots one
+    expert's rank.
+    """
     rank = width if kernel == "expand_slots" else max(1, width // EXPERTS)
     site = layout(tuple(range(0, EXPERTS * rank + 1, rank)), EXPERTS, device)
     scaling = scales((1.0,) * EXPERTS, device)
     x = torch.randn(tokens, D, dtype=dtype, device=device)
     factor = torch.randn(EXPERTS * rank, D, dtype=dtype, device=device)
     ids = torch.rand(tokens, EXPERTS, device=device).topk(SLOTS).indices
-    weights, router = torch.rand(tokens, SLOTS, device=device), torch.randn(EXPERTS, D, device=device)
+    weights, router = (
+        torch.rand(tokens, SLOTS, device=device),
+        torch.randn(EXPERTS, D, device=device),
+    )
     path = "grouped" if kernel == "expand_slots" else "dense"
     slots = slot_map(ids, 1, EXPERTS, group_block(tokens, EXPERTS)) if path == "grouped" else None
     planes = shrink_planes(x, factor, ids, slots, site, path, 1, "")
@@ -80,9 +93,13 @@ def launcher(
     return {
         "shrink": lambda t: shrink_planes(x, factor, ids, slots, site, path, 1, t),
         "expand": lambda t: expand(own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y),
-        "expand_slots": lambda t: expand(own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y),
+        "expand_slots": lambda t: expand(
+            own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y
+        ),
         "weight_grad": lambda t: weight_grad(own, x, slots, site, path, dtype, t),
-        "gate_grad": lambda t: gate_grad(planes, own, weights, scaling, ids, site, path, 1, dtype, t),
+        "gate_grad": lambda t: gate_grad(
+            planes, own, weights, scaling, ids, site, path, 1, dtype, t
+        ),
         "fused": lambda t: fused(x, factor, factor, scaling, site, ids, weights, x, y, None, 1, t),
         "decode_shrink": lambda t: decode_shrink(x, router, factor, t),
         "decode_expand": lambda t: decode_expand(
@@ -103,7 +120,8 @@ def tune(
     with tempfile.TemporaryDirectory() as folder:
         for (kernel, tokens, width), dtype in product(cases, dtypes):
             launch = launcher(kernel, tokens, width, dtype, device)
-            # Of expand_slots the tile holds the tokens that the slots were cut into, and not another number.
+            # Of expand_slots the tile holds the tokens that the slots were cut into, and not
+            # another number.
             held = group_block(tokens, EXPERTS) if kernel == "expand_slots" else tokens
             key, default = (
                 tile_key(kernel, held, width, dtype),
@@ -118,7 +136,9 @@ def tune(
                 except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
                     report(f"{key}: {tile} does not run: {type(error).__name__}")
             table[key] = min(times, key=lambda tile: times[tile])
-            report(f"{key}: {table[key]}, {times[table[key]] / times[default]:.2f} of the default's time")
+            report(
+                f"{key}: {table[key]}, {times[table[key]] / times[default]:.2f} of the default's time"
+            )
     return table
 
 
@@ -141,18 +161,28 @@ def main() -> None:
 
     Raises: SystemExit without a GPU.
     """
-    parser = argparse.ArgumentParser(prog="python -m moelora_kernels.triton.tune", description=__doc__)
-    parser.add_argument("name", help="the table's name, or the path of a .json; for example nvidia-h200")
+    parser = argparse.ArgumentParser(
+        prog="python -m moelora_kernels.triton.tune", description=__doc__
+    )
+    parser.add_argument(
+        "name", help="the table's name, or the path of a .json; for example nvidia-h200"
+    )
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"]
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("There is no GPU here to tune for: run this on the GPU that the table is for.")
+        raise SystemExit(
+            "There is no GPU here to tune for: run this on the GPU that the table is for."
+        )
     device = torch.device("cuda")
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     table = tune(CASES, dtypes, device, seconds_on_gpu)
-    path = Path(arguments.name) if arguments.name.endswith(".json") else TUNED / f"{arguments.name}.json"
+    path = (
+        Path(arguments.name)
+        if arguments.name.endswith(".json")
+        else TUNED / f"{arguments.name}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tuned(path, torch.cuda.get_device_name(device), table)
     print(f"{len(table)} tiles in {path.name}; use them with tiles={arguments.name!r}")

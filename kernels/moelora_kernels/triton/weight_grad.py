@@ -28,7 +28,9 @@ def weight_grad_dense_kernel(
     h, x, planes, num_tokens, tokens_per_split, total_rank, d, h_stride, x_stride, plane_stride,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """planes[split] = h[tokens of the split]ᵀ x, [R, d]. Grid (blocks of rank, tiles of d, splits of T)."""
+    """planes[split] = h[tokens of the split]ᵀ x, [R, d]. Grid (blocks of rank, tiles of d, splits
+    of T).
+    """
     split = tl.program_id(2)
     rank = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -40,7 +42,16 @@ def weight_grad_dense_kernel(
         there = token < end
         h_place = token.to(tl.int64)[:, None] * h_stride + rank[None, :]
         acc = _add_outer(
-            acc, h, x, token, there, h_place, there[:, None] & used[None, :], column, inside, x_stride
+            acc,
+            h,
+            x,
+            token,
+            there,
+            h_place,
+            there[:, None] & used[None, :],
+            column,
+            inside,
+            x_stride,
         )
     place = split.to(tl.int64) * plane_stride + rank.to(tl.int64)[:, None] * d + column[None, :]
     tl.store(planes + place, acc.to(planes.dtype.element_ty), mask=used[:, None] & inside[None, :])
@@ -52,9 +63,11 @@ def weight_grad_slots_kernel(
     K, E, d, h_stride_t, h_stride_k, h_stride_l, x_stride, blocks_r,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grad[rows of expert e in linear l] = Σ_{its slots} h[t, slot, l]ᵀ x[t], slot by slot, in sorted order.
+    """grad[rows of expert e in linear l] = Σ_{its slots} h[t, slot, l]ᵀ x[t], slot by slot, in
+    sorted order.
 
-    Grid (linears · experts · blocks of rank, tiles of d): every row of grad is written by one program.
+    Grid (linears · experts · blocks of rank, tiles of d): every row of grad is written by one
+    program.
     """
     which, block = tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r
     linear, expert = which // E, which % E
@@ -72,7 +85,16 @@ def weight_grad_slots_kernel(
             h_rows = token.to(tl.int64) * h_stride_t + slot * h_stride_k + linear * h_stride_l
             h_mask = there[:, None] & used[None, :]
             acc = _add_outer(
-                acc, h, x, token, there, h_rows[:, None] + rank[None, :], h_mask, column, inside, x_stride
+                acc,
+                h,
+                x,
+                token,
+                there,
+                h_rows[:, None] + rank[None, :],
+                h_mask,
+                column,
+                inside,
+                x_stride,
             )
     row = tl.load(starts + which) + rank
     place = row.to(tl.int64)[:, None] * d + column[None, :]
@@ -80,7 +102,13 @@ def weight_grad_slots_kernel(
 
 
 def weight_grad(
-    h: Tensor, x: Tensor, slots: SlotMap | None, site: Layout, path: str, dtype: torch.dtype, tiles: str
+    h: Tensor,
+    x: Tensor,
+    slots: SlotMap | None,
+    site: Layout,
+    path: str,
+    dtype: torch.dtype,
+    tiles: str,
 ) -> Tensor:
     """hᵀ x stacked as the factor, [Σ_l R_l, d] of dtype; h of `shrink`'s form, x [T, d]."""
     d = x.shape[1]
