@@ -94,6 +94,11 @@ class Mixture(nn.Module):
         self.fills_every_slot = all(router.fills_every_slot for router in self.routers.values())
         self._router_list = tuple(self.routers.values())  # type: ignore[arg-type]
 
+    @property
+    def overridden(self) -> bool:
+        """Whether this is inside `use_experts`."""
+        return self.forcing is not None
+
     def router_weight(self) -> nn.Parameter | None:
         """A trainable parameter of a router, or None where all are frozen."""
         return next((p for p in self.routers.parameters() if p.requires_grad), None)

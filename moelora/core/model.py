@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
@@ -82,6 +85,18 @@ def revert(model: Any) -> PreTrainedModel:
     model.__dict__.pop("_hf_peft_config_loaded", None)
     _reroute(model)
     return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def base_class(cls: type) -> type[PreTrainedModel]:
