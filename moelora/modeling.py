@@ -1,266 +1,437 @@
-"""The model classes: a mixin over the base's own class, made on the fly and set in place."""
+"""The model classes, with every public method: what it takes, and the function that does it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
-)
 
-from .adapters.composing import FromAdapters
-from .adapters.export import ExpertExport
-from .checkpoint import load as restore
-from .checkpoint import save as saving
+from .adapters import composing, export
+from .adapters.merging import MergeReport
+from .checkpoint import load, save, state
 from .config import MoeLoraConfig
-from .core.forward import ROUTING_ONLY
-from .core.generation import MoeLoraGeneration
-from .core.gradient_checkpointing import RoutedCheckpoint
-from .core.model import MixtureModel, base_class, become, rebuild, revert
-from .core.overrides import ExpertForcing
+from .core.inputs import ROUTING_ONLY
+from .core.model import MixtureModel
+from .core.overrides import Experts, overriding
 from .core.report import RoutingReport
-from .expert_pool.changes import ExpertPool
-from .injection.sites import eject, inject, undone_on_error
-from .injection.targets import has_peft_layers
-from .routers.base import Routing
-from .training.router_init import ExpertDescriptions
+from .expert_pool import changes
+from .expert_pool.optimizer_state import PoolChange
+from .injection.base import base_for
+from .injection.inject import put_into, unload
+from .routers import Routing
+from .training import router_init
+
+Folder = str | PathLike[str]
+Names = str | Iterable[str]
 
 
-class MoeLoraModel(
-    FromAdapters,
-    ExpertExport,
-    ExpertPool,
-    ExpertForcing,
-    ExpertDescriptions,
-    MoeLoraGeneration,
-    MixtureModel,
-):
-    """What every model with a mixture inside can do, whatever its base; see `MoeLoraForCausalLM`."""
+class MoeLoraModel(MixtureModel):
+    """What every model with a mixture inside can do, whatever its base."""
 
     config_class = MoeLoraConfig
 
     @classmethod
     def from_base(
-        cls, base: str | PreTrainedModel, config: MoeLoraConfig | None = None, **kwargs
+        cls, base: Folder | PreTrainedModel, config: MoeLoraConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Put a new mixture into a base; before the first step its logits are the base's, bit for
+        """Put a new mixture into a base; until the first step its logits are the base's, bit for
         bit.
 
-        base: a hub id, a folder, or a loaded model, which is changed in place (`unload()` gives it
-        back).
-        kwargs: for the base's `from_pretrained`: dtype, device_map, attn_implementation,
-        quantization_config …
+        Args:
+            base: a hub id, a folder, or a loaded model, which is changed in place (`unload()` gives
+                it back).
+            config: of the mixture; by default `MoeLoraConfig()`.
+            kwargs: for the base's `from_pretrained`: dtype, device_map, quantization_config …
 
         Raises:
             ValueError, TypeError: a base of the wrong kind, keywords beside a loaded model, or no
-            module to adapt.
+                module to adapt.
         """
         config = MoeLoraConfig() if config is None else config
         if not isinstance(config, MoeLoraConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
         config = config.without_base()
         config.validate()
-        return cls.put_into(cls._base_for(base, config, kwargs), config)
+        return put_into(base_for(cls, base, config, kwargs), config, cls)
 
     @classmethod
-    def _base_for(cls, base: Any, config: MoeLoraConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
-        """The base, loaded and fit to take a mixture; `config` notes where it came from."""
-        if isinstance(base, PreTrainedModel):
-            if kwargs:
-                raise ValueError(
-                    f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop them."
-                )
-            model = base
-        elif isinstance(base, str) or hasattr(base, "__fspath__"):
-            kwargs["revision"] = config.base_revision = restore.commit_of(base, kwargs)
-            config.base_subfolder = kwargs.get("subfolder")
-            model = cls.auto_class.from_pretrained(base, **kwargs)
-        else:
-            raise TypeError(
-                f"base is a {type(base).__name__}; expected a hub id, a folder or a PreTrainedModel "
-                "(of a PeftModel, pass model.merge_and_unload() or model.unload())."
-            )
-        cls._check_base(model)
-        return model
-
-    @classmethod
-    def put_into(
+    def from_adapters(
         cls,
-        model: PreTrainedModel,
-        config: MoeLoraConfig,
-        then: Callable[[Any], None] | None = None,
+        base: Folder | PreTrainedModel,
+        adapters: Any,
+        config: MoeLoraConfig | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+        router_init: str = "random",
+        texts: Mapping[str, Any] | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Make `model` one with a mixture, in place, and do `then` with it; undo all of it if that
-        fails.
+        """Put trained PEFT LoRA adapters into their base as experts; all train unless they are
+        frozen.
+
+        Args:
+            base: as in `from_base`.
+            adapters: by expert name a folder, hub id or `PeftModel`; or an X-LoRA checkpoint's
+            folder.
+            config: the routing; ranks, scalings, names and targets come from the adapters.
+            allow_base_mismatch: take adapters that name another base.
+            router_init: where the routers begin: "random", "arrow" or "prototype" (see
+                `moelora.training.initialise_routers`).
+            texts: for "prototype": by expert's name a few of its texts.
+            tokenizer: for texts that are strings.
+            kwargs: for the base's `from_pretrained`.
+
+        Raises:
+            ValueError: an adapter that does not fit, with all that is wrong in a table; nothing is
+                loaded then.
         """
-        with undone_on_error(model):
-            inject(model, config, cls.is_classifier)
-            made = become(model, cls)
-            if then is not None:
-                then(made)
-        return made
+        return composing.from_adapters(
+            cls,
+            base,
+            adapters,
+            config,
+            allow_base_mismatch=allow_base_mismatch,
+            router_init=router_init,
+            texts=texts,
+            tokenizer=tokenizer,
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, *args, config: MoeLoraConfig | None = None, **kwargs
+        cls, pretrained_model_name_or_path: Folder, *args: Any, **kwargs: Any
     ) -> Any:
         """Load a folder (or hub repository) written by `save_pretrained`: the base, then the
         experts.
 
-        base: a folder, id or loaded model to use instead of the one that the checkpoint names.
-        num_experts_per_tok and what else leaves the tensors' meaning alone: instead of what was
-        saved.
-        allow_base_mismatch: take a base whose weights are not the ones the experts were trained on.
-        Other keywords go to the base's `from_pretrained`.
+        Args:
+            pretrained_model_name_or_path: the folder or repository.
+            kwargs: `base`, a folder, id or loaded model to use instead of the one that the
+                checkpoint names; `allow_base_mismatch`, to take a base with other weights than
+                those the experts were trained on; num_experts_per_tok and what else leaves the
+                tensors' meaning alone, instead of what was saved; `output_loading_info`; all others
+                go to the base's `from_pretrained`.
 
         Raises:
             ValueError: no such checkpoint, a damaged or newer one, or another base, with what
             differs.
         """
-        return restore.load(cls, folder, config, **kwargs)
+        return load.load(cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs) -> Any:
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         if not issubclass(cls, PreTrainedModel):
             raise ValueError(
                 f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base."
             )
         return super()._from_config(config, **kwargs)  # type: ignore[misc]
 
-    @classmethod
-    def _check_base(cls, model: PreTrainedModel) -> None:
-        if isinstance(model, MoeLoraModel):
-            raise ValueError(
-                "The base holds a mixture already; take it out with model.unload() first."
-            )
-        if has_peft_layers(model):
-            raise ValueError(
-                f"This {type(model).__name__} has PEFT adapters inside: merge or unload them first "
-                "(PeftModel.merge_and_unload(), PeftModel.unload(); model.delete_adapter(name))."
-            )
-        classifier = type(model).__name__ in CLASSIFIERS.values() or type(model).__name__.endswith(
-            "ForSequenceClassification"
-        )
-        if cls.is_classifier and not classifier:
-            raise TypeError(
-                f"{type(model).__name__} is no sequence classifier; use MoeLoraForCausalLM for it."
-            )
-        if not cls.is_classifier and (classifier or model.get_output_embeddings() is None):
-            raise TypeError(
-                f"{type(model).__name__} has no language modelling head; expected a causal language model "
-                "(for a classifier use MoeLoraForSequenceClassification)."
-            )
-
     def unload(self) -> PreTrainedModel:
-        """Take the mixture out, in place, and return the base with its own class."""
-        eject(self)  # type: ignore[arg-type]
-        return revert(self)
+        """Take the mixture out, in place; returns the base with its own class, as it was before."""
+        return unload(self)
 
     @torch.no_grad()
-    def route(self, **inputs) -> RoutingReport:
-        """Report which experts the routers choose for `inputs` (input_ids, attention_mask …), and
-        how surely.
+    def route(self, **inputs: Any) -> RoutingReport:
+        """Report which experts the routers choose, and how surely.
 
         With router_scope="model" the forward pass stops once its router has read: at router_layer=0
         nothing but the embeddings is computed.
+
+        Args:
+            inputs: of forward: input_ids, attention_mask …
         """
         return RoutingReport.of(self.moelora, self.routing_only(**inputs), inputs)
 
-    def routing_only(self, **inputs) -> tuple[Routing, ...]:
-        """The same forward pass as `route`, with gradients: one `Routing` a router, no router
-        losses attached.
+    def routing_only(self, **inputs: Any) -> tuple[Routing, ...]:
+        """The same forward pass as `route`, with gradients: one `Routing` a router, no losses
+        attached.
+
+        Args:
+            inputs: of forward.
         """
-        outputs = self(**inputs, output_expert_routing=ROUTING_ONLY)  # type: ignore[operator]
-        return outputs.expert_routing
+        return self(**inputs, output_expert_routing=ROUTING_ONLY).expert_routing
+
+    @contextmanager
+    def use_experts(self, experts: Experts | None = None, *, ban: Names | None = None):
+        """Inside, every token uses these experts, or the routers choose among fewer.
+
+        It holds for the calls of this thread or asyncio task, and for what it starts with
+        `asyncio.to_thread`; a `threading.Thread` started inside does not see it (hand it
+        `expert_weights`, or run it by `contextvars.copy_context().run`). Contexts nest: bans add
+        up, inner experts replace outer ones.
+
+        Args:
+            experts: a name, names (weight 1 each), or names with weights.
+            ban: names that may not be chosen; without `experts` the routers choose among the rest,
+                and where fewer than num_experts_per_tok remain, among those.
+
+        Raises:
+            ValueError, TypeError: an unknown name, no expert left, an expert that is both used and
+                banned, weights that are not finite, or neither experts nor ban.
+        """
+        with overriding(self.moelora.context, experts, ban, self.device):
+            yield self
+
+    def describe_experts(
+        self, texts: Mapping[str, Any], tokenizer: Callable[..., Any] | None = None
+    ) -> None:
+        """Set what router="descriptor" knows of these experts, from a few texts of each.
+
+        The other experts' descriptors keep their bits. The first description also fits the
+        projection to its texts: name all experts in it. Later ones leave the projection as it is,
+        so a newcomer (`add_expert`) is chosen from then on without training.
+
+        Args:
+            texts: by expert's name ("(base)" too, with `null_expert`) a list of strings, a file's
+                path, rows with a "text", or tensors of token ids.
+            tokenizer: for texts that are strings.
+
+        Raises:
+            ValueError: another router, an unknown expert, no text, strings without a tokenizer.
+        """
+        router_init.describe_experts(self, texts, tokenizer)
+
+    def add_expert(
+        self,
+        name: str,
+        *,
+        adapter: Any = None,
+        copy_of: str | None = None,
+        noise: float = 0.0,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        seed: int | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> PoolChange:
+        """Add a trainable expert: a fresh one (B = 0), a PEFT adapter, or a copy of another.
+
+        The other experts and their router rows keep their bits. A copy begins with the router row
+        of its original, any other expert with the mean of all rows.
+
+        Args:
+            name: of the new expert; it must be fit for a folder.
+            adapter: a folder, hub id or `PeftModel`.
+            copy_of: an expert's name.
+            noise: the Gaussian noise on a copy, in standard deviations of each factor's block.
+            r: the rank of a fresh expert, by default the others' most common.
+            lora_alpha: of a fresh expert, likewise.
+            seed: for A or the noise.
+            allow_base_mismatch: take an adapter that names another base.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError, TypeError: a name that is taken or unfit, an adapter that does not fit, or
+                arguments at odds; the model is as it was then.
+        """
+        return changes.add_expert(
+            self,
+            name,
+            adapter=adapter,
+            copy_of=copy_of,
+            noise=noise,
+            r=r,
+            lora_alpha=lora_alpha,
+            seed=seed,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+
+    def replace_expert(self, name: str, **options: Any) -> PoolChange:
+        """Put a new trainable expert in the place of one.
+
+        Args:
+            name: of the expert.
+            options: as those of `add_expert`.
+
+        Raises:
+            ValueError, TypeError: as `add_expert`, or an unknown name; the model is as it was then.
+        """
+        return changes.replace_expert(self, name, **options)
+
+    def remove_expert(self, name: str) -> PoolChange:
+        """Remove an expert with its router rows; the others keep their bits. Returns as
+        `add_expert`.
+
+        Args:
+            name: of the expert.
+
+        Raises:
+            ValueError: an unknown name, or fewer than num_experts_per_tok experts would remain.
+        """
+        return changes.remove_expert(self, name)
+
+    def freeze_experts(self, names: Names) -> PoolChange:
+        """Freeze experts: no gradient, no optimizer state, no weight decay.
+
+        Args:
+            names: of the experts. Call it before the optimizer is made, or hand what it returns to
+                `resume_optimizer`.
+        """
+        return changes.freeze_experts(self, names)
+
+    def unfreeze_experts(self, names: Names) -> PoolChange:
+        """Train frozen experts again.
+
+        Args:
+            names: of the experts; when to call it is as with `freeze_experts`.
+        """
+        return changes.unfreeze_experts(self, names)
+
+    def export_expert(
+        self,
+        name: str,
+        folder: Folder,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write one expert as a LoRA folder that `PeftModel.from_pretrained` loads to its logits.
+
+        Its A, B and trained head keep their bits. Atomic: the folder is there as a whole or not at
+        all.
+
+        Args:
+            name: of the expert.
+            folder: where to write.
+            dtype: what A and B are cast to.
+            overwrite: replace a folder that holds an adapter.
+
+        Raises:
+            ValueError, TypeError: no such expert, one without any rank or with NaN, or not a dtype
+                of floats.
+            FileExistsError: the folder is not empty.
+            OSError: it cannot be written.
+        """
+        export.export_expert(self, name, folder, dtype=dtype, overwrite=overwrite)
+
+    def export_merged(
+        self,
+        weights: Mapping[str, float],
+        folder: Folder,
+        *,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        recipe: str = "linear",
+        overwrite: bool = False,
+        **options: Any,
+    ) -> MergeReport:
+        """Write a fixed mixture of experts as one LoRA folder for PEFT.
+
+        Args:
+            weights: by expert's name, as `use_experts` takes them.
+            folder: where to write.
+            rank: None writes what the recipe makes, by concatenation along rank; else the best
+                approximation of this rank.
+            dtype: what A and B are cast to.
+            recipe: one of `moelora.adapters.merging.RECIPES`; those whose ΔW does not have a low
+                rank (ties, dare_linear, dare_ties, breadcrumbs) need `rank`.
+            overwrite: replace a folder that holds an adapter.
+            options: what the recipe takes: density, seed …
+
+        Raises:
+            ValueError, TypeError: weights of no or unknown experts or not finite, a rank out of
+                range, an unknown recipe or option.
+            FileExistsError, OSError: as `export_expert`.
+        """
+        return export.export_merged(
+            self,
+            weights,
+            folder,
+            rank=rank,
+            dtype=dtype,
+            recipe=recipe,
+            overwrite=overwrite,
+            **options,
+        )
+
+    def merge_and_unload(
+        self, weights: Mapping[str, float], *, recipe: str = "linear", **options: Any
+    ) -> PreTrainedModel:
+        """Merge a fixed mixture into the base's weights, in place, and return the plain base.
+
+        Sums are in float64 and cast once. Nothing is changed where one linear fails.
+
+        Args:
+            weights: by expert's name.
+            recipe: as in `export_merged`.
+            options: likewise.
+
+        Raises:
+            ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or
+                tied, or whose merged weights the base's dtype cannot hold.
+        """
+        export.merge(self, weights, recipe=recipe, **options)
+        return self.unload()
 
     def save_pretrained(
         self,
-        folder: str,
+        save_directory: Folder,
         is_main_process: bool = True,
-        state_dict=None,
+        state_dict: Mapping[str, Tensor] | None = None,
         save_base: bool = False,
-        **kwargs,
-    ):
-        """Write the experts, routers and config (a few MB), and with `save_base` the base beside
-        them.
+        **kwargs: Any,
+    ) -> None:
+        """Write the experts, routers and config, and with `save_base` the base beside them.
 
         Atomic: until the last file is in place the folder holds the checkpoint that was there
         before.
 
+        Args:
+            save_directory: the folder.
+            is_main_process: False writes nothing.
+            state_dict: the model's tensors, where someone else has gathered them.
+            save_base: write the base too, in a folder of its own inside.
+            kwargs: those of transformers: max_shard_size for the base, others that change nothing.
+
         Raises:
             OSError: the folder cannot be written; the checkpoint that was there is left as it was.
-            ValueError, TypeError: the folder is the base's own, or a keyword that does not exist.
+            ValueError, TypeError: the folder holds another model, tensors with NaN, or a keyword
+                that does not exist.
         """
         if is_main_process:
-            saving.save(self, folder, state_dict=state_dict, save_base=save_base, **kwargs)
+            save.save(self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ):
+    ) -> Any:
         """Load tensors; missing keys of the base are forgiven, missing keys of the mixture never.
+
+        Args:
+            state_dict: by the model's names; frozen and trained rows of a factor may be one tensor.
+            strict: refuse keys that the model lacks.
+            assign: as in `torch.nn.Module`.
 
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
         """
-        trained = set(saving.trained_keys(self))
-        missing = sorted(trained - set(state_dict))
-        surplus = sorted(k for k in state_dict if k.startswith(saving.PREFIX) and k not in trained)
-        if missing or surplus:
-            raise RuntimeError(
-                f"The state dict does not fit this mixture: missing {missing[:5]} ({len(missing)} in all), "
-                f"unknown {surplus[:5]} ({len(surplus)} in all)."
-            )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)  # type: ignore[misc]
-        if strict and result.unexpected_keys:
-            raise RuntimeError(
-                f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}."
-            )
-        return _IncompatibleKeys([], result.unexpected_keys)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func=None, **kwargs
-    ):
-        """As the base's; a recomputed layer sees the routing of its own forward pass."""
-        if gradient_checkpointing_func is None:
-            gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
-        routed = RoutedCheckpoint(self.moelora, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, routed, **kwargs)  # type: ignore[misc]
-
-    def _get_name(self) -> str:
-        # Trainer looks this up to decide whether label smoothing shifts the labels.
-        return base_class(type(self)).__name__
-
-    def __reduce_ex__(self, protocol):
-        return rebuild, type(self).__bases__, self.__dict__
+        return state.load_state_dict(self, super().load_state_dict, state_dict, strict, assign)
 
 
 class MoeLoraForCausalLM(MoeLoraModel):
-    """A causal language model with a mixture of LoRA experts inside; an instance is also one of its
-    base's class.
+    """A causal language model with a mixture of LoRA experts inside; also an instance of its base's
+    class.
 
-    `forward` takes what the base's takes, and router_mask `[batch, length]` (the prompt, at
-    sequence level), expert_routing (of an earlier step), expert_targets (`[batch]` or `[batch,
-    length]`), output_expert_routing, expert_weights (`[E]`, `[batch, E]` or `[batch, length, E]`:
-    the weight of every expert, in the routers' place; 0 for one that is not used) and
-    banned_experts (names that the routers may not choose); generate() takes them too. With
-    expert_targets and without labels `loss` is what the router losses come to, so that routers can
-    train alone. output_expert_routing="only" gives the routing alone, and takes gradients (see
-    `routing_only`). The output is the base's own, with `expert_aux_loss` (0-dim, what the router
-    losses come to; not part of `loss`) and `expert_routing` (one `Routing` a router).
+    `forward` and `generate` take what the base's take, and six inputs of ours: router_mask,
+    expert_routing, expert_targets, output_expert_routing, expert_weights and banned_experts, which
+    `help(model.forward)` describes. The output is the base's own, with `expert_aux_loss` (0-dim,
+    what the router losses come to; not part of `loss`) and `expert_routing` (one `Routing` a
+    router).
     """
 
     auto_class = AutoModelForCausalLM
 
 
 class MoeLoraForSequenceClassification(MoeLoraModel):
-    """A sequence classifier with a mixture of LoRA experts inside; its head trains too. See
-    `MoeLoraForCausalLM`.
+    """A sequence classifier with a mixture of LoRA experts inside; its head trains too.
+
+    See `MoeLoraForCausalLM`.
     """
 
     auto_class = AutoModelForSequenceClassification

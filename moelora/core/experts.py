@@ -1,22 +1,24 @@
-"""The stacked experts: their parameters, initialisation and freezing."""
+"""The stacked experts: their parameters, read and written by expert in this one place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+TRAINED, FROZEN = "weight", "frozen_weight"
+
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One expert in one linear: A `[r, d_in]` and B `[r, d_out]`, rank-major, views of the
-    mixture's own rows.
+    """One expert in one linear: A `[r, d_in]` and B `[r, d_out]`, rank-major.
 
-    It adds scaling · (x Aᵀ) B. Writing into A or B (under `torch.no_grad()`) changes the expert.
+    It adds scaling · (x Aᵀ) B. From a mixture both are views of its own rows: writing into them
+    (under `torch.no_grad()`) changes the expert.
     """
 
     A: Tensor
@@ -33,127 +35,126 @@ class Factor(nn.Module):
     """A stacked low-rank factor `[Σ blocks, width]`: one block of rows for each (linear and)
     expert.
 
-    All rows are one trainable parameter, `rows`. Frozen experts' rows move into a second one,
-    `frozen_rows`,
-    without gradient: rows that shared a trainable parameter would decay under AdamW whatever their
-    gradient. The state dict always holds the whole stack as one tensor, `weight`, in block order,
-    so a checkpoint does not depend on what was frozen.
+    The rows that train are one parameter, `weight`. Frozen experts' rows lie in a second one,
+    `frozen_weight`, without gradient: rows that shared a trainable parameter would decay under
+    AdamW whatever their gradient. Either is None where it would be empty. A state dict has both by
+    these names; `merge` makes one tensor of them, which loads whatever is frozen.
 
-    blocks: the number of rows of each block. experts: whose block it is.
+    Args:
+        blocks: the number of rows of each block.
+        experts: whose block it is.
+        width: d_in or d_out.
     """
+
+    weight: nn.Parameter | None
+    frozen_weight: nn.Parameter | None
 
     def __init__(self, blocks: Sequence[int], experts: Sequence[int], width: int, **factory):
         super().__init__()
         self.blocks = tuple(blocks)
         self.experts = tuple(experts)
+        self.width = width
         self.frozen_experts: frozenset[int] = frozenset()
-        self.rows: nn.Parameter | None = nn.Parameter(
-            torch.zeros(sum(self.blocks), width, **factory)
-        )
-        self.frozen_rows: nn.Parameter | None = None
+        rows = torch.zeros(sum(self.blocks), width, **factory)
+        self.register_parameter(TRAINED, nn.Parameter(rows))
+        self.register_parameter(FROZEN, None)
 
     def reset_kaiming(self) -> None:
         """PEFT's initialisation of lora_A: uniform in ±1/√width, the same for every rank."""
-        width = self.stacked().shape[1]
         for rows in self.parameters():
-            nn.init.uniform_(rows, -1 / math.sqrt(width), 1 / math.sqrt(width))
+            nn.init.uniform_(rows, -1 / math.sqrt(self.width), 1 / math.sqrt(self.width))
 
     def stacked(self) -> Tensor:
-        """All rows in block order, `[Σ blocks, width]`."""
-        if self.frozen_rows is None:
-            assert self.rows is not None
-            return self.rows
-        if self.rows is None:
-            return self.frozen_rows
-        parts = {
-            False: iter(self.rows.split(self._sizes(False))),
-            True: iter(self.frozen_rows.split(self._sizes(True))),
-        }
-        return torch.cat([next(parts[e in self.frozen_experts]) for e in self.experts])
+        """All rows in block order, `[Σ blocks, width]`; to be called inside of `forward`."""
+        if self.frozen_weight is None:
+            assert self.weight is not None
+            return self.weight
+        if self.weight is None:
+            return self.frozen_weight
+        return self.merge(self.weight, self.frozen_weight)
 
-    def expert_rows(self, expert: int) -> list[slice]:
-        """Where expert `expert`'s blocks lie in `stacked()`."""
-        starts = rank_offsets(self.blocks)
-        return [slice(starts[i], starts[i + 1]) for i, e in enumerate(self.experts) if e == expert]
+    def merge(self, trained: Tensor | None, frozen: Tensor | None) -> Tensor:
+        """The rows of both parameters in block order, `[Σ blocks, width]`."""
+        sources = {
+            rows: iter(() if tensor is None else tensor.split(self._sizes(rows)))
+            for rows, tensor in ((TRAINED, trained), (FROZEN, frozen))
+        }
+        return torch.cat([next(sources[self._holder(e)]) for e in self.experts])
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """`whole` `[Σ blocks, width]` as the parameters that there are, by name."""
+        parts: dict[str, list[Tensor]] = {}
+        for expert, rows in zip(self.experts, whole.split(list(self.blocks))):
+            parts.setdefault(self._holder(expert), []).append(rows)
+        return {name: torch.cat(rows) for name, rows in parts.items()}
+
+    def block(self, index: int) -> Tensor:
+        """Block number `index` `[blocks[index], width]`: a view of the parameter that holds it."""
+        name = self._holder(self.experts[index])
+        before = zip(self.experts[:index], self.blocks)
+        start = sum(rows for expert, rows in before if self._holder(expert) == name)
+        return self.get_parameter(name).detach()[start : start + self.blocks[index]]
 
     def set_frozen(self, experts: frozenset[int]) -> None:
-        """Freeze exactly the blocks of `experts`; their bits stay. Makes new parameters where that
-        changes anything.
+        """Freeze exactly the blocks of `experts`; their bits stay.
+
+        Makes new parameters where that changes anything.
         """
         if experts == self.frozen_experts:
             return
         whole = self.stacked().detach()
-        blocks = list(zip(self.experts, whole.split(list(self.blocks))))
         self.frozen_experts = experts
-        frozen = [rows for e, rows in blocks if e in experts]
-        trained = [rows for e, rows in blocks if e not in experts]
-        self.frozen_rows = nn.Parameter(torch.cat(frozen), requires_grad=False) if frozen else None
-        self.rows = nn.Parameter(torch.cat(trained)) if trained else None
-
-    def block(self, index: int) -> Tensor:
-        """Block number `index` `[blocks[index], width]`: a view of the parameter that holds it, to
-        read or to write.
-        """
-        frozen = self.experts[index] in self.frozen_experts
-        held = self.frozen_rows if frozen else self.rows
-        assert held is not None
-        same = [
-            n
-            for e, n in zip(self.experts[:index], self.blocks)
-            if (e in self.frozen_experts) is frozen
-        ]
-        return held.detach()[sum(same) : sum(same) + self.blocks[index]]
+        parts = self.split(whole)
+        for name in (TRAINED, FROZEN):
+            rows = parts.get(name)
+            made = None if rows is None else nn.Parameter(rows, requires_grad=name == TRAINED)
+            setattr(self, name, made)
 
     @torch.no_grad()
-    def restacked(self, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> Factor:
-        """A factor whose expert i is this one's `keep[i]`, frozen if that is, or where None a new
-        one that trains.
-
-        fresh: the new expert's rows `[r, width]` for each linear, None where it is not there.
-        """
-        whole = self.stacked().detach()
-        former, blocks = len(set(self.experts)), whole.split(list(self.blocks))
-        parts = []
-        for i in range(len(blocks) // former):
-            for e in keep:
-                rows = fresh[i] if e is None else blocks[i * former + e]
-                parts.append(whole[:0] if rows is None else rows.to(whole))
-        experts = list(range(len(keep))) * (len(blocks) // former)
-        made = Factor(
-            [len(p) for p in parts], experts, whole.shape[1], device=whole.device, dtype=whole.dtype
-        )
-        made.copy_(torch.cat(parts))
-        made.set_frozen(frozenset(i for i, e in enumerate(keep) if e in self.frozen_experts))
-        if made.rows is not None and self.rows is not None:
-            made.rows.requires_grad_(self.rows.requires_grad)
-        return made
-
-    @torch.no_grad()
-    def copy_(self, whole: Tensor) -> None:
+    def fill(self, whole: Tensor) -> None:
         """Overwrite all rows with `whole` `[Σ blocks, width]`."""
-        for rows, frozen in ((self.rows, False), (self.frozen_rows, True)):
-            if rows is not None:
-                parts = zip(self.experts, whole.split(list(self.blocks)))
-                rows.copy_(torch.cat([p for e, p in parts if (e in self.frozen_experts) is frozen]))
+        for name, rows in self.split(whole).items():
+            self.get_parameter(name).copy_(rows)
 
-    def _sizes(self, frozen: bool) -> list[int]:
-        return [
-            n for e, n in zip(self.experts, self.blocks) if (e in self.frozen_experts) is frozen
-        ]
+    @torch.no_grad()
+    def carry(self, to: Factor, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> None:
+        """Fill a factor of changed experts: its expert i is this one's `keep[i]`, and frozen if
+        that is.
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        whole = self.stacked()
-        destination[prefix + "weight"] = whole if keep_vars else whole.detach()
+        Args:
+            to: a new factor for `len(keep)` experts.
+            keep: for each expert of `to` its number here, or None for a new one, which trains.
+            fresh: for each linear the new expert's rows `[r, width]`; None where it is not there.
+        """
+        former = len(set(self.experts))
+        rows = []
+        for linear, own in enumerate(fresh):
+            for expert in keep:
+                if expert is not None:
+                    rows.append(self.block(linear * former + expert))
+                elif own is not None:
+                    rows.append(own.to(rows[0] if rows else self.block(0)))
+        to.fill(torch.cat(rows))
+        to.set_frozen(frozenset(i for i, e in enumerate(keep) if e in self.frozen_experts))
+        if to.weight is not None and self.weight is not None:
+            to.weight.requires_grad_(self.weight.requires_grad)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ):
-        key = prefix + "weight"
-        whole = state_dict.get(key)
-        expected = (sum(self.blocks), self.stacked().shape[1])
-        if whole is None:
-            missing.append(key)
-        elif tuple(whole.shape) != expected:
-            errors.append(f"{key} has shape {tuple(whole.shape)}; expected {expected}.")
-        else:
-            self.copy_(whole)
+    def _holder(self, expert: int) -> str:
+        return FROZEN if expert in self.frozen_experts else TRAINED
+
+    def _sizes(self, name: str) -> list[int]:
+        return [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
+
+    def merged_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """In `state`, put one tensor of all rows by the name of those that train."""
+        frozen = state.pop(prefix + FROZEN, None)
+        if frozen is not None:
+            state[prefix + TRAINED] = self.merge(state.get(prefix + TRAINED), frozen)
+
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args) -> None:
+        whole = state_dict.get(prefix + TRAINED)
+        merged = self.frozen_experts and prefix + FROZEN not in state_dict
+        if merged and whole is not None and tuple(whole.shape) == (sum(self.blocks), self.width):
+            others = {name: rows for name, rows in state_dict.items() if name != prefix + TRAINED}
+            state_dict = others | {prefix + name: rows for name, rows in self.split(whole).items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

@@ -1,6 +1,4 @@
-"""One forward pass of a model with a mixture inside: what its routers need to know, and what its
-output gains.
-"""
+"""One call of a model with a mixture inside: our inputs in, the base's forward, our outputs out."""
 
 from __future__ import annotations
 
@@ -12,213 +10,196 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..routers.base import Routing
-from .forward_pass import ForwardState, RoutingDone
-from .losses import check_expert_targets, probe_loss, sole_loss
-from .overrides import Forcing, forcing_of
-from .prompts import prompt_and_labels
+from ..host_internals import is_data_parallel_replica
+from ..routers import Routing
+from .forward_pass import ForwardPass, RoutingDone
+from .inputs import OwnInputs, batch_shape, token_mask
+from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
+from .mixture import Mixture
+from .overrides import override_of
+from .prompts import Prompt, carried_by_cache, note_on_cache, read_prompt
 
-OWN_INPUTS = (
-    "router_mask",
-    "expert_routing",
-    "expert_targets",
-    "output_expert_routing",
-    "expert_weights",
-    "banned_experts",
-)
-# A value of output_expert_routing: nothing but the routing is wanted.
-ROUTING_ONLY = "only"
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What a forward with output_expert_routing="only" gives: one `Routing` a router, which takes
+    """What a forward with output_expert_routing="only" gives: one `Routing` a router, with
     gradients.
     """
 
     expert_routing: tuple[Routing, ...] | None = None
 
 
-def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call `base_forward` with the routers told about this pass; returns the base's output,
-    extended.
+def run_forward(
+    model: PreTrainedModel,
+    mixture: Mixture,
+    base_forward: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    is_classifier: bool,
+) -> Any:
+    """Call `base_forward` as one forward pass of the mixture; returns the base's output, extended.
+
+    Args:
+        model: the model that is called.
+        mixture: inside of it.
+        base_forward: its base's forward, a plain function.
+        args, kwargs: of the call.
+        is_classifier: labels are one a sequence.
 
     Raises:
-        ValueError: arguments that do not fit the batch or the routing level, each with its remedy.
+        ValueError, TypeError: inputs that do not fit the batch or the routing level.
+        RuntimeError: inside of `nn.DataParallel`.
     """
-    own = {name: kwargs.pop(name, None) for name in OWN_INPUTS}
+    if is_data_parallel_replica(model):
+        raise RuntimeError(
+            "nn.DataParallel copies a model for each GPU in a way that the experts cannot follow. "
+            "Start one process a GPU instead (torchrun or accelerate launch, with "
+            "DistributedDataParallel), or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    own = OwnInputs.taken_from(kwargs)
     if args:
         kwargs.update(_by_name(base_forward, model, args))
-    state = _state(model, kwargs, own)
-    mixture = model.moelora
-    counting = state.with_losses and model.training and torch.is_grad_enabled()
-    if counting:
-        mixture.load.begin_forward(mixture.router_weight())
-    with mixture.running(state):
-        try:
-            outputs = base_forward(model, **kwargs)
-        except RoutingDone:
-            outputs = None
-    state.closed = True
-    if state.routing_only:
-        return RoutingOutput(expert_routing=_routing(state))
-    if counting:
-        mixture.load.end_forward(state.counts)
-    return _extended(outputs, state, probe=counting and kwargs.get("labels") is not None)
-
-
-def _state(model: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> ForwardState:
-    """The state of this forward pass; labels that a prefix prompt takes out of the loss are masked
-    in `kwargs`.
-    """
-    config = model.moelora_config
-    batch, length = _batch_shape(kwargs)
+    running = _begin(model, mixture, own, kwargs, is_classifier)
     learning = model.training and torch.is_grad_enabled()
-    # Once, not where it is read: the backward pass may recompute after the forcing has ended.
-    forcing = forcing_of(model, own, batch, length)
-    forced = forcing is not None and forcing.chooses
-    if own["expert_targets"] is not None:
-        check_expert_targets(
-            own["expert_targets"], batch, length, config.num_choices, config.routing_level
-        )
-        _check_not_banned(own["expert_targets"], forcing)
-    routing_only = own["output_expert_routing"] == ROUTING_ONLY
-    state = ForwardState(
-        batch=batch,
-        length=length,
-        token_mask=_token_mask(kwargs.get("attention_mask"), batch, length),
-        expert_targets=own["expert_targets"],
-        num_items=kwargs.get("num_items_in_batch"),
-        sequences_are_items=model.is_classifier,
-        with_losses=not (forced or routing_only) and _wants_losses(model, own, learning),
-        keep_routings=bool(own["output_expert_routing"]) or config.routing_level == "sequence",
-        routing_only=routing_only,
-        carried=own["expert_routing"],
-        forcing=forcing,
+    losses = running.losses if learning else None
+    if losses is not None:
+        losses.load.begin_forward(mixture.context.trained_router_parameter())
+    try:
+        outputs = running.run(lambda: base_forward(model, **kwargs))
+    except RoutingDone:
+        return RoutingOutput(expert_routing=running.kept_routings())
+    finally:
+        running.close()
+    if running.routing_only:
+        return RoutingOutput(expert_routing=running.kept_routings())
+    if losses is not None:
+        losses.load.end_forward(losses.counts)
+    if not (mixture.by_token or running.forced):
+        note_on_cache(outputs, running.kept_routings())
+    return _extended(outputs, running, probe=learning and kwargs.get("labels") is not None)
+
+
+def _begin(
+    model: PreTrainedModel,
+    mixture: Mixture,
+    own: OwnInputs,
+    kwargs: dict[str, Any],
+    is_classifier: bool,
+) -> ForwardPass:
+    """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
+    config = mixture.config
+    batch, length = batch_shape(kwargs)
+    own.check(config, len(mixture.routers), batch, length)
+    tokens = token_mask(kwargs.get("attention_mask"), batch, length)
+    learning = model.training and torch.is_grad_enabled()
+    # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
+    weights, bans = own.expert_weights, own.banned_experts
+    override = override_of(mixture.context, weights, bans, batch, length, model.device)
+    own.check_bans(override)
+    running = ForwardPass(
+        mixture.context,
+        batch,
+        length,
+        carried=own.expert_routing,
+        override=override,
+        keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
+        routing_only=own.routing_only,
     )
-    if config.routing_level == "sequence" and not forced:
-        # Where nothing but the routing is asked for, no label can leak into a prompt.
-        answers = learning and not routing_only
-        prompt_and_labels(state, kwargs, own["router_mask"], config, model.is_classifier, answers)
-    elif own["router_mask"] is not None and config.routing_level == "token":
-        raise ValueError(
-            "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
+    if not (mixture.by_token or running.forced):
+        running.carried = own.expert_routing or carried_by_cache(kwargs, batch)
+        if running.carried is None:
+            # Where nothing but the routing is asked for, no label can leak into a prompt.
+            answers = learning and not own.routing_only
+            prompt = Prompt(batch, length, tokens, own.router_mask, is_classifier, answers)
+            running.prompt_mask, labels = read_prompt(prompt, kwargs, config.router_prefix_tokens)
+            if labels is not None:
+                kwargs["labels"] = labels
+    if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
+        running.losses = RouterLosses(
+            config,
+            mixture.load,
+            num_routers=len(mixture.routers),
+            batch=batch,
+            length=length,
+            scale=_loss_scale(model, mixture, kwargs, learning),
+            token_mask=tokens,
+            targets=own.expert_targets,
+            num_items=kwargs.get("num_items_in_batch"),
+            sequences_are_items=is_classifier,
         )
-    if state.with_losses and learning and kwargs.get("labels") is None:
-        state.loss_gradient = _outside_scale(model)
-    return state
+    return running
 
 
-def _wants_losses(model: Any, own: dict[str, Any], learning: bool) -> bool:
+def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     """Whether the router losses are computed: to learn from, or because the caller asked to see
     them.
     """
-    config, mixture = model.moelora_config, model.moelora
-    if own["expert_routing"] is not None or mixture.router_weight() is None:
+    config = mixture.config
+    if own.expert_routing is not None or mixture.context.trained_router_parameter() is None:
         return False
-    balanced = (
-        config.router_aux_loss_coef or config.router_z_loss_coef or config.router_bias_update_rate
-    )
-    return bool(
-        own["expert_targets"] is not None or own["output_expert_routing"] or (learning and balanced)
-    )
+    if own.expert_targets is not None or own.output_expert_routing:
+        return True
+    rates = (config.router_aux_loss_coef, config.router_z_loss_coef, config.router_bias_update_rate)
+    return learning and any(rates)
 
 
-def _check_not_banned(targets: Tensor, forcing: Forcing | None) -> None:
-    if forcing is None or forcing.banned is None:
-        return
-    # A target beyond the experts is no expert, which cannot be banned.
-    banned = torch.nn.functional.pad(forcing.banned.to(targets.device), (0, 1))[
-        targets.clamp(min=0)
-    ]
-    banned = banned & (targets >= 0)
-    if bool(banned.any()):
-        raise ValueError(
-            f"expert_targets asks for expert {int(targets[banned][0])}, which is banned: set such targets to −100, "
-            "or lift the ban."
-        )
+def _loss_scale(
+    model: PreTrainedModel, mixture: Mixture, kwargs: dict[str, Any], learning: bool
+) -> LossScale:
+    """The scale to begin with: what is right where the loop computes the loss from the logits.
 
-
-def _outside_scale(model: Any) -> float:
-    """d(what backward is called on)/d(loss) where the training loop computes the loss from the
-    logits.
+    Raises:
+        ValueError: it does, and how it scales that loss cannot be known.
     """
-    if model.moelora.loss_scale is not None:
-        return model.moelora.loss_scale
-    device = model.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        raise ValueError(
-            "The loss is computed outside of the model (label smoothing or compute_loss_func) under fp16 or "
-            "several processes, so the model cannot see how it is scaled and the router losses would be off. "
-            "Add moelora.training.MoeLoraCallback() to the Trainer's callbacks, or set model.moelora.loss_scale."
-        )
-    return 1.0
+    scale = mixture.loss_scale
+    unknown = ""
+    if scale is None and learning:
+        device = model.device.type
+        half = torch.is_autocast_enabled(device)
+        half = half and torch.get_autocast_dtype(device) == torch.float16
+        if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            unknown = UNKNOWN_SCALE
+    if unknown and kwargs.get("labels") is None:
+        raise ValueError(unknown)
+    if scale is None:
+        # In a compiled graph, where nothing can be raised, NaN says it.
+        scale = float("nan") if unknown else 1.0
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    return LossScale(torch.full((), scale, dtype=dtype, device=model.device), unknown)
 
 
-def _token_mask(mask: Any, batch: int, length: int) -> Tensor | None:
-    """This step's part of a 2-D attention mask, `[batch, length]` bool; None where there is no such
-    mask.
-    """
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() != 2
-        or mask.shape[0] != batch
-        or mask.shape[1] < length
-    ):
-        return None
-    # With a cache the mask also covers the tokens before this step's.
-    return mask[:, mask.shape[1] - length :].bool()
-
-
-def _batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(batch, length) of the tokens of this forward pass."""
-    for name in ("input_ids", "inputs_embeds"):
-        tensor = kwargs.get(name)
-        if isinstance(tensor, Tensor):
-            return tensor.shape[0], tensor.shape[1]
-    raise ValueError("Neither input_ids nor inputs_embeds was given.")
-
-
-def _by_name(base_forward: Callable, model: Any, args: tuple) -> dict[str, Any]:
+def _by_name(base_forward: Callable, model: PreTrainedModel, args: tuple) -> dict[str, Any]:
     """Positional arguments of the base's forward by their names."""
     bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
     return dict(list(bound.items())[1:])
 
 
-def _extended(outputs: Any, state: ForwardState, probe: bool) -> Any:
-    """The base's outputs with the loss probed and the routers' results added; a tuple stays as long
-    as it is.
-    """
+def _extended(outputs: Any, running: ForwardPass, probe: bool) -> Any:
+    """The base's outputs with the loss probed and ours added; a tuple stays as long as it is."""
+    losses = running.losses
     if isinstance(outputs, tuple):
-        return (probe_loss(outputs[0], state), *outputs[1:]) if probe else outputs
-    if probe and outputs.loss is not None:
-        outputs.loss = probe_loss(outputs.loss, state)
-    gained = {}
-    if state.loss_values:
-        values = [v.float() for v in state.loss_values.values()]
-        gained["expert_aux_loss"] = torch.stack([v.to(values[0].device) for v in values]).sum()
-        if outputs.get("loss") is None and state.expert_targets is not None:
+        return (losses.probe(outputs[0]), *outputs[1:]) if probe and losses else outputs
+    if losses is not None and probe and outputs.loss is not None:
+        outputs.loss = losses.probe(outputs.loss)
+    gained: dict[str, Any] = {}
+    if losses is not None and losses.values:
+        gained["expert_aux_loss"] = losses.total()
+        if outputs.get("loss") is None and losses.targets is not None:
             # Nothing but the choice of experts is learned: Trainer asks for a loss all the same.
-            gained["loss"] = sole_loss(gained["expert_aux_loss"], outputs.logits, state)
-    if state.keep_routings:
-        gained["expert_routing"] = _routing(state)
+            gained["loss"] = losses.alone(outputs.logits)
+    if running.keep_routings:
+        gained["expert_routing"] = running.kept_routings()
     return _output_class(type(outputs))(**{**outputs, **gained}) if gained else outputs
-
-
-def _routing(state: ForwardState) -> tuple[Routing, ...]:
-    return state.carried or tuple(state.routings[i] for i in sorted(state.routings))
 
 
 @functools.cache
 def _output_class(base: type) -> type:
-    """`base` with two more fields; a class of its own, since DDP rebuilds outputs from their
-    class's fields.
-    """
+    """`base` with two more fields: DDP rebuilds outputs by the fields of their class."""
     fields = [(name, object, None) for name in OWN_OUTPUTS]
     return make_dataclass(
         f"MoeLora{base.__name__}", fields, bases=(base,), namespace={"__module__": __name__}

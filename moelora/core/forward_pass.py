@@ -1,135 +1,296 @@
-"""`ForwardState`: what one forward pass of the model tells its routers, and what they leave for its
-output.
+"""`ForwardPass`: one call of the model, from the routing of each input to the plan for the kernels.
 
-It lives from the call of the model to the end of its backward pass: gradient checkpointing
-recomputes a layer with the state of the forward pass that it belongs to.
+It lives from the call of the model to the end of its backward pass: gradient checkpointing computes
+a layer again with the forward pass that it belongs to. All that a pass needs and leaves behind is
+here and not on the model, so threads, nested calls and errors do not meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from moelora_kernels import (
+    Plan,
+    Shape,
+    TopK,
+    build_decode_plan,
+    build_plan,
+    can_decode,
+    choose_backend,
+)
+from torch import Tensor, nn
 
-from ..routers.base import Routing
-from .losses import IGNORE
-from .overrides import Forcing
-
-if TYPE_CHECKING:
-    from moelora_kernels import Plan
+from ..host_internals import inside_backward
+from ..routers import Router, Routing, TopKRouter
+from .context import MixtureContext
+from .losses import RouterLosses
+from .overrides import Override, entered_override
 
 
 class RoutingDone(Exception):
     """Ends a forward pass of which nothing but the routing is wanted; `run_forward` catches it."""
 
 
+class _Running(threading.local):
+    """Each thread's innermost pass. Not a ContextVar, which torch.compile cannot read."""
+
+    innermost: ForwardPass | None = None
+
+
+_running = _Running()
+
+
+def running_pass(context: MixtureContext) -> ForwardPass | None:
+    """The innermost forward pass of this thread that goes through the mixture of `context`, or
+    None.
+    """
+    running = _running.innermost
+    while running is not None and running.context is not context:
+        running = running.outer
+    return running
+
+
+def current_pass(context: MixtureContext) -> ForwardPass:
+    """This thread's pass through the mixture; where a part is called alone, one of its own.
+
+    Raises:
+        RuntimeError: a backward pass computes a layer again and nobody kept the pass it belongs to.
+    """
+    running = running_pass(context)
+    if running is not None:
+        return running
+    if inside_backward():
+        raise RuntimeError(
+            "A layer is computed again in the backward pass by a checkpointing that the mixture "
+            "does not know of, so its router losses and sequence routing would be lost: use "
+            "model.gradient_checkpointing_enable() (Trainer's gradient_checkpointing=True)."
+        )
+    return ForwardPass.of_a_part(context)
+
+
 @dataclass
-class ForwardState:
+class ForwardPass:
     """One forward pass over `batch` sequences of `length` tokens.
 
-    token_mask: `[batch, length]` bool, the tokens that are no padding; None where all are.
-    prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
-    carried: one `Routing` a router, of an earlier step of the same generation.
-    expert_targets: `[batch]` or `[batch, length]` expert numbers, −100 to leave out.
-    num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop gave
-    one.
-    sequences_are_items: `num_items` counts sequences (classification), not tokens.
-    forcing: what the routers may not decide.
-    routing_only: the forward stops once the last router has routed, and its routings take
-    gradients.
-    loss_gradient: d(what backward was called on)/d(loss); read by `probe_loss`, else the given
-    factor.
+    Args:
+        context: of the mixture that it goes through.
+        batch, length: of the input.
+        prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
+        carried: one `Routing` a router, decided before: by an earlier step, or by the caller.
+        override: what the routers may not decide.
+        losses: the router losses of this pass, or None where nobody asks for them.
+        keep_routings: keep each router's routing for the output.
+        routing_only: the pass stops once the last router has routed, and its routings take
+        gradients.
+        is_part: not the model was called but a part of it, which knows of no batch and no prompt.
+        routings: what each router decided, by its number.
+        shared: the routing and plan of the layer's (or model's) router, for the sites that follow.
+        shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
+        plan.
+        closed: the model has returned; whatever runs now recomputes.
+        outer: the pass that was running when this one began.
     """
 
+    context: MixtureContext
     batch: int
     length: int
-    token_mask: Tensor | None = None
     prompt_mask: Tensor | None = None
     carried: tuple[Routing, ...] | None = None
-    expert_targets: Tensor | None = None
-    num_items: Tensor | int | None = None
-    sequences_are_items: bool = False
-    with_losses: bool = False
+    override: Override | None = None
+    losses: RouterLosses | None = None
     keep_routings: bool = False
     routing_only: bool = False
-    forcing: Forcing | None = None
-    loss_gradient: Tensor | float = 1.0
+    is_part: bool = False
 
-    shared: tuple[Routing, Plan] | None = None
     routings: dict[int, Routing] = field(default_factory=dict)
-    loss_values: dict[int, Tensor] = field(default_factory=dict)
-    counts: dict[int, Tensor] = field(default_factory=dict)
+    shared: tuple[Routing, Plan] | None = None
+    shrunk: dict[nn.Module, tuple[Tensor, list[Tensor | None], Plan]] = field(default_factory=dict)
     closed: bool = False
+    outer: ForwardPass | None = None
 
-    @contextmanager
-    def forced_by(self, weights: Tensor | None) -> Iterator[None]:
-        """While inside, these are the forced weights: an explicit input of a checkpointed layer."""
-        before = self.forcing
-        if before is not None and weights is not None:
-            self.forcing = replace(before, expert_weights=weights)
+    @classmethod
+    def of_a_part(cls, context: MixtureContext) -> ForwardPass:
+        """The pass of a call of a part of the model: only `use_experts` is known."""
+        return cls(context, 1, 0, override=entered_override(context), is_part=True)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the routers are not asked at all."""
+        return self.override is not None and self.override.chooses
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """`call()` with this as the pass of the thread; afterwards the one before is that again."""
+        self.outer = _running.innermost
+        _running.innermost = self
         try:
-            yield
+            return call()
         finally:
-            self.forcing = before
+            _running.innermost = self.outer
+            self.outer = None
+            self.shrunk.clear()
 
-    def mask_of(self, leading: tuple[int, ...]) -> Tensor | None:
-        """The token mask for a tensor `[*leading, d]`: flat, or None where it has no token axis or
-        no padding.
+    def close(self) -> None:
+        """The model has returned: let go of what held the graph."""
+        self.closed = True
+        self.shared = None
+
+    def again(
+        self, shared: tuple[Routing, Plan] | None, weights: Tensor | None, forced: Tensor | None
+    ) -> ForwardPass:
+        """This pass for one checkpointed layer, which is given what takes gradients as inputs.
+
+        Args:
+            shared: what was shared when the layer was called first.
+            weights: its plan's weights.
+            forced: the weights of an override that learns.
         """
-        if self.token_mask is None or _product(leading) != self.batch * self.length:
-            return None
-        return self.token_mask.reshape(-1)
+        layer = copy.copy(self)
+        layer.shrunk = {}
+        layer.shared = shared
+        if shared is not None and weights is not None:
+            layer.shared = (shared[0], replace(shared[1], weights=weights))
+        if forced is not None and self.override is not None:
+            layer.override = replace(self.override, expert_weights=forced)
+        return layer
 
-    def row_weights(self, rows: int, device: torch.device) -> Tensor:
-        """What each of `rows` routed rows counts for in a loss, `[rows]` fp32.
+    def plan_for(self, index: int, router: Router | None, x: Tensor) -> Plan:
+        """The plan of a site for its input x `[…, d_in]`: its own router's, or its layer's.
 
-        In tokens where the loss counts tokens (a sequence: all its tokens), in sequences where it
-        counts those (a token: its share of its sequence). The sum over any cut into micro-batches
-        is the same.
+        Args:
+            index: the number of the site's own router.
+            router: that router, or None where the layer or the model has one.
+            x: what the site reads.
+
+        Raises:
+            RuntimeError: the layer's or model's router has not run: a part of the model was called.
         """
-        if rows not in (self.batch, self.batch * self.length):
-            return torch.ones(rows, device=device)
-        if self.token_mask is None:
-            mask = torch.ones(self.batch, self.length, device=device)
+        if router is not None:
+            return self._decode_plan(index, router, x) or self.route(index, router, x)[1]
+        if self.override is not None and self.override.learns:
+            # Where layers are checkpointed, weights that take gradients must come into each as its
+            # own input.
+            return self._plan(*self.override.routing(x, self.batch), x.dtype)
+        if self.shared is None:
+            raise RuntimeError(self._call_the_model())
+        return self.shared[1]
+
+    def share(self, router_index: int, router: Router, hidden: Tensor) -> None:
+        """Route `hidden` `[batch, length, d]` and keep the plan for the sites that follow."""
+        if self.is_part:
+            raise RuntimeError(self._call_the_model())
+        self.shared = self.route(router_index, router, hidden)
+        if self.routing_only and self.context.config.router_scope == "model":
+            raise RoutingDone
+
+    def route(self, index: int, router: Router, x: Tensor) -> tuple[Routing, Plan]:
+        """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
+        routing, tokens_per_row = self._choose(index, router, x)
+        if self.losses is not None:
+            routing = self.losses.attach(index, routing, record=not self.closed)
+        if self.keep_routings and not self.closed:
+            detached = Routing(*(t.detach() for t in routing))
+            self.routings[index] = routing if self.routing_only else detached
+        return routing, self._plan(routing, tokens_per_row, x.dtype)
+
+    def _call_the_model(self) -> str:
+        return (
+            f"With router_scope={self.context.config.router_scope!r} a decoder layer's router runs "
+            "before its linears: call the model itself, not one of its parts."
+        )
+
+    def kept_routings(self) -> tuple[Routing, ...]:
+        """One `Routing` a router, in their order."""
+        return self.carried or tuple(self.routings[i] for i in sorted(self.routings))
+
+    def _choose(self, index: int, router: Router, x: Tensor) -> tuple[Routing, int]:
+        """The routing of x and how many tokens each of its rows stands for."""
+        num_tokens = x.shape[:-1].numel()
+        override = self.override
+        if override is not None and override.chooses:
+            return override.routing(x, self.batch)
+        banned = None
+        if override is not None and override.banned is not None:
+            banned = override.banned.to(x.device)
+        if self.carried is not None:
+            return self._carried(index, x, banned)
+        bias = self.context.load.selection_bias(index)
+        # Custom routers that know of no ban need not take one where there is none.
+        bans = () if banned is None else (banned,)
+        if self.context.by_token:
+            return router(x.reshape(num_tokens, -1), bias, *bans), 1
+        if self.is_part:
+            raise RuntimeError(
+                "routing_level='sequence' routes by the prompt, which only the whole model knows: "
+                "call the model itself, not one of its parts."
+            )
+        if num_tokens % self.batch:
+            raise RuntimeError(
+                f"An input of shape {tuple(x.shape)} cannot be split into {self.batch} sequences."
+            )
+        length = num_tokens // self.batch
+        mask = self.prompt_mask
+        mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
+        pooled = router.pool(x.reshape(self.batch, length, -1), mask)
+        return router(pooled, bias, *bans), length
+
+    def _carried(self, index: int, x: Tensor, banned: Tensor | None) -> tuple[Routing, int]:
+        """The routing that was decided before, and how many tokens each of its rows stands for."""
+        assert self.carried is not None
+        routing = Routing(*(t.to(x.device) for t in self.carried[index]))
+        num_tokens = x.shape[:-1].numel()
+        rows = len(routing.expert_ids)
+        if rows == 0 or num_tokens % rows:
+            raise ValueError(
+                f"expert_routing has {rows} rows, but an adapted linear reads an input of shape "
+                f"{tuple(x.shape)}: pass the routing of this very batch."
+            )
+        return routing if banned is None else routing.without(banned), num_tokens // rows
+
+    def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
+        """The plan of a routing, for activations of `dtype`."""
+        context = self.context
+        if self.override is not None:
+            complete = self.override.complete
         else:
-            mask = self.token_mask.to(device=device, dtype=torch.float32)
-        if self.sequences_are_items:
-            mask = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)
+            # A routing that was decided elsewhere may have empty slots, whatever this router does.
+            complete = context.fills_every_slot and self.carried is None
+        return build_plan(
+            routing.expert_ids,
+            routing.expert_weights,
+            context.num_experts,
+            total_rank=context.total_rank,
+            tokens_per_row=tokens_per_row,
+            complete=complete,
+            backend=context.backend,
+            dtype=dtype,
+            tiles=context.tiles,
+        )
 
-    def targets_of(self, rows: int) -> Tensor | None:
-        """`expert_targets` for `rows` routed rows `[rows]`, or None; a sequence's target is that of
-        all its tokens.
-        """
-        targets = self.expert_targets
-        if targets is None:
+    def _decode_plan(self, index: int, router: Router, x: Tensor) -> Plan | None:
+        """The plan of a few tokens that the kernels route themselves; None where that cannot be."""
+        context = self.context
+        if torch.is_grad_enabled() or not context.by_token or type(router) is not TopKRouter:
             return None
-        if targets.dim() == 1 and rows == self.batch * self.length:
-            targets = targets.repeat_interleave(self.length)
-        if targets.numel() != rows:
+        if router.training or router.input_norm or router.null_expert or self.keep_routings:
             return None
-        if self.token_mask is not None and rows == self.token_mask.numel():
-            targets = targets.reshape(-1).masked_fill(~self.token_mask.reshape(-1), IGNORE)
-        return targets.reshape(-1)
-
-    def denominator(self, weights: Tensor) -> Tensor:
-        """What the sum of the row losses is divided by: the loop's `num_items`, else this batch's
-        own weight.
-        """
-        if self.num_items is None:
-            return weights.sum().clamp(min=1e-9)
-        if isinstance(self.num_items, Tensor):
-            # DataParallel hands each replica a copy of the same number.
-            return self.num_items.to(weights).reshape(-1)[0]
-        return weights.new_tensor(float(self.num_items))
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    result = 1
-    for n in numbers:
-        result *= n
-    return result
+        if self.override is not None or self.carried is not None:
+            return None
+        tokens = x.shape[:-1].numel()
+        slots = router.num_experts_per_tok
+        rank = context.total_rank
+        shape = Shape(tokens, 1, context.num_experts, slots, rank, x.dtype, x.device.type)
+        if (context.backend or choose_backend(shape)) != "triton" or not can_decode(shape):
+            return None
+        weight = router.get_parameter("weight")
+        # An engine that keeps the weight elsewhere brings it to the router's own forward alone.
+        if torch.is_autocast_enabled(x.device.type) or weight.device != x.device:
+            return None
+        if weight.shape != (router.num_choices, router.in_features):
+            return None
+        spec = TopK(weight.float(), context.load.selection_bias(index), router.norm_topk_prob)
+        return build_decode_plan(spec, tokens, slots, tiles=context.tiles)

@@ -1,18 +1,23 @@
-"""What `generate()` carries from step to step: forced weights, and at sequence level the prompt's
-mask, then routing.
+"""What `generate()` carries from step to step: weights of experts, and at sequence level the
+prompt's mask, then its routing.
 
-It travels in the model's keyword arguments, so beams, several return sequences and an assistant
-each see their own; nothing is kept on the model.
+It travels in the model's keyword arguments and on the cache, so beams, several return sequences and
+an assistant each see their own; nothing is kept on the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
+from ..routers import Routing
+from .mixture import Mixture
 from .overrides import check_expert_weights, step_weights
+from .prompts import carried_by_cache
 
 CARRIED = (
     "router_mask",
@@ -23,131 +28,87 @@ CARRIED = (
 )
 
 
-class MoeLoraGeneration:
-    """Overrides of `GenerationMixin` for forced weights and sequence-level routing; nothing else is
-    carried.
+def step_inputs(prepare: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The base's inputs of a step, and what the routers need also where the base drops keywords.
 
     expert_weights `[E]` and `[batch, E]` hold for all tokens; `[batch, S, E]` covers the prompt
     (padding included), and new tokens have the weights of its last token.
     """
+    own = {name: kwargs.pop(name) for name in CARRIED if name in kwargs}
+    inputs = prepare(*args, **kwargs)
+    weights = own.get("expert_weights")
+    if weights is not None and weights.dim() == 3:
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        own["expert_weights"] = step_weights(weights, _cached(weights, kwargs), tokens.shape[1])
+    return {**inputs, **{name: value for name, value in own.items() if value is not None}}
 
-    def _routes_sequences(self) -> bool:
-        return self.moelora.config.routing_level == "sequence"  # type: ignore[attr-defined]
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """The base's inputs, with what the routers need also where the base drops unknown keywords."""
-        own = {name: kwargs.pop(name) for name in CARRIED if name in kwargs}
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        weights = own.get("expert_weights")
-        if weights is not None and weights.dim() == 3:
-            tokens = inputs.get("input_ids")
-            tokens = inputs["inputs_embeds"] if tokens is None else tokens
-            own["expert_weights"] = step_weights(weights, _cached(weights, kwargs), tokens.shape[1])
-        return {**inputs, **{name: value for name, value in own.items() if value is not None}}
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
-    ):
-        """Mark the prompt before anything is appended to it: assisted decoding's first forward
-        holds candidates.
-        """
-        weights = model_kwargs.get("expert_weights")
-        if weights is not None:
-            check_expert_weights(
-                weights, *_prompt(input_ids, model_kwargs).shape, self.moelora.num_experts
-            )  # type: ignore[attr-defined]
-            if weights.dim() == 1:
-                # Every tensor is taken for one with a batch dimension.
-                model_kwargs.pop("expert_weights")
-        if (
-            self._routes_sequences()
-            and weights is None
-            and model_kwargs.get("expert_routing") is None
-            and model_kwargs.get("router_mask") is None
-        ):
-            model_kwargs["router_mask"] = _prompt(input_ids, model_kwargs)
-        routing = model_kwargs.pop("expert_routing", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
+def expanded_inputs(
+    mixture: Mixture,
+    expand: Callable,
+    size: int,
+    is_encoder_decoder: bool,
+    input_ids: Tensor | None,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The inputs with each row `size` times, and the prompt marked before anything is appended to
+    it: assisted decoding's first forward holds candidates.
+    """
+    weights = model_kwargs.get("expert_weights")
+    prompt = _prompt(input_ids, model_kwargs)
+    if weights is not None:
+        check_expert_weights(weights, len(prompt), prompt.shape[1], mixture.num_experts)
+        if weights.dim() == 1:
+            # Every tensor is taken for one with a batch dimension.
+            model_kwargs.pop("expert_weights")
+    carried = model_kwargs.get("expert_routing") or carried_by_cache(model_kwargs, len(prompt))
+    if _reads_prompts(mixture, model_kwargs) and carried is None:
+        model_kwargs.setdefault("router_mask", prompt)
+    routing = model_kwargs.pop("expert_routing", None)
+    input_ids, model_kwargs = expand(
+        expand_size=size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+    )
+    if routing is not None:
+        model_kwargs["expert_routing"] = tuple(
+            Routing(*(repeat(t, "rows k -> (rows times) k", times=size) for t in own))
+            for own in routing
         )
-        if routing is not None:
-            repeat = [
-                type(r)(*(t.repeat_interleave(expand_size, dim=0) for t in r)) for r in routing
-            ]
-            model_kwargs["expert_routing"] = tuple(repeat)
-        if weights is not None:
-            model_kwargs.setdefault("expert_weights", weights)
-        return input_ids, model_kwargs
+    if weights is not None:
+        model_kwargs.setdefault("expert_weights", weights)
+    return input_ids, model_kwargs
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        """Keep the prompt's routing for all later steps."""
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, **kwargs
-        )  # type: ignore[misc]
-        if self._routes_sequences() and model_kwargs.get("expert_weights") is None:
-            model_kwargs["expert_routing"] = outputs.expert_routing
-            model_kwargs.pop("router_mask", None)
-        return model_kwargs
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        if (
-            self._routes_sequences()
-            and model_kwargs.get("expert_weights") is None
-            and generation_config.prefill_chunk_size is not None
-        ):
-            raise ValueError(
-                "prefill_chunk_size cuts the prompt, which routing_level='sequence' must read as a whole: drop it."
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+def keep_routing(mixture: Mixture, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keep the prompt's routing for all later steps."""
+    if _reads_prompts(mixture, model_kwargs):
+        model_kwargs["expert_routing"] = outputs.expert_routing
+        model_kwargs.pop("router_mask", None)
+    return model_kwargs
 
-    def _get_candidate_generator(
-        self,
-        generation_config,
-        input_ids,
-        inputs_tensor,
-        logits_processor,
-        model_kwargs,
-        assistant_model=None,
-        **kwargs,
-    ):
-        """Hand the assistant its own routing of the prompt, if it is such a model, and never this
-        model's.
-        """
-        for_assistant = model_kwargs
-        if assistant_model is not None:
-            for_assistant = {k: v for k, v in model_kwargs.items() if k not in CARRIED}
-            if (
-                isinstance(assistant_model, MoeLoraGeneration)
-                and assistant_model._routes_sequences()
-            ):
-                for_assistant["expert_routing"] = assistant_model._route_prompt(
-                    input_ids, model_kwargs
-                )
-        return super()._get_candidate_generator(  # type: ignore[misc]
-            generation_config=generation_config,
-            input_ids=input_ids,
-            inputs_tensor=inputs_tensor,
-            logits_processor=logits_processor,
-            model_kwargs=for_assistant,
-            assistant_model=assistant_model,
-            **kwargs,
+
+def refuse_chunks(mixture: Mixture, chunk_size: int | None, model_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where a prompt that must be read as a whole would be cut."""
+    if chunk_size is not None and _reads_prompts(mixture, model_kwargs):
+        raise ValueError(
+            "prefill_chunk_size cuts the prompt, which routing_level='sequence' must read as a "
+            "whole: drop it."
         )
 
-    @torch.no_grad()
-    def _route_prompt(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple:
-        """This model's routing of a prompt; an assistant is called once a round and keeps nothing
-        but its cache.
-        """
-        device = self.device  # type: ignore[attr-defined]
-        mask = _prompt(input_ids, model_kwargs).to(device)
-        return self(input_ids=input_ids.to(device), attention_mask=mask.long()).expert_routing  # type: ignore[operator]
+
+def for_assistant(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an assistant may be given: it routes the prompt itself, if it routes, and keeps that on
+    its own cache.
+    """
+    return {name: value for name, value in model_kwargs.items() if name not in CARRIED}
+
+
+def _reads_prompts(mixture: Mixture, model_kwargs: dict[str, Any]) -> bool:
+    return not mixture.by_token and model_kwargs.get("expert_weights") is None
 
 
 def _cached(weights: Tensor, kwargs: dict[str, Any]) -> int:
-    """How many tokens lie before this step's, of which the prompt has the weights `[batch, S, E]`."""
+    """How many tokens lie before this step's; the prompt's have the weights `[batch, S, E]`."""
     cache = kwargs.get("past_key_values")
     if cache is not None:
         return int(cache.get_seq_length())

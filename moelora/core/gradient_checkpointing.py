@@ -1,6 +1,4 @@
-"""Gradient checkpointing: a recomputed layer sees the routing of the forward pass that it belongs
-to.
-"""
+"""Gradient checkpointing: a layer that is computed again sees its own forward pass."""
 
 from __future__ import annotations
 
@@ -8,48 +6,85 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .mixture import Mixture
+from ..host_internals import CHECKPOINT_FUNCTION, checkpoint_functions
+from ..routers import Routing
+from .context import MixtureContext
+from .forward_pass import ForwardPass, running_pass
 
 
 class RoutedCheckpoint:
     """Wraps the checkpoint function that transformers hands to the decoder layers.
 
-    Two things that a layer reads are no arguments of it: the state of the forward pass, which is
-    gone when the backward pass recomputes, and the routing that its layer or model shares. The
-    state is kept here; the routing's weights (and forced ones that learn) become an explicit input,
-    since reentrant checkpointing carries gradients to inputs alone.
+    Two things that a layer reads are not arguments of it: the forward pass, which has ended when
+    the backward pass computes the layer again, and the routing that its layer or model shares. The
+    pass is kept here; the routing's weights (and those of an override that learns) become explicit
+    inputs, since reentrant checkpointing carries gradients to inputs alone.
     """
 
-    def __init__(self, mixture: Mixture, checkpoint: Callable):
-        self.mixture = mixture
+    def __init__(self, context: MixtureContext, checkpoint: Callable):
+        self.context = context
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        mixture, state = self.mixture, self.mixture.state
-        if state is None:
+        running = running_pass(self.context)
+        if running is None:
             return self.checkpoint(function, *args, **kwargs)
-        if state.routing_only:
+        if running.routing_only:
             # Its results are routings, not outputs of the layer: a reentrant checkpoint would cut
             # them off.
             return function(*args)
-        shared = state.shared
-        weights = None if shared is None else shared[1].weights
-        forced = (
-            state.forcing.expert_weights
-            if state.forcing is not None and state.forcing.learns
-            else None
-        )
-        device = next((a.device for a in args if isinstance(a, Tensor)), None)
+        weights = None if running.shared is None else running.shared[1].weights
+        override = running.override
+        forced = override.expert_weights if override is not None and override.learns else None
+        device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
         # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first
         # one's over a frozen embedding: its experts would silently not train.
         anchor = torch.zeros((), device=device, requires_grad=True)
+        shared = running.shared
 
         def run(anchor: Tensor, weights: Tensor | None, forced: Tensor | None, *args: Any) -> Any:
-            if shared is not None and weights is not None:
-                state.shared = mixture.with_weights(shared, weights)
-            with mixture.resumed(state), state.forced_by(forced):
-                return function(*args)
+            layer = running.again(shared, weights, forced)
+            outputs = layer.run(lambda: function(*args))
+            if not running.closed:
+                self._take_over(layer, running)
+            return outputs
 
         return self.checkpoint(run, anchor, weights, forced, *args, **kwargs)
+
+    def _take_over(self, layer: ForwardPass, running: ForwardPass) -> None:
+        """Where transformers checkpoints a layer with its hooks, the routing is made inside of it.
+
+        Raises:
+            ValueError: its router could not learn from the layers that follow.
+        """
+        if layer.shared is None or layer.shared[0] is _routing(running):
+            return
+        if self.context.config.router_scope == "model" and not torch.is_grad_enabled():
+            raise ValueError(
+                "router_scope='model' does not learn under reentrant gradient checkpointing with "
+                "this version of transformers: pass gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}, or upgrade transformers."
+            )
+        running.shared = layer.shared
+
+
+def _routing(running: ForwardPass) -> Routing | None:
+    return None if running.shared is None else running.shared[0]
+
+
+def wrap(model: nn.Module, context: MixtureContext) -> None:
+    """Wrap the checkpoint functions that `model` and its layers hold already."""
+    for module in checkpoint_functions(model):
+        function = getattr(module, CHECKPOINT_FUNCTION)
+        if not isinstance(function, RoutedCheckpoint):
+            setattr(module, CHECKPOINT_FUNCTION, RoutedCheckpoint(context, function))
+
+
+def unwrap(model: nn.Module) -> None:
+    """Give `model` and its layers their own checkpoint functions back."""
+    for module in checkpoint_functions(model):
+        function = getattr(module, CHECKPOINT_FUNCTION)
+        if isinstance(function, RoutedCheckpoint):
+            setattr(module, CHECKPOINT_FUNCTION, function.checkpoint)

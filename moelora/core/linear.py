@@ -1,149 +1,204 @@
-"""What hangs on the base's modules: `MoeLoraLinear` expands, `Site` shrinks once for all,
-`LayerRouting` routes.
+"""What hangs on the base's modules: a `Site` shrinks once for all of its linears and expands for
+each.
 
-Each adapted linear gets its `MoeLoraLinear` as a forward hook (a module, so that it copies and
-pickles), which adds the experts' part to the linear's fresh output.
+A site lies in its decoder layer, and each part of it is called as a module: whatever brings the
+layer's own weights to where they are needed (FSDP2, ZeRO-3, offload, device maps) brings its too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from moelora_kernels import Plan, expand, shrink
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .experts import Factor, rank_offsets
+from ..config import MoeLoraConfig
+from ..host_internals import global_forward_hooks
+from ..routers import Router
+from .context import MixtureContext
+from .experts import Factor, LoraFactors, rank_offsets
+from .forward_pass import ForwardPass, current_pass
 
-if TYPE_CHECKING:
-    from ..config import MoeLoraConfig
-    from .mixture import Mixture
+
+class LoraA(Factor):
+    """A site's stacked `lora_A` `[Σ_l R_l, d_in]`: linear after linear, expert after expert."""
+
+    def __init__(self, ranks: Sequence[Sequence[int]], width: int, **factory):
+        experts = [expert for own in ranks for expert in range(len(own))]
+        super().__init__([rank for own in ranks for rank in own], experts, width, **factory)
+        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
+
+    def forward(self, x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        """h_l = x A_lᵀ for every linear l: x `[…, d_in]` → in the form of the plan's backend."""
+        return shrink(x, self.stacked(), self.rank_offsets, plan, checked=True)
 
 
-class MoeLoraLinear(nn.Module):
-    """The experts of one linear: its `lora_B` `[R, d_out]`, and the forward hook that adds them to
-    its output.
-    """
+class LoraB(Factor):
+    """The stacked `lora_B` `[R, d_out]` of one linear, with the scaling s_e of each expert."""
 
-    site: Site
-
-    def __init__(
-        self,
-        site: Site,
-        index: int,
-        ranks: tuple[int, ...],
-        scaling: tuple[float, ...],
-        out_features: int,
-        **factory,
-    ):
-        super().__init__()
-        # Past nn.Module.__setattr__: the site owns this module, not the other way round.
-        object.__setattr__(self, "site", site)
-        self.index = index
+    def __init__(self, ranks: Sequence[int], scaling: Sequence[float], width: int, **factory):
+        super().__init__(ranks, range(len(ranks)), width, **factory)
         self.rank_offsets = rank_offsets(ranks)
-        self.scaling = scaling
-        self.lora_B = Factor(ranks, range(len(ranks)), out_features, **factory)
+        self.scaling = tuple(scaling)
 
-    def forward(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook: `output + Σ_e w_e s_e h_e B_e`, written into `output`, which nobody else
-        has seen yet.
-        """
-        h, plan = self.site.rank_space(args[0], self.index)
-        # Where a linear with a bias hands out a view, writing into it would cost the backward pass
-        # a copy.
-        inplace = not (torch.is_grad_enabled() and output._is_view())
-        factor, offsets, scaling = self.lora_B.stacked(), self.rank_offsets, self.scaling
-        return expand(h, factor, offsets, scaling, plan, output, inplace=inplace, checked=True)
+    def forward(self, h: Tensor, plan: Plan, output: Tensor, inplace: bool) -> Tensor:
+        """`output + Σ_e w_e s_e h_e B_e` `[…, d_out]`."""
+        stacked, offsets = self.stacked(), self.rank_offsets
+        return expand(
+            h, stacked, offsets, self.scaling, plan, output, inplace=inplace, checked=True
+        )
 
 
 class Site(nn.Module):
-    """The adapted linears of one decoder layer that read one tensor: a stacked `lora_A` and one
-    shrink for all.
+    """The adapted linears of one decoder layer that read the same tensor.
 
-    lora_A: `[Σ_l R_l, d_in]`, linear after linear, in each expert after expert.
+    Args:
+        context: of the mixture that it belongs to.
+        names: the linears' full names in the base.
+        layer: the path of their decoder layer, or None outside of any.
+        features: each linear's (d_in, d_out).
+        factory: device and dtype of the parameters.
     """
 
-    mixture: Mixture
+    lora_A: LoraA
 
     def __init__(
         self,
-        mixture: Mixture,
-        names: list[str],
+        context: MixtureContext,
+        names: Sequence[str],
         layer: str | None,
-        linears: list[tuple[int, int]],
+        features: Sequence[tuple[int, int]],
         **factory,
     ):
         super().__init__()
-        config = mixture.config
-        object.__setattr__(self, "mixture", mixture)
-        self.names = names
+        config = context.config
+        self.context = context
+        self.names = list(names)
+        # Where it is in the model, which is also how its keys in a state dict begin.
+        self.path = ""
         self.layer = layer
-        ranks = [config.ranks_of(name) for name in names]
-        self.in_features = linears[0][0]
-        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
+        self.in_features = features[0][0]
         self.router_index = 0
+        # Its own router, in scopes "site" and "projection".
+        self.router: Router | None = None
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
-        self.lora_A = Factor(
-            [rank for own in ranks for rank in own],
-            list(range(config.num_experts)) * len(linears),
-            self.in_features,
-            **factory,
-        )
+        self.put(*self._zeros(config, [d_out for _, d_out in features], **factory))
         self.lora_A.reset_kaiming()
-        self.linears = nn.ModuleList(
-            MoeLoraLinear(self, i, ranks[i], config.scaling_of(name), linears[i][1], **factory)
-            for i, name in enumerate(names)
-        )
-        # A list, because assigning an attribute of a module is slow: [x, h of each linear, plan],
-        # or empty.
-        self._shrunk: list[Any] = []
 
-    def rank_space(self, x: Tensor, index: int) -> tuple[Tensor, Plan]:
-        """h of linear `index` and the plan; x `[…, d_in]` is routed and shrunk when the first
-        linear asks.
+    def _zeros(
+        self, config: MoeLoraConfig, out_features: Sequence[int], **factory
+    ) -> tuple[LoraA, list[LoraB]]:
+        """Factors for the experts of `config`, all zeros."""
+        ranks = [config.ranks_of(name) for name in self.names]
+        linears = zip(self.names, ranks, out_features, strict=True)
+        lora_B = [LoraB(own, config.scaling_of(name), d, **factory) for name, own, d in linears]
+        return LoraA(ranks, self.in_features, **factory), lora_B
+
+    def put(self, lora_A: LoraA, lora_B: Sequence[LoraB]) -> None:
+        """Put these factors in."""
+        self.lora_A = lora_A
+        self.lora_B = nn.ModuleList(lora_B)
+
+    def factors(self) -> list[Factor]:
+        """`lora_A`, and the `lora_B` of every linear."""
+        return [self.lora_A, *self.lora_B]  # type: ignore[list-item]
+
+    def restacked(
+        self, config: MoeLoraConfig, keep: Sequence[int | None], fresh: Mapping[str, LoraFactors]
+    ) -> tuple[LoraA, list[LoraB]]:
+        """Factors for the changed experts of `config`; this site stays as it is.
+
+        Args:
+            config: the configuration with the changed experts.
+            keep: for each expert its number here, or None for the new one.
+            fresh: the new expert's factors by the linear's name, where it is there.
         """
-        shrunk = self._shrunk
-        if not shrunk or shrunk[0] is not x or shrunk[1][index] is None:
-            plan = self.mixture.plan_for(self, x)
+        like = self.lora_A.block(0)
+        widths = [factor.width for factor in self.factors()[1:]]
+        lora_A, lora_B = self._zeros(config, widths, device=like.device, dtype=like.dtype)
+        news = [fresh.get(name) for name in self.names]
+        self.lora_A.carry(lora_A, keep, [None if new is None else new.A for new in news])
+        for before, after, new in zip(self.factors()[1:], lora_B, news, strict=True):
+            before.carry(after, keep, [None if new is None else new.B])
+        return lora_A, lora_B
+
+    def expert(self, expert: int, num_experts: int) -> dict[str, LoraFactors]:
+        """An expert's factors by the linear's full name; rank 0 where it is not there."""
+        factors = {}
+        for i, (name, lora_B) in enumerate(zip(self.names, self.lora_B)):
+            assert isinstance(lora_B, LoraB)
+            A = self.lora_A.block(i * num_experts + expert)
+            factors[name] = LoraFactors(A, lora_B.block(expert), lora_B.scaling[expert])
+        return factors
+
+    def forward(self, x: Tensor, output: Tensor, index: int, inplace: bool) -> Tensor:
+        """Linear number `index`'s output with its experts' part added.
+
+        Args:
+            x: what the linear read, `[…, d_in]`.
+            output: what it gave, `[…, d_out]`.
+            index: the linear's number in this site.
+            inplace: whether `output` may be written into.
+        """
+        h, plan = self._rank_space(current_pass(self.context), x, index)
+        return self.lora_B[index](h, plan, output, inplace)
+
+    def _rank_space(self, running: ForwardPass, x: Tensor, index: int) -> tuple[Tensor, Plan]:
+        """h of linear number `index`, and the plan.
+
+        When the first linear asks, x is routed, and shrunk for all of them.
+        """
+        shrunk = running.shrunk.get(self)
+        if shrunk is None or shrunk[0] is not x or shrunk[1][index] is None:
+            plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
-            hs = shrink(inputs, self.lora_A.stacked(), self.rank_offsets, plan, checked=True)
-            shrunk[:] = (x, list(hs), plan)
+            shrunk = (x, list(self.lora_A(inputs, plan)), plan)
+            running.shrunk[self] = shrunk
         _, hs, plan = shrunk
         h = hs[index]
+        assert h is not None
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
         hs[index] = None
         if not any(other is not None for other in hs):
-            shrunk.clear()
+            del running.shrunk[self]
         return h, plan
 
-    def put_factors(self, config: MoeLoraConfig, lora_A: Factor, lora_Bs: Sequence[Factor]) -> None:
-        """Put other factors in, for the experts of `config`."""
-        ranks = [config.ranks_of(name) for name in self.names]
-        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
-        self.lora_A = lora_A
-        for name, linear, own, lora_B in zip(self.names, self.linears, ranks, lora_Bs, strict=True):
-            assert isinstance(linear, MoeLoraLinear)
-            linear.rank_offsets, linear.scaling = rank_offsets(own), config.scaling_of(name)
-            linear.lora_B = lora_B
 
-    def forget(self) -> None:
-        """Drop what a forward pass left behind where not every linear was called."""
-        self._shrunk.clear()
+class ExpertHook:
+    """Forward hook of an adapted linear: its site adds the experts' part to its output."""
+
+    handle: RemovableHandle
+
+    def __init__(self, site: Site, index: int, linear: nn.Module):
+        self.site = site
+        self.index = index
+        # Kept: a handle that is unpickled reserves its number, which else the hook of someone
+        # else would get in another process, and take this one's place.
+        self.handle = linear.register_forward_hook(self)
+
+    def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # Another hook may have kept the output. Where a linear with a bias hands out a view,
+        # writing into it would cost the backward pass a copy.
+        alone = len(linear._forward_hooks) == 1 and not global_forward_hooks()
+        inplace = alone and not (torch.is_grad_enabled() and output._is_view())
+        return self.site(args[0], output, self.index, inplace)
 
 
-class LayerRouting(nn.Module):
-    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or the model's)
+class LayerRoutingHook:
+    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or model's)
     sites.
     """
 
-    mixture: Mixture
+    handle: RemovableHandle
 
-    def __init__(self, mixture: Mixture, router_index: int):
-        super().__init__()
-        object.__setattr__(self, "mixture", mixture)
+    def __init__(self, context: MixtureContext, router_index: int, layer: nn.Module):
+        self.context = context
         self.router_index = router_index
+        self.handle = layer.register_forward_pre_hook(self, with_kwargs=True)
 
-    def forward(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.mixture.share(self.router_index, hidden)
+        router = self.context.router_list[self.router_index]
+        current_pass(self.context).share(self.router_index, router, hidden)

@@ -1,24 +1,24 @@
-"""Router losses: what each costs a row, and the one mechanism that brings their gradient to the
-router.
+"""The router losses: all of them, from the formula to the gradient that reaches the routers.
 
-The losses are not added to `outputs.loss`: that loses them under reentrant checkpointing,
-`compute_loss_func` and label smoothing, and mixes them into the evaluation loss. Instead
-`attach_loss` ties the loss to the routing weights with an autograd node, as Megatron-LM does for
-its MoE layers; whatever the training loop computes from the model, a backward pass through the
-weights adds the router loss's gradient. Its scale is the one that the loop gave to `outputs.loss`
-(gradient accumulation, fp16 scaler, data parallelism), which `LossProbe` reads at the loss, since
-the backward pass visits it before any layer.
+They are not added to `outputs.loss`: that loses them under reentrant checkpointing,
+`compute_loss_func` and label smoothing, and mixes them into the evaluation loss. Instead an
+autograd node ties them to the routing weights, as Megatron-LM does for its MoE layers; whatever the
+training loop computes from the model, a backward pass through the weights adds their gradient. Its
+scale is the one that the loop gave to `outputs.loss` (gradient accumulation, fp16 scaler, data
+parallelism). A second node reads it there; the backward pass visits the loss before any layer.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .forward_pass import ForwardState
+from ..config import MoeLoraConfig
+from ..routers import Routing
 
 IGNORE = -100
 
@@ -27,9 +27,12 @@ def load_balancing_loss(logits: Tensor, fractions: Tensor) -> Tensor:
     """E · Σ_e f_e p_e of each row (arXiv:2101.03961, eq. 4, before the mean over tokens); 1 when
     balanced.
 
-    logits `[N, E]`; fractions `[E]`: the share of the slots that each expert got, a constant. With
-    `null_expert` that choice counts as an expert.
-    Returns `[N]`: additive over rows because the fractions are given.
+    Args:
+        logits: `[N, E]`; with `null_expert` that choice counts as an expert.
+        fractions: `[E]`, the share of the slots that each expert got, a constant.
+
+    Returns:
+        `[N]`: additive over rows because the fractions are given.
     """
     return logits.shape[-1] * (logits.softmax(-1) @ fractions.to(logits.dtype))
 
@@ -45,93 +48,335 @@ def expert_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row's logits `[N, E]` with its expert `[N]`; 0 where the target is
     −100.
     """
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
-def check_expert_targets(
-    targets: Tensor, batch: int, length: int, num_choices: int, level: str
-) -> None:
-    """Raise ValueError where `targets` are no choices' numbers `[batch]`, or `[batch, length]` at
-    token level.
+@dataclass
+class LossScale:
+    """d(what backward was called on)/d(the model's loss), as a tensor that a compiled graph reads
+    too.
+
+    Args:
+        value: 0-dim fp32; the factor that is assumed until a backward pass shows it at the loss.
+        unknown: why nothing may be assumed, or "".
+        seen: whether a backward pass has shown it.
     """
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(
-            f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
-        )
-    allowed = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
-    if tuple(targets.shape) not in allowed:
-        raise ValueError(
-            f"expert_targets has shape {tuple(targets.shape)}; expected one of {allowed} for this batch at "
-            f"routing_level={level!r}."
-        )
-    bad = targets[(targets != IGNORE) & ((targets < 0) | (targets >= num_choices))]
-    if bad.numel():
-        raise ValueError(
-            f"expert_targets contains {sorted(set(bad.tolist()))[:5]}; expected 0 … {num_choices - 1}, "
-            "or −100 to leave a row out."
-        )
+
+    value: Tensor
+    unknown: str = ""
+    seen: bool = False
+
+    def at_backward(self, like: Tensor) -> Tensor:
+        """The scale as a gradient for `like`.
+
+        Raises:
+            RuntimeError: the loss did not come from the model, and its scale cannot be known.
+        """
+        if self.unknown and not torch.compiler.is_compiling() and not self.seen:
+            raise RuntimeError(self.unknown)
+        # A copy: the next backward pass through the same graph may write another scale.
+        return self.value.to(device=like.device, dtype=like.dtype, copy=True)
+
+    def show(self, gradient: Tensor) -> None:
+        """Note the gradient that the loss got."""
+        self.value.copy_(gradient.detach())
+        if not torch.compiler.is_compiling():
+            self.seen = True
 
 
-def attach_loss(weights: Tensor, loss: Tensor, state: ForwardState) -> Tensor:
-    """Return `weights` unchanged; in the backward pass `loss` (0-dim) gets the gradient
-    `state.loss_gradient`.
+UNKNOWN_SCALE = (
+    "The loss is computed outside of the model (label smoothing or compute_loss_func) under fp16 "
+    "or several processes, so the model cannot see how it is scaled and the router losses would be "
+    "off. Add moelora.training.MoeLoraCallback() to the Trainer's callbacks, or set "
+    "model.moelora.loss_scale."
+)
+
+
+class LoadWindow(nn.Module):
+    """How many tokens each expert got, over the window that load balancing refers to.
+
+    Counts by router and expert of the optimizer step under way and of the one before, over all
+    processes. The fractions of the balancing loss come from the step before: a constant, so the
+    loss is a plain sum over tokens and does not depend on how a batch is cut into micro-batches or
+    spread over processes. The counts are in the checkpoint: a resumed run goes on with the same
+    bits.
+
+    Args:
+        config: the mixture's.
+        num_routers: the number of rows of each buffer.
+        device: of the buffers: current and previous `[num_routers, C]` int64, C the experts and,
+            where there is one, the null expert (a balancing loss without it would send all tokens
+            there, arXiv:2406.13233); bias, the same in fp32 (arXiv:2408.15664).
     """
-    return _AttachLoss.apply(weights, loss, state)
+
+    current: Tensor
+    previous: Tensor
+    bias: Tensor
+    last_seen: Tensor | None
+
+    def __init__(self, config: MoeLoraConfig, num_routers: int, device: torch.device):
+        super().__init__()
+        shape = (num_routers, config.num_choices)
+        self.null_expert = config.null_expert
+        self.update_rate = config.router_bias_update_rate
+        self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
+        self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
+        self.register_buffer("bias", torch.zeros(shape, device=device))
+        # A router's parameter at the last training forward; a buffer, so that it moves along.
+        self.register_buffer("last_seen", None, persistent=False)
+        # Whether a backward pass has gone through a router since the window began.
+        self.learned = False
+
+    def resize(self, keep: Sequence[int | None]) -> None:
+        """Expert i becomes the former `keep[i]`, or where None a new one without counts.
+
+        The next window begins.
+        """
+        if self.null_expert:
+            keep = [*keep, self.current.shape[1] - 1]
+        kept = [(i, e) for i, e in enumerate(keep) if e is not None]
+        for name in ("current", "previous", "bias"):
+            before = getattr(self, name)
+            after = before.new_zeros(len(before), len(keep))
+            after[:, [i for i, _ in kept]] = before[:, [e for _, e in kept]]
+            setattr(self, name, after)
+        self.last_seen = None
+
+    @torch.no_grad()
+    def begin_forward(self, parameter: nn.Parameter | None) -> None:
+        """Start a new window if an optimizer step lies between the last training forward and this
+        one.
+
+        It does where `parameter`, a router's, has other values than then, or was given a gradient
+        that the loop has cleared since (a step whose learning rate is 0 changes no value).
+        """
+        if parameter is None:
+            return
+        values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
+        unknown = self.last_seen is None or self.last_seen.shape != values.shape
+        if unknown or (parameter.grad is None and self.learned):
+            self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
+        else:
+            # Not by the tensor's version, which fused optimizers leave as it is; and without asking
+            # the device.
+            self._roll((values != self.last_seen).any().to(self.current.device))
+        if parameter.grad is None:
+            self.learned = False
+        self.last_seen = values.detach().clone()
+
+    def _roll(self, stepped: Tensor) -> None:
+        """Close the window where `stepped` (0-dim) is true."""
+        self.previous.copy_(torch.where(stepped, self.current, self.previous))
+        self.current.masked_fill_(stepped, 0)
+        if self.update_rate:
+            counts = self.previous.to(self.bias.dtype)
+            step = self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
+            self.bias += torch.where(stepped, step, 0.0)
+
+    def end_forward(self, counts: dict[int, Tensor]) -> None:
+        """Add one forward pass's counts `[C]` by router, summed over all processes."""
+        if not counts:
+            return
+        total = torch.zeros_like(self.current)
+        for index, count in counts.items():
+            total[index] = count.to(total.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        self.current += total
+
+    def count(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none),
+        `[C]`.
+        """
+        num_experts = self.current.shape[1] - int(self.null_expert)
+        present = (weights > 0).to(torch.int64).unsqueeze(1).expand_as(expert_ids)
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
+        # Integer sums do not depend on their order, so this has the same bits on every run.
+        counts.scatter_add_(0, (expert_ids + 1).reshape(-1), present.reshape(-1))
+        return counts.roll(-1) if self.null_expert else counts[1:]
+
+    def fractions(self, index: int) -> Tensor:
+        """Each expert's share of the slots of the previous step, `[C]`; equal shares before the
+        first.
+        """
+        return as_fractions(self.previous[index])
+
+    def selection_bias(self, index: int) -> Tensor | None:
+        """What is added to router `index`'s probabilities when it chooses, `[C]`, or None."""
+        return self.bias[index] if self.update_rate else None
 
 
-def probe_loss(loss: Tensor, state: ForwardState) -> Tensor:
-    """Return `loss` unchanged; in the backward pass write its gradient into `state.loss_gradient`."""
-    return _LossProbe.apply(loss, state)
+def as_fractions(counts: Tensor) -> Tensor:
+    """counts `[C]` over their sum; equal shares where it is 0."""
+    total = counts.sum()
+    return torch.where(total > 0, counts / total.clamp(min=1), 1.0 / counts.shape[0])
 
 
-def sole_loss(value: Tensor, logits: Tensor, state: ForwardState) -> Tensor:
-    """`value` (0-dim) as a loss of its own: backward through it reaches what is attached to the
-    weights, alone.
+@dataclass
+class RouterLosses:
+    """The router losses of one forward pass over `batch` sequences of `length` tokens.
 
-    It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed layers
-    too).
+    Args:
+        config: the coefficients.
+        load: whose fractions the balancing loss takes, and who counts.
+        num_routers: the losses are the mean over so many.
+        batch, length: of the pass.
+        scale: what the gradients are multiplied with.
+        token_mask: `[batch, length]` bool, the tokens that are not padding; None where all are.
+        targets: `[batch]` or `[batch, length]` expert numbers, −100 to leave out; or None.
+        num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop
+            gave one.
+        sequences_are_items: `num_items` counts sequences (classification), not tokens.
+        values: what each router's losses came to, 0-dim, detached.
+        counts: how many rows chose each expert, by router.
     """
-    return _SoleLoss.apply(logits, value, state)
+
+    config: MoeLoraConfig
+    load: LoadWindow
+    num_routers: int
+    batch: int
+    length: int
+    scale: LossScale
+    token_mask: Tensor | None = None
+    targets: Tensor | None = None
+    num_items: Tensor | int | None = None
+    sequences_are_items: bool = False
+    values: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def attach(self, index: int, routing: Routing, record: bool) -> Routing:
+        """Tie router `index`'s losses to the weights of its routing, and count its tokens.
+
+        Args:
+            index: the router's number.
+            routing: what it decided for N rows.
+            record: keep value and counts; False where a checkpointed layer is computed again.
+        """
+        config = self.config
+        logits = routing.logits
+        weights = self.row_weights(len(logits), logits.device)
+        counts = self.load.count(routing.expert_ids, weights)
+        own = config.router_aux_loss_window == "micro_batch"
+        fractions = as_fractions(counts) if own else self.load.fractions(index).to(logits.device)
+        loss = config.router_aux_loss_coef * load_balancing_loss(logits, fractions)
+        loss = loss + config.router_z_loss_coef * z_loss(logits)
+        targets = self.targets_of(len(logits))
+        if targets is not None:
+            of_target = expert_target_loss(logits, targets.to(logits.device))
+            loss = loss + config.expert_target_loss_coef * of_target
+        loss = (loss * weights).sum() / (self.denominator(weights) * self.num_routers)
+        if record:
+            self.values[index] = loss.detach()
+            self.counts[index] = counts
+        if not loss.requires_grad:
+            return routing
+        tied = _AttachLoss.apply(routing.expert_weights, loss, self.scale, self.load)
+        return routing._replace(expert_weights=tied)
+
+    def probe(self, loss: Tensor) -> Tensor:
+        """`loss` unchanged; a backward pass through it shows by how much the loop scales it."""
+        return _ProbeLoss.apply(loss, self.scale)
+
+    def alone(self, logits: Tensor) -> Tensor:
+        """The router losses as a loss of their own (0-dim): backward reaches what is tied, and no
+        more.
+
+        It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed
+        layers too).
+        """
+        return _RoutersAlone.apply(logits, self.total(), self.scale)
+
+    def total(self) -> Tensor:
+        """What all of them came to, 0-dim fp32."""
+        values = [value.float() for value in self.values.values()]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+    def row_weights(self, rows: int, device: torch.device) -> Tensor:
+        """What each of `rows` routed rows counts for in a loss, `[rows]` fp32.
+
+        In tokens where the loss counts tokens (a sequence: all its tokens), in sequences where it
+        counts those (a token: its share of its sequence). The sum over any cut into micro-batches
+        is the same.
+        """
+        if rows not in (self.batch, self.batch * self.length):
+            return torch.ones(rows, device=device)
+        if self.token_mask is None:
+            mask = torch.ones(self.batch, self.length, device=device)
+        else:
+            mask = self.token_mask.to(device=device, dtype=torch.float32)
+        if self.sequences_are_items:
+            mask = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)
+
+    def targets_of(self, rows: int) -> Tensor | None:
+        """The targets of `rows` routed rows `[rows]`; a sequence's target is that of all its
+        tokens.
+        """
+        targets = self.targets
+        if targets is None:
+            return None
+        if targets.dim() == 1 and rows == self.batch * self.length:
+            targets = targets.repeat_interleave(self.length)
+        if targets.numel() != rows:
+            return None
+        targets = targets.reshape(-1)
+        if self.token_mask is not None and rows == self.token_mask.numel():
+            targets = targets.masked_fill(~self.token_mask.reshape(-1).to(targets.device), IGNORE)
+        return targets
+
+    def denominator(self, weights: Tensor) -> Tensor:
+        """What the sum is divided by: the loop's `num_items`, else this batch's own weight."""
+        if self.num_items is None:
+            return weights.sum().clamp(min=1e-9)
+        if isinstance(self.num_items, Tensor):
+            return self.num_items.to(weights).reshape(-1)[0]
+        return weights.new_tensor(float(self.num_items))
 
 
 class _AttachLoss(torch.autograd.Function):
+    """`weights` unchanged; in the backward pass `loss` gets the scale as its gradient."""
+
     @staticmethod
-    def forward(ctx, weights, loss, state):
-        ctx.state = state
+    def forward(ctx, weights, loss, scale, load):
+        # Not the pass itself: it holds the routings, so the graph would hold itself.
+        ctx.scale = scale
+        ctx.load = load
         ctx.like = loss.new_empty(())
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx, *grads):
-        gradient = ctx.state.loss_gradient
-        if not isinstance(gradient, Tensor):
-            return grads[0], torch.full_like(ctx.like, gradient), None
-        return grads[0], gradient.to(ctx.like), None
+        if not torch.compiler.is_compiling():
+            ctx.load.learned = True
+        return grads[0], ctx.scale.at_backward(ctx.like), None, None
 
 
-class _SoleLoss(torch.autograd.Function):
+class _ProbeLoss(torch.autograd.Function):
+    """`loss` unchanged; in the backward pass its gradient is the scale."""
+
     @staticmethod
-    def forward(ctx, logits, value, state):
-        ctx.state = state
+    def forward(ctx, loss, scale):
+        ctx.scale = scale
+        # A copy, not a view: Trainer scales the loss in place, which autograd forbids on a view.
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.scale.show(grads[0])
+        return grads[0], None
+
+
+class _RoutersAlone(torch.autograd.Function):
+    """`value` as a loss whose gradient is the scale; `logits` get a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx, logits, value, scale):
+        ctx.scale = scale
         ctx.save_for_backward(logits)
         return value.clone()
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.state.loss_gradient = grads[0].detach()
+        ctx.scale.show(grads[0])
         (logits,) = ctx.saved_tensors
         return torch.zeros_like(logits), None, None
-
-
-class _LossProbe(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, state):
-        ctx.state = state
-        # A copy, not a view: Trainer scales the loss in place, which autograd forbids on a
-        # Function's view.
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.state.loss_gradient = grads[0].detach()
-        return grads[0], None

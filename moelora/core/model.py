@@ -1,4 +1,6 @@
-"""Making the class of a base with a mixture inside, and changing a model's class in place."""
+"""The class of a model with a mixture inside: made on the fly as a subclass of its base's own
+class.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,28 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from .forward import OWN_INPUTS, OWN_OUTPUTS, run_forward
+from ..host_internals import dispatched_forward, set_dispatched_forward
+from . import generation
+from .forward import OWN_OUTPUTS, run_forward
+from .gradient_checkpointing import RoutedCheckpoint
+from .inputs import OWN_INPUTS
 from .mixture import Mixture
+
+# What the class of a model is made of, and what an instance of it is pickled by.
+MADE_OF = "_moelora_made_of"
 
 
 class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
-    """What every model with a mixture inside is, whatever its base; the public methods are in
-    `modeling`.
+    """What every model with a mixture inside is: what the host libraries ask of its base, answered.
+
+    The public methods are in `moelora.modeling`.
     """
 
-    auto_class: ClassVar[type]
+    auto_class: ClassVar[Any]
     is_classifier: ClassVar[bool] = False
     moelora: Mixture
 
@@ -31,29 +42,82 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
         """The mixture's configuration; `config` stays the base's."""
         return self.moelora.config
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs
+    ) -> None:
+        """As the base's; a layer that is computed again sees the pass that it belongs to."""
+        function = gradient_checkpointing_func or checkpoint
+        routed = RoutedCheckpoint(self.moelora.context, function)
+        super()._set_gradient_checkpointing(enable, routed, **kwargs)
+
+    def _get_name(self) -> str:
+        # Trainer looks this up to decide whether label smoothing shifts the labels.
+        return base_class(type(self)).__name__
+
+    def __reduce_ex__(self, protocol):
+        return rebuild, getattr(type(self), MADE_OF), self.__dict__
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """The base's inputs of a step, with what the routers need."""
+        return generation.step_inputs(super().prepare_inputs_for_generation, args, kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
+        return generation.expanded_inputs(
+            self.moelora,
+            super()._expand_inputs_for_generation,  # type: ignore[misc]
+            expand_size,
+            is_encoder_decoder,
+            input_ids,
+            model_kwargs,
+        )
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        return generation.keep_routing(self.moelora, outputs, updated)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        generation.refuse_chunks(self.moelora, generation_config.prefill_chunk_size, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None:
+            model_kwargs = generation.for_assistant(model_kwargs)
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
 
 @functools.cache
 def class_for(public: type, base: type[PreTrainedModel]) -> type:
-    """The class of models of class `base` with a mixture inside."""
+    """The class of models of class `base` with a mixture inside.
+
+    Args:
+        public: the class of ours that it is an instance of.
+        base: the base's own class.
+    """
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())
     ours = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS
     ]
     keywords = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    others = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
 
     def forward(self, *args, **kwargs):
-        return run_forward(self, base.forward, args, kwargs)
+        return run_forward(self, self.moelora, base.forward, args, kwargs, public.is_classifier)
 
-    forward.__doc__ = base.forward.__doc__
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p for p in parameters if p.kind is not p.VAR_KEYWORD] + ours + keywords
-    )
+    forward.__doc__ = f"{base.forward.__doc__ or ''}\n{OWN_INPUTS_DOC}"
+    forward.__signature__ = signature.replace(parameters=others + ours + keywords)  # type: ignore[attr-defined]
     namespace = {
         "forward": forward,
         "config_class": base.config_class,
         "__module__": __name__,
         "__doc__": public.__doc__,
+        MADE_OF: (public, base),
     }
     if hasattr(base, "prepare_inputs_for_generation"):
 
@@ -64,6 +128,22 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
         prepare.__signature__ = inspect.signature(base.prepare_inputs_for_generation)  # type: ignore[attr-defined]
         namespace["prepare_inputs_for_generation"] = prepare
     return type(f"MoeLora{base.__name__}", (public, base), namespace)
+
+
+OWN_INPUTS_DOC = """
+With a mixture of LoRA experts inside, forward (and generate) also take:
+    router_mask (`Tensor` [batch, length], bool): the prompt's tokens, for a sequence router.
+    expert_routing (`tuple[Routing, ...]`): the routing of an earlier forward, to use again.
+    expert_targets (`Tensor` [batch] or [batch, length], int): the expert that each sequence or
+        token should choose, −100 for none; without labels the routers train alone.
+    output_expert_routing (`bool` or `"only"`): put each router's `Routing` into the output; "only"
+        stops once all routers have routed, and the routing takes gradients.
+    expert_weights (`Tensor` [E], [batch, E] or [batch, length, E]): the weight of every expert, in
+        the routers' place; 0 for one that is not used.
+    banned_experts (`list[str]`): names of experts that the routers may not choose.
+The output gains expert_aux_loss (0-dim: what the router losses come to; not part of loss) and
+expert_routing (one `Routing` a router).
+"""
 
 
 def become(model: PreTrainedModel, public: type) -> Any:
@@ -78,18 +158,31 @@ def become(model: PreTrainedModel, public: type) -> Any:
     return model
 
 
-def revert(model: Any) -> PreTrainedModel:
+def revert(model: MixtureModel) -> PreTrainedModel:
     """Give `model`, which holds no mixture any more, its base's class."""
-    model.__class__ = base_class(type(model))
+    model.__class__ = base_class(type(model))  # type: ignore[assignment]
     model.config.__dict__.pop("keys_to_ignore_at_inference", None)
     model.__dict__.pop("_hf_peft_config_loaded", None)
     _reroute(model)
     return model
 
 
+def base_class(cls: type) -> type[PreTrainedModel]:
+    """The base's class of a class made by `class_for`, or of what an engine made of that."""
+    return getattr(cls, MADE_OF)[1]
+
+
+def rebuild(public: type, base: type[PreTrainedModel]) -> Any:
+    """An empty model of the class for `base`: what unpickling and copying begin with."""
+    cls = class_for(public, base)
+    return object.__new__(cls)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in before."""
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in
+    before.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -99,22 +192,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def base_class(cls: type) -> type[PreTrainedModel]:
-    """The base's class of a class made by `class_for`."""
-    return cls.__bases__[1]
-
-
-def rebuild(public: type, base: type[PreTrainedModel]) -> Any:
-    """An empty model of the class for `base`: what unpickling and copying begin with."""
-    cls = class_for(public, base)
-    return object.__new__(cls)
-
-
 def _reroute(model: PreTrainedModel) -> None:
-    """Let a model that accelerate dispatched call its new class's forward: it keeps the old one on
-    the instance.
-    """
-    if "_old_forward" in model.__dict__:
+    """Let a model that accelerate dispatched call its new class's forward."""
+    if dispatched_forward(model) is not None:
         forward = types.MethodType(type(model).forward, model)
-        model.__dict__["_old_forward"] = forward
+        set_dispatched_forward(model, forward)
         functools.update_wrapper(model.forward, forward)  # type: ignore[arg-type]

@@ -1,12 +1,14 @@
 """Deciding in the routers' place: `use_experts`, and the inputs `expert_weights` and
-`banned_experts` of a forward.
+`banned_experts`.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +16,22 @@ import torch
 from torch import Tensor
 
 from ..config import MoeLoraConfig
-from ..routers.base import Routing
+from ..routers import Routing
 from ..validation import check_number
+from .context import MixtureContext
+
+Experts = str | Iterable[str] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Forcing:
+class Override:
     """What the routers may not decide in a forward pass.
 
-    expert_ids, expert_weights: `[N, K]` of one row for all tokens, one a sequence, or one a token;
-    None where the routers choose. banned: `[E]` bool, the experts that may not be chosen; None
-    where all may.
-    complete: no slot is empty and no row names an expert twice.
+    Args:
+        expert_ids, expert_weights: `[N, K]` of one row for all tokens, one a sequence, or one a
+            token; None where the routers choose.
+        banned: `[E]` bool, the experts that may not be chosen; None where all may.
+        complete: no slot is empty and no row names an expert twice.
     """
 
     expert_ids: Tensor | None = None
@@ -44,91 +50,93 @@ class Forcing:
         return self.expert_weights is not None and self.expert_weights.requires_grad
 
     def routing(self, x: Tensor, batch: int) -> tuple[Routing, int]:
-        """The routing of x `[…, d]` of `batch` sequences, and how many tokens each of its rows
-        stands for.
+        """The routing of x `[…, d]` of `batch` sequences, and how many tokens each row stands for.
 
         Raises:
             ValueError: x is not made of the tokens or sequences that the weights were given for.
         """
         assert self.expert_ids is not None and self.expert_weights is not None
-        num_tokens, rows = x.shape[:-1].numel(), len(self.expert_weights)
-        ids, weights = self.expert_ids.to(x.device), self.expert_weights.to(x.device)
+        num_tokens = x.shape[:-1].numel()
+        rows = len(self.expert_weights)
+        ids = self.expert_ids.to(x.device)
+        weights = self.expert_weights.to(x.device)
         each = 1
         if rows == 1:
-            ids, weights = ids.expand(num_tokens, -1), weights.expand(num_tokens, -1)
+            ids = ids.expand(num_tokens, -1)
+            weights = weights.expand(num_tokens, -1)
         elif rows == batch and num_tokens % batch == 0:
             each = num_tokens // batch
         elif rows != num_tokens:
             raise ValueError(
-                f"expert_weights has {rows} rows of weights ({batch} sequences), but an adapted linear reads an "
-                f"input of shape {tuple(x.shape)}, which is not made of these: give one row for each sequence "
-                f"[{batch}, E] or one for all [E], or leave that linear out of target_modules."
+                f"expert_weights has {rows} rows of weights ({batch} sequences), but an adapted "
+                f"linear reads an input of shape {tuple(x.shape)}, which is not made of these: "
+                f"give one row for each sequence [{batch}, E] or one for all [E], or leave that linear "
+                "out of target_modules."
             )
         return Routing(x.new_zeros(len(ids), 0), ids, weights), each
 
 
-class ExpertForcing:
-    """The part of a model with a mixture inside that takes the choice of experts out of its
-    routers' hands.
-    """
-
-    @contextmanager
-    def use_experts(
-        self,
-        experts: str | Iterable[str] | Mapping[str, float] | None = None,
-        *,
-        ban: str | Iterable[str] | None = None,
-    ) -> Iterator[Any]:
-        """While inside, every token uses these experts: a name, names (weight 1 each), or names
-        with weights.
-
-        ban: names that may not be chosen; without `experts` the routers choose among the rest, and
-        where fewer than num_experts_per_tok remain, among those. Contexts nest: bans add up, inner
-        experts replace outer ones.
-
-        Raises:
-            ValueError: an unknown name, no expert left, an expert that is both used and banned,
-            weights that are
-                not finite, or neither experts nor ban.
-        """
-        if experts is None and ban is None:
-            raise ValueError(
-                "use_experts() names nothing: give experts to use, or ban=… those not to choose."
-            )
-        mixture: Any = self.moelora  # type: ignore[attr-defined]
-        config, device = mixture.config, self.device  # type: ignore[attr-defined]
-        before = mixture.forcing
-        now = Forcing() if before is None else before
-        if experts is not None:
-            now = _named(now, experts, config, device)
-        mixture.forcing = _banning(now, ban, config, device)
-        try:
-            yield self
-        finally:
-            mixture.forcing = before
+# Of the thread or task that entered `use_experts`, innermost last: two requests of a server do not
+# see each other's.
+_ENTERED: ContextVar[tuple[tuple[MixtureContext, Override], ...]] = ContextVar(
+    "overrides", default=()
+)
+_COUNTING = threading.Lock()
 
 
-def forcing_of(model: Any, inputs: Mapping[str, Any], batch: int, length: int) -> Forcing | None:
-    """What `inputs` of a forward (`expert_weights`, `banned_experts`) and `use_experts` around it
-    decide, or None.
+def entered_override(context: MixtureContext) -> Override | None:
+    """What the innermost `use_experts` of this thread or task around the call decides, or None."""
+    # torch.compile cannot read a context variable, so none is read where nobody is inside.
+    if not context.overrides_entered:
+        return None
+    return next((own for owner, own in reversed(_ENTERED.get()) if owner is context), None)
+
+
+@contextmanager
+def overriding(
+    context: MixtureContext,
+    experts: Experts | None,
+    ban: str | Iterable[str] | None,
+    device: torch.device,
+) -> Iterator[None]:
+    """What `use_experts` does; see there."""
+    if experts is None and ban is None:
+        raise ValueError(
+            "use_experts() names nothing: give experts to use, or ban=… those not to choose."
+        )
+    override = entered_override(context) or Override()
+    if experts is not None:
+        override = _of_names(override, experts, context.config, device)
+    override = with_bans(override, ban, context.config, device)
+    token = _ENTERED.set((*_ENTERED.get(), (context, override)))
+    _count(context, 1)
+    try:
+        yield
+    finally:
+        _count(context, -1)
+        _ENTERED.reset(token)
+
+
+def _count(context: MixtureContext, change: int) -> None:
+    with _COUNTING:
+        context.overrides_entered += change
+
+
+def override_of(
+    context: MixtureContext, weights: Any, ban: Any, batch: int, length: int, device: torch.device
+) -> Override | None:
+    """What `use_experts` and a forward's `expert_weights` and `banned_experts` decide, or None.
 
     Raises:
-        ValueError, TypeError: weights of another shape or not finite, unknown names, or inputs at
-        odds.
+        ValueError, TypeError: weights of another shape or not finite, or unknown names.
     """
-    weights, ban = inputs["expert_weights"], inputs["banned_experts"]
-    forcing, config = model.moelora.forcing, model.moelora_config
+    override = entered_override(context)
     if weights is not None:
-        for other in ("expert_routing", "expert_targets"):
-            if inputs[other] is not None:
-                raise ValueError(
-                    f"expert_weights leaves the routers nothing to do: drop it or {other}."
-                )
-        check_expert_weights(weights, batch, length, config.num_experts)
-        forcing = _dense(Forcing() if forcing is None else forcing, weights)
+        check_expert_weights(weights, batch, length, context.num_experts)
+        override = _of_weights(override or Override(), weights)
     if weights is None and ban is None:
-        return forcing
-    return _banning(Forcing() if forcing is None else forcing, ban, config, model.device)
+        return override
+    return with_bans(override or Override(), ban, context.config, device)
 
 
 def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
@@ -136,15 +144,16 @@ def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int
     length, E]`.
     """
     if not isinstance(weights, Tensor) or weights.is_complex() or weights.dtype == torch.bool:
-        found = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(
-            f"expert_weights is a {found}; expected a tensor of real numbers, one an expert."
+            f"expert_weights is a {kind}; expected a tensor of real numbers, one an expert."
         )
     allowed = [(num_experts,), (batch, num_experts), (batch, length, num_experts)]
     if tuple(weights.shape) not in allowed:
         raise ValueError(
-            f"expert_weights has shape {tuple(weights.shape)}; expected one of {allowed} for {num_experts} experts "
-            f"and a batch of {batch} sequences of {length} tokens (padding included)."
+            f"expert_weights has shape {tuple(weights.shape)}; expected one of {allowed} for "
+            f"{num_experts} experts and a batch of {batch} sequences of {length} tokens (padding "
+            "included)."
         )
     if not bool(weights.isfinite().all()):
         raise ValueError(
@@ -161,76 +170,84 @@ def step_weights(weights: Tensor, first: int, num_tokens: int) -> Tensor:
     return weights[:, positions.clamp(max=weights.shape[1] - 1)]
 
 
-def _dense(forcing: Forcing, weights: Tensor) -> Forcing:
-    """`forcing` by weights `[…, E]`, which become slots: those in use, or where they learn, one for
-    each expert.
+def _of_weights(override: Override, weights: Tensor) -> Override:
+    """`override` by weights `[…, E]` as slots: of those in use, or where they learn of every
+    expert.
     """
     rows = weights.reshape(-1, weights.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if rows.requires_grad:
         ids = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
-        return replace(forcing, expert_ids=ids, expert_weights=rows, complete=True)
+        return replace(override, expert_ids=ids, expert_weights=rows, complete=True)
     used = rows != 0
     slots = max(1, int(used.sum(1).max())) if len(rows) else 1
     ids = used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
     # What is not in use has the weight 0 already.
     return replace(
-        forcing,
+        override,
         expert_ids=ids.masked_fill(~used.gather(1, ids), -1),
         expert_weights=rows.gather(1, ids),
         complete=False,
     )
 
 
-def _named(
-    forcing: Forcing,
-    experts: str | Iterable[str] | Mapping[str, float],
-    config: MoeLoraConfig,
-    device: torch.device,
-) -> Forcing:
-    weights = {experts: 1.0} if isinstance(experts, str) else experts
-    if not isinstance(weights, Mapping):
-        weights = dict.fromkeys(weights, 1.0)
+def _names(what: str, names: Any) -> list[str]:
+    """The names meant by a string or several of them; TypeError for anything else."""
+    if isinstance(names, str):
+        return [names]
+    try:
+        listed = list(names)
+    except TypeError:
+        listed = [names]
+    if wrong := [name for name in listed if not isinstance(name, str)]:
+        raise TypeError(
+            f"{what} names {wrong[0]!r}, a {type(wrong[0]).__name__}; expected names of experts."
+        )
+    return listed
+
+
+def _of_names(
+    override: Override, experts: Experts, config: MoeLoraConfig, device: torch.device
+) -> Override:
+    """`override` by names of experts, with weights or with 1 each."""
+    if isinstance(experts, Mapping):
+        weights = {name: experts[name] for name in _names("use_experts", experts)}
+    else:
+        weights = dict.fromkeys(_names("use_experts", experts), 1.0)
     if not weights:
         raise ValueError(
-            f"use_experts names no expert; for the base alone write {{name: 0.0}}. The experts are: "
+            "use_experts names nothing; for the base alone write {name: 0.0}. The experts are: "
             f"{', '.join(config.expert_names or [])}."
         )
     ids = [config.expert_index(name) for name in weights]
     for name, weight in weights.items():
         check_number(f"the weight of expert {name!r}", weight, -math.inf, math.inf)
     return replace(
-        forcing,
+        override,
         expert_ids=torch.tensor([ids], dtype=torch.int64, device=device),
         expert_weights=torch.tensor([list(weights.values())], dtype=torch.float32, device=device),
         complete=True,
     )
 
 
-def _banning(
-    forcing: Forcing, ban: str | Iterable[str] | None, config: MoeLoraConfig, device: torch.device
-) -> Forcing:
-    """`forcing` with these experts banned too, if any is left and none of them is forced."""
+def with_bans(
+    override: Override, ban: Any, config: MoeLoraConfig, device: torch.device
+) -> Override:
+    """`override` with these experts banned too, if any is left and none of them is used."""
     names = config.expert_names or []
-    banned = (
-        torch.zeros(config.num_experts, dtype=torch.bool)
-        if forcing.banned is None
-        else forcing.banned.cpu()
-    )
-    banned = banned.clone()
-    for name in [ban] if isinstance(ban, str) else ban or ():
+    banned = torch.zeros(config.num_experts, dtype=torch.bool)
+    if override.banned is not None:
+        banned = override.banned.cpu().clone()
+    for name in () if ban is None else _names("banned_experts", ban):
         banned[config.expert_index(name)] = True
     if not bool(banned.any()):
-        return forcing
+        return override
     if bool(banned.all()):
         raise ValueError(f"All experts are banned ({', '.join(names)}): leave one at least.")
-    if forcing.expert_ids is not None and forcing.expert_weights is not None:
+    if override.expert_ids is not None and override.expert_weights is not None:
         # A weight of 0 uses nothing.
-        used = (
-            forcing.expert_ids[(forcing.expert_ids >= 0) & (forcing.expert_weights != 0)]
-            .unique()
-            .cpu()
-        )
-        if both := [names[e] for e in used.tolist() if banned[e]]:
+        in_use = (override.expert_ids >= 0) & (override.expert_weights != 0)
+        used = override.expert_ids[in_use].unique().cpu().tolist()
+        if both := [names[e] for e in used if banned[e]]:
             raise ValueError(f"{', '.join(both)} would be used and is banned: drop one of the two.")
-    return replace(forcing, banned=banned.to(device))
+    return replace(override, banned=banned.to(device))

@@ -1,99 +1,102 @@
-"""Sequence-level routing reads the prompt alone: which tokens those are, and which labels then take
-no loss.
+"""Sequence-level routing reads the prompt alone: which tokens those are, and which labels take no
+loss.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import MoeLoraConfig
-from .forward_pass import ForwardState
+from ..routers import Routing
 from .losses import IGNORE
 
+CACHES = ("past_key_values", "cache_params")
+# On a cache: the routing of the prompt whose keys and values it holds. It goes where the cache
+# goes, also where a caller hands on the cache alone (as an assistant, or under guidance_scale).
+ON_CACHE = "moelora_expert_routing"
 
-def prompt_and_labels(
-    state: ForwardState,
-    kwargs: dict[str, Any],
-    router_mask: Tensor | None,
-    config: MoeLoraConfig,
-    is_classifier: bool,
-    learning: bool,
-) -> None:
-    """Set `state.prompt_mask` `[batch, length]` for a sequence router, and mask labels inside a
-    prefix prompt.
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of a batch's prompts before they are read.
+
+    Args:
+        batch, length: of the input.
+        token_mask: `[batch, length]` bool, the tokens that are not padding; None where all are.
+        router_mask: `[batch, ≤ length]`, what the caller says the prompts are; or None.
+        is_classifier: labels are one a sequence, and everything is prompt.
+        answers: a loss is taken on what follows the prompts.
+    """
+
+    batch: int
+    length: int
+    token_mask: Tensor | None
+    router_mask: Tensor | None
+    is_classifier: bool
+    answers: bool
+
+
+def read_prompt(
+    prompt: Prompt, kwargs: dict[str, Any], prefix_tokens: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The prompts' tokens `[batch, length]` bool (None: all), and labels to take instead, or None.
 
     The prompt is `router_mask`; else, with labels, the attended tokens before a row's first label;
-    where a row has labels from its start, its first `router_prefix_tokens` tokens, whose labels are
-    set to −100; without labels all attended tokens.
+    where a row has labels from its start, its first `prefix_tokens` tokens, whose labels become
+    −100; without labels all attended tokens.
+
+    Args:
+        prompt: what is known of it.
+        kwargs: of the forward: labels, a cache, position_ids, num_items_in_batch.
+        prefix_tokens: the length of the prompt of rows that have labels from their start.
 
     Raises:
-        ValueError: the prompt cannot be known: labels taken out by the training loop, a cache
-        without
-            `expert_routing`, packed sequences; or `router_mask` has the wrong shape or an empty
-            row.
+        ValueError, TypeError: the prompt cannot be known (labels taken out by the training loop, a
+            filled cache without routing, packed sequences), or `router_mask` has the wrong shape or
+            an empty row.
     """
-    if state.carried is not None:
-        _check_carried(state)
-        return
-    _refuse_unknowable(
-        kwargs, state, learning or "num_items_in_batch" in kwargs, router_mask, is_classifier
-    )
-    if router_mask is not None:
-        state.prompt_mask = _checked(router_mask, state)
-        return
+    _refuse_unknowable(prompt, kwargs)
+    if prompt.router_mask is not None:
+        return _checked(prompt.router_mask, prompt), None
     labels = kwargs.get("labels")
-    if is_classifier or labels is None:
-        state.prompt_mask = state.token_mask
-        return
-    attended = state.token_mask
+    if prompt.is_classifier or labels is None:
+        return prompt.token_mask, None
+    attended = prompt.token_mask
     if attended is None:
-        attended = torch.ones(state.batch, state.length, dtype=torch.bool, device=labels.device)
+        shape = (prompt.batch, prompt.length)
+        attended = torch.ones(shape, dtype=torch.bool, device=labels.device)
     before_labels = (labels != IGNORE).cumsum(1) == 0
-    prompt = attended & before_labels
-    prefix = attended & (attended.cumsum(1) <= config.router_prefix_tokens)
-    from_start = ~prompt.any(1, keepdim=True)
-    state.prompt_mask = torch.where(from_start, prefix, prompt)
-    # A logit inside the prefix depends on the prefix tokens after it, so it must not be asked to
-    # predict them.
-    kwargs["labels"] = labels.masked_fill(from_start & prefix, IGNORE)
+    tokens = attended & before_labels
+    prefix = attended & (attended.cumsum(1) <= prefix_tokens)
+    from_start = ~tokens.any(1, keepdim=True)
+    # A logit inside the prefix depends on the prefix tokens after it: it must not predict them.
+    labels = labels.masked_fill(from_start & prefix, IGNORE)
+    return torch.where(from_start, prefix, tokens), labels
 
 
-def _refuse_unknowable(
-    kwargs: dict[str, Any],
-    state: ForwardState,
-    in_training: bool,
-    router_mask: Tensor | None,
-    is_classifier: bool,
-) -> None:
-    if router_mask is None and in_training and kwargs.get("labels") is None and not is_classifier:
-        raise ValueError(
-            "routing_level='sequence' must know where the prompt ends, and this training loop takes the labels out "
-            "(label smoothing or compute_loss_func do): pass router_mask [batch, length], True on prompt tokens."
-        )
-    if _cached_tokens(kwargs):
-        raise ValueError(
-            "routing_level='sequence' with a filled cache needs the prompt's routing: pass "
-            "expert_routing=outputs.expert_routing of the prompt's forward (generate() does this by itself)."
-        )
-    positions = kwargs.get("position_ids")
-    if in_training and isinstance(positions, Tensor) and _start_again(positions):
-        raise ValueError(
-            "These rows are packed (position_ids start again inside a row), so a row has no single prompt: "
-            "use routing_level='token', or one sequence a row."
-        )
+def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
+    """Write the prompt's routing on the cache that the outputs hold, if any."""
+    for name in CACHES:
+        cache = outputs.get(name) if hasattr(outputs, "get") else None
+        if hasattr(cache, "__dict__"):
+            setattr(cache, ON_CACHE, routing)
 
 
-def _start_again(positions: Tensor) -> bool:
-    """Whether position_ids `[…, length]` fall back to 0 inside a row."""
-    return bool(((positions[..., 1:] == 0) & (positions[..., :-1] > 0)).any())
+def carried_by_cache(kwargs: dict[str, Any], batch: int) -> tuple[Routing, ...] | None:
+    """The routing that a filled cache among the arguments carries for `batch` rows, or None."""
+    for name in CACHES:
+        routing = getattr(kwargs.get(name), ON_CACHE, None)
+        if routing and len(routing[0].expert_ids) == batch and cached_tokens(kwargs):
+            return routing
+    return None
 
 
-def _cached_tokens(kwargs: dict[str, Any]) -> bool:
+def cached_tokens(kwargs: dict[str, Any]) -> bool:
     """Whether a cache among the arguments holds tokens already."""
-    for name in ("past_key_values", "cache_params"):
+    for name in CACHES:
         for question in ("get_seq_length", "has_previous_state"):
             try:
                 answer = getattr(kwargs.get(name), question)
@@ -105,32 +108,53 @@ def _cached_tokens(kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _checked(router_mask: Tensor, state: ForwardState) -> Tensor:
-    if (
-        router_mask.dim() != 2
-        or router_mask.shape[0] != state.batch
-        or router_mask.shape[1] > state.length
-    ):
+def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
+    in_training = prompt.answers or "num_items_in_batch" in kwargs
+    unmarked = prompt.router_mask is None and kwargs.get("labels") is None
+    if unmarked and in_training and not prompt.is_classifier:
         raise ValueError(
-            f"router_mask has shape {tuple(router_mask.shape)}; expected [{state.batch}, {state.length}] "
-            "(or shorter: what follows is no prompt)."
+            "routing_level='sequence' must know where the prompt ends, and this training loop "
+            "takes the labels out (label smoothing or compute_loss_func do): pass router_mask [batch, "
+            "length], True on prompt tokens."
         )
-    mask = torch.nn.functional.pad(router_mask.bool(), (0, state.length - router_mask.shape[1]))
-    if state.token_mask is not None:
-        mask = mask & state.token_mask
+    if cached_tokens(kwargs):
+        raise ValueError(
+            "routing_level='sequence' with a filled cache needs the prompt's routing: pass "
+            "expert_routing=outputs.expert_routing of the prompt's forward (generate() does this "
+            "by itself)."
+        )
+    positions = kwargs.get("position_ids")
+    if in_training and isinstance(positions, Tensor) and _start_again(positions):
+        raise ValueError(
+            "These rows are packed (position_ids start again inside a row), so a row has no single "
+            "prompt: use routing_level='token', or one sequence a row."
+        )
+
+
+def _start_again(positions: Tensor) -> bool:
+    """Whether position_ids `[…, length]` fall back to 0 inside a row."""
+    return bool(((positions[..., 1:] == 0) & (positions[..., :-1] > 0)).any())
+
+
+def _checked(router_mask: Any, prompt: Prompt) -> Tensor:
+    if not isinstance(router_mask, Tensor):
+        raise TypeError(
+            f"router_mask is a {type(router_mask).__name__}; expected a tensor [batch, length], "
+            "True on prompt tokens."
+        )
+    batch, length = prompt.batch, prompt.length
+    if router_mask.dim() != 2 or len(router_mask) != batch or router_mask.shape[1] > length:
+        raise ValueError(
+            f"router_mask has shape {tuple(router_mask.shape)}; expected [{batch}, {length}] (or "
+            "shorter: what follows does not belong to the prompt)."
+        )
+    mask = torch.nn.functional.pad(router_mask.bool(), (0, length - router_mask.shape[1]))
+    if prompt.token_mask is not None:
+        mask = mask & prompt.token_mask
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
-            f"router_mask marks no attended token in row {', '.join(map(str, empty))}: each row needs a prompt of "
-            "one token at least. Leave such rows out, or mark their first tokens."
+            f"router_mask marks no attended token in row {', '.join(map(str, empty))}: each row "
+            "needs a prompt of one token at least. Leave such rows out, or mark their first tokens."
         )
     return mask
-
-
-def _check_carried(state: ForwardState) -> None:
-    assert state.carried is not None
-    rows = state.carried[0].expert_ids.shape[0] if state.carried else 0
-    if rows != state.batch:
-        raise ValueError(
-            f"expert_routing has {rows} rows for a batch of {state.batch}; pass the routing of their prompts."
-        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..routers.base import Routing
+from ..routers import Routing
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -74,7 +74,7 @@ class RoutingReport:
         by_sequence /= len(routing)
         if not isinstance(probabilities, Tensor):
             probabilities = by_sequence
-        routers = list(mixture.routers)
+        routers = list(mixture.context.router_names)
         return cls(names, routers, torch.stack(by_router), by_sequence, probabilities, routing)
 
 
@@ -85,7 +85,7 @@ def plot_routing_heatmap(
     path: str | Path,
     title: str = "Share of choices",
 ) -> None:
-    """Write `shares` `[rows, E]` as a PNG heatmap with its numbers in the cells (needs matplotlib)."""
+    """Write `shares` `[rows, E]` as a PNG heatmap with numbers in its cells; needs matplotlib."""
     from matplotlib.figure import Figure
 
     rows, columns = shares.shape

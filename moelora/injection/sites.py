@@ -1,4 +1,4 @@
-"""Finding sites by a probe forward, and putting a mixture into a base and taking it out again."""
+"""Finding sites: a probe forward shows which linears of a decoder layer read the same tensor."""
 
 from __future__ import annotations
 
@@ -14,71 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from ..core.linear import LayerRouting, MoeLoraLinear, Site
-from ..core.mixture import Mixture
-from .targets import decoder_layer, features, find_targets, layer_number, saved_modules
+from ..core.model import evaluating
+from .targets import decoder_layer, features, find_targets, layer_number
 
 NOT_CALLED = "its forward is not called (the base reads its weight directly)"
-
-
-def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
-    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the
-    linears.
-
-    Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
-
-    Raises:
-        ValueError: nothing to adapt, or a named module that cannot be adapted, with the reason.
-    """
-    if hasattr(model, "moelora"):
-        raise ValueError(
-            f"{type(model).__name__} holds a mixture already; take it out with model.unload() first."
-        )
-    mixture = Mixture(config)
-    if config.sites is None:
-        config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
-    else:
-        _check_sites(model, config.sites)
-    model.requires_grad_(False)
-    for _, module in saved_modules(model, config, is_classifier):
-        module.requires_grad_(True)
-    _add_routers(model, mixture)
-    for names in config.sites:
-        _add_site(model, mixture, names)
-    mixture.finish(next(mixture.sites.parameters()).device)
-    model.moelora = mixture  # type: ignore[assignment]
-    return mixture
-
-
-def eject(model: PreTrainedModel) -> None:
-    """Take the mixture out of `model`, in place: the base is as it was, still frozen."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [
-                k for k, hook in hooks.items() if isinstance(hook, (MoeLoraLinear, LayerRouting))
-            ]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-    model._modules.pop("moelora", None)
-
-
-@contextmanager
-def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """If what is done to `model` inside fails, give it back as it was: class, hooks, what trains."""
-    cls, attributes = type(model), dict(model.__dict__)
-    settings = dict(model.config.__dict__)
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        eject(model)
-        model.__class__ = cls
-        for owner, before in ((model, attributes), (model.config, settings)):
-            owner.__dict__.clear()
-            owner.__dict__.update(before)
-        for parameter, trained in trains:
-            parameter.requires_grad_(trained)
-        raise
 
 
 def find_sites(
@@ -110,13 +49,13 @@ def find_sites(
     return list(groups.values())
 
 
-def _check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
+def check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
     """Raise ValueError where a checkpoint's sites name what `model` has not."""
     modules = dict(model.named_modules())
     for name in (name for names in sites for name in names):
         if name not in modules or features(modules[name]) is None:
             raise ValueError(
-                f"The checkpoint's experts belong to {name!r}, which is no linear of this "
+                f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
                 f"{type(model).__name__}."
             )
 
@@ -166,18 +105,14 @@ def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict
     inputs: dict[str, Tensor] = {}
     handles = [m.register_forward_pre_hook(_Recorder(name, inputs)) for name, m in targets.items()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             yield inputs
     finally:
         for handle in handles:
             handle.remove()
         for module, before in buffers:
             module._buffers.update(before)
-        for module in training:
-            module.training = True
 
 
 class _Recorder:
@@ -190,7 +125,7 @@ class _Recorder:
 
 
 def _forward_two_tokens(model: PreTrainedModel) -> None:
-    ids = torch.zeros(1, 2, dtype=torch.long, device=_device_of(model))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
     parameters = inspect.signature(model.forward).parameters
     keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if "decoder_input_ids" in parameters:
@@ -207,48 +142,19 @@ def _why_not(
     if config.router_scope not in ("layer", "model"):
         return None
     if layer is None:
-        return f"it lies outside of the decoder layers, which router_scope={config.router_scope!r} routes"
+        return (
+            f"it lies outside of the decoder layers, which router_scope={config.router_scope!r} "
+            "routes"
+        )
     if config.router_scope == "model" and (layer_number(layer) or 0) < config.router_layer:
-        return f"it lies before router_layer={config.router_layer}, whose input the model's router reads"
+        return (
+            f"it lies before router_layer={config.router_layer}, whose input the model's router "
+            "reads"
+        )
     return None
 
 
-def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
-    """Make the routers of scopes "layer" and "model", and the hooks that run them."""
-    config = mixture.config
-    assert config.sites is not None
-    if config.router_scope in ("site", "projection"):
-        return
-    layers = dict.fromkeys(decoder_layer(model, names[0]) for names in config.sites)
-    if config.router_scope == "model":
-        stack = next(layer for layer in layers if layer is not None).rpartition(".")[0]
-        layers = {f"{stack}.{config.router_layer}": None}
-    for layer in layers:
-        assert layer is not None
-        module = model.get_submodule(layer)
-        hidden = model.config.get_text_config().hidden_size
-        index = mixture.add_router(layer, hidden, device=_device_of(module))
-        module.register_forward_pre_hook(LayerRouting(mixture, index), with_kwargs=True)
-
-
-def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:
-    """Make the site of the linears `names`, its router where scope asks for one, and the hooks."""
-    linears = [model.get_submodule(name) for name in names]
-    sizes = [features(linear) for linear in linears]
-    weight = next(linears[0].parameters())
-    # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays
-    # float64.
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    device = _device_of(linears[0])
-    site = Site(mixture, names, decoder_layer(model, names[0]), sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
-    if mixture.config.router_scope in ("site", "projection"):
-        site.router_index = mixture.add_router(names[0], site.in_features, device=device)
-    mixture.sites[names[0].replace(".", "-")] = site
-    for linear, hook in zip(linears, site.linears):
-        linear.register_forward_hook(hook)
-
-
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where `module` computes: its weights' device, or the one that accelerate brings offloaded
     weights to.
     """

@@ -111,7 +111,8 @@ def saved_modules(
         found = [(p, m) for p, m in model.named_modules() if p == name or p.endswith("." + name)]
         if not found:
             raise ValueError(
-                f"modules_to_save names {name!r}, which matches no module of {type(model).__name__}. "
+                f"modules_to_save names {name!r}, which matches no module of "
+                f"{type(model).__name__}. "
                 f"Its parts are called: {', '.join(n for n, _ in model.named_children())}."
             )
         yield from found
@@ -130,7 +131,8 @@ def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[
             if not refuse:
                 continue
             raise ValueError(
-                f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers (also Conv1D and "
+                f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers "
+                "(also Conv1D and "
                 "quantised ones) can carry LoRA experts. Name its linears, or use a narrower regex."
             )
         try:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
 from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
-from moelora.core.experts import Factor
+from moelora.injection.inject import put_into
 
 SCOPES = ROUTER_SCOPES
 LEVELS = ROUTING_LEVELS
@@ -52,7 +52,7 @@ def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fiel
         _FOUND[key] = model.moelora_config.sites
     else:
         config.sites = copy.deepcopy(_FOUND[key])
-        model = public.put_into(base, config)
+        model = put_into(base, config, public)
     return activate(model.eval()) if active else model.eval()
 
 
@@ -71,10 +71,8 @@ def activate(model: Any, seed: int = 2, std: float = 0.3) -> Any:
     """Draw every B, so that which experts act shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     for site in model.moelora.sites.values():
-        for linear in site.linears:
-            linear.lora_B.copy_(
-                torch.randn(linear.lora_B.stacked().shape, generator=generator) * std
-            )
+        for lora_B in site.lora_B:
+            lora_B.fill(torch.randn(lora_B.stacked().shape, generator=generator) * std)
     return model
 
 
@@ -110,12 +108,27 @@ def adapted(model: Any) -> dict[str, tuple[Any, int]]:
     }
 
 
+def own_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The mixture's parameters, wherever they lie in the model, by their names in it."""
+    return {name: p for name, p in model.named_parameters() if model.moelora.owns(name)}
+
+
+def expert_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Those of the experts alone."""
+    return {name: p for name, p in own_parameters(model).items() if ".lora_" in name}
+
+
 def factors(
-    model: Any, expert: int, of: Callable[[Factor], Tensor] = Factor.stacked
+    model: Any, expert: int, of: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """One expert's A `[r, d_in]` and B `[d_out, r]` by the linear's name; `of` gives the stack."""
-    found = {}
+    """One expert's A `[r, d_in]` and B `[d_out, r]` by the linear's name, or what `of` makes of the
+    parameter that they are rows of (nothing being frozen).
+    """
+    rows = {}
     for name, (site, i) in adapted(model).items():
-        a, b = site.lora_A, site.linears[i].lora_B
-        found[name] = (of(a)[a.expert_rows(expert)[i]], of(b)[b.expert_rows(expert)[0]].T)
-    return {name: (a.detach(), b.detach()) for name, (a, b) in found.items()}
+        A, B = site.lora_A, site.lora_B[i]
+        start_a = sum(A.blocks[: i * model.moelora.num_experts + expert])
+        start_b = sum(B.blocks[:expert])
+        r = B.blocks[expert]
+        rows[name] = (of(A.weight)[start_a : start_a + r], of(B.weight)[start_b : start_b + r].T)
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier
+from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier, expert_parameters
 from training.runs import (
     LOSSES,
     assert_same,
@@ -139,7 +139,7 @@ def test_checkpointing_keeps_fewer_tensors(kind):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_recomputing_after_the_forcing_has_ended_still_forces(scope, kind):
     model = causal(router_scope=scope, **LOSSES).train()
-    factors = [p for n, p in model.moelora.named_parameters() if "lora" in n]
+    factors = list(expert_parameters(model).values())
 
     def forced_gradients():
         with model.use_experts({"expert_1": 0.5, "expert_2": 1.0}):

@@ -11,7 +11,16 @@ import peft
 import pytest
 import torch
 from bases import CLASSIFIERS, causal_base, classifier_base
-from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier, into, tokens
+from core.mixtures import (
+    ALL_CAUSAL,
+    LEVELS,
+    SCOPES,
+    causal,
+    classifier,
+    into,
+    own_parameters,
+    tokens,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from moelora import ROUTERS, MoeLoraForCausalLM, MoeLoraForSequenceClassification
@@ -121,7 +130,7 @@ def test_copies_are_whole_and_their_own(copied, name, scope):
     )
     assert torch.equal(twin(tokens()).logits, logits)
     with torch.no_grad():
-        for parameter in twin.moelora.parameters():
+        for parameter in own_parameters(twin).values():
             parameter.zero_()
     assert not torch.allclose(twin(tokens()).logits, logits, atol=1e-3), (
         "the copy computes with its own experts"

@@ -6,7 +6,17 @@ import peft
 import pytest
 import torch
 from bases import CLASSIFIERS, causal_base, classifier_base
-from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, activate, factors, into, left_padded, tokens
+from core.mixtures import (
+    ALL_CAUSAL,
+    LEVELS,
+    SCOPES,
+    activate,
+    factors,
+    into,
+    left_padded,
+    own_parameters,
+    tokens,
+)
 
 # The same sums in another order, through two layers: about a hundred units in the last place.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 2e-14}
@@ -80,7 +90,7 @@ def test_new_mixture_is_the_base_in_every_scope(name, scope, level):
 def test_new_mixture_in_a_bf16_base_is_the_base_and_keeps_fp32_masters(name, level):
     base = causal_base(name).to(torch.bfloat16)
     _assert_new_mixture_is_base(base, _causal_batch(), routing_level=level)
-    assert {p.dtype for p in base.moelora.parameters()} == {torch.float32}
+    assert {p.dtype for p in own_parameters(base).values()} == {torch.float32}
 
 
 def _twin(base, model, experts):
@@ -146,7 +156,7 @@ def test_one_expert_gives_the_logits_and_gradients_of_peft(name, rslora, dtype):
     )
     twin = _twin(_base(name).to(dtype), model, {0: 1.0})
     ours, theirs = _backward(model), _backward(twin)
-    gradients = factors(model, 0, of=lambda factor: factor.rows.grad)
+    gradients = factors(model, 0, of=lambda weight: weight.grad)
     for got, expected in zip(ours, theirs):
         _assert_near(got, expected)
     for linear, (a, b) in gradients.items():

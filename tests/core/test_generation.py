@@ -7,6 +7,8 @@ import torch
 from bases import CAUSAL, causal_base
 from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, into, left_padded, prompt_mask, tokens
 
+from moelora.core.forward_pass import running_pass
+
 PROMPT, NEW = 7, 5
 # One length for all, so that rows can be compared; the pad token is never asked for.
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -185,6 +187,50 @@ def test_a_plain_model_takes_a_sequence_level_mixture_as_assistant(scope):
     )
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_sequence_levels_mixture_assists_a_plain_model(scope):
+    base = causal_base("llama", seed=1)
+    expected = base.generate(tokens(1, PROMPT), **GREEDY)
+    helper = causal(router_scope=scope, routing_level="sequence")
+    seen = []
+    route = type(helper).forward
+
+    def spy(self, *args, **kwargs):
+        outputs = route(self, *args, **kwargs)
+        seen.append(outputs.expert_routing[0].expert_ids)
+        return outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(helper), "forward", spy)
+        got = base.generate(tokens(1, PROMPT), assistant_model=helper, **GREEDY)
+    assert torch.equal(got, expected)
+    assert len(seen) > 1 and all(torch.equal(ids, seen[0]) for ids in seen), "the prompt's, kept"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_guidance(level):
+    """The unconditional prompt is a prompt of its own, with its own routing and cache."""
+    model = causal(routing_level=level)
+    ids = tokens(1, PROMPT)
+    negative = tokens(1, 4, seed=12)
+    got = model.generate(ids, guidance_scale=1.5, negative_prompt_ids=negative, **GREEDY)
+    expected = ids
+    for _ in range(got.shape[1] - ids.shape[1]):
+        new = expected[:, ids.shape[1] :]
+        rows = (expected, torch.cat([negative, new], dim=1))
+        masks = [None, None]
+        if level == "sequence":
+            masks = [torch.arange(row.shape[1])[None] < n for row, n in zip(rows, (PROMPT, 4))]
+        with torch.no_grad():
+            both = [
+                model(row, router_mask=mask).logits[:, -1].log_softmax(-1)
+                for row, mask in zip(rows, masks)
+            ]
+        guided = 1.5 * (both[0] - both[1]) + both[1]
+        expected = torch.cat([expected, guided.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(got, expected)
+
+
 def test_generations_of_different_sizes_leave_nothing_behind():
     model = causal(routing_level="sequence")
     big, small = tokens(4, PROMPT, seed=8), tokens(1, 5, seed=9)
@@ -193,8 +239,7 @@ def test_generations_of_different_sizes_leave_nothing_behind():
         assert torch.equal(model.generate(big, **GREEDY), expected[0])
         model.eval()(tokens(3, 6))
         assert torch.equal(model.generate(small, **GREEDY), expected[1])
-    assert model.moelora.state is None
-    assert all(not site._shrunk for site in model.moelora.sites.values())
+    assert running_pass(model.moelora.context) is None
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_behind():
@@ -209,8 +254,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_behind():
         handle = keys.register_forward_pre_hook(stop)
         model(tokens())
     handle.remove()
-    assert model.moelora.state is None
-    assert all(not site._shrunk for site in model.moelora.sites.values())
+    assert running_pass(model.moelora.context) is None
     assert torch.equal(model(tokens()).logits, expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bases import causal_base
-from core.mixtures import activate
+from core.mixtures import activate, own_parameters
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
@@ -41,16 +41,16 @@ def test_forced_experts_are_the_base_with_their_products_added(model, weights):
         forced = model(INPUT).logits
     merged = causal_base("llama").eval()
     merged.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if not k.startswith("moelora.")}
+        {k: v for k, v in model.state_dict().items() if not model.moelora.owns(k)}
     )
     for site in model.moelora.sites.values():
-        for linear, name in zip(site.linears, site.names):
+        for i, (lora_B, name) in enumerate(zip(site.lora_B, site.names)):
             ranks = RANKS.get(name, [4] * 3)
-            start = sum(sum(RANKS.get(n, [4] * 3)) for n in site.names[: linear.index])
+            start = sum(sum(RANKS.get(n, [4] * 3)) for n in site.names[:i])
             for expert, weight in ((int(n[-1]), w) for n, w in weights.items()):
                 a, b = start + sum(ranks[:expert]), sum(ranks[:expert])
                 A = site.lora_A.stacked()[a : a + ranks[expert]]
-                B = linear.lora_B.stacked()[b : b + ranks[expert]]
+                B = lora_B.stacked()[b : b + ranks[expert]]
                 scale = SCALING.get(name, [1.0] * 3)[expert]
                 merged.get_submodule(name).weight.data += (weight * scale * A.T @ B).T.detach()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_every_row_trains_and_a_checkpoint_keeps_it_all(model, tmp_path):
     model.train()
     model(INPUT, labels=INPUT).loss.backward()
     assert all(
-        p.grad is not None for p in model.moelora.parameters() if p.requires_grad and p.numel()
+        p.grad is not None for p in own_parameters(model).values() if p.requires_grad and p.numel()
     )
     model.eval().save_pretrained(tmp_path)
     again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base("llama"))

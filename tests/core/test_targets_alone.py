@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal, classifier, tokens
+from core.mixtures import (
+    LEVELS,
+    NO_ROUTER_LOSS,
+    SCOPES,
+    causal,
+    classifier,
+    expert_parameters,
+    tokens,
+)
 from transformers import Trainer, TrainingArguments
 
 ROWS, LENGTH = 16, 6
@@ -28,7 +36,7 @@ def test_stock_trainer_trains_the_routers_of_every_scope(scope, level, tmp_path)
     fields = {"router_input_norm": True, "num_experts_per_tok": 1, **NO_ROUTER_LOSS}
     model = causal(router_scope=scope, routing_level=level, **fields)
     model.freeze_experts(model.moelora_config.expert_names)
-    experts = {name: p.clone() for name, p in model.moelora.sites.named_parameters()}
+    experts = {name: p.clone() for name, p in expert_parameters(model).items()}
     arguments = TrainingArguments(
         output_dir=str(tmp_path), learning_rate=0.05, num_train_epochs=8, per_device_train_batch_size=8, seed=0,
         save_strategy="no", report_to=[], use_cpu=True, weight_decay=0.0, logging_steps=1, disable_tqdm=True,
@@ -44,7 +52,7 @@ def test_stock_trainer_trains_the_routers_of_every_scope(scope, level, tmp_path)
     )
     right = [name == ("expert_1" if i < ROWS else "expert_3") for i, name in enumerate(found)]
     assert sum(right) >= 0.9 * len(right)
-    assert all(torch.equal(p, experts[name]) for name, p in model.moelora.sites.named_parameters())
+    assert all(torch.equal(p, experts[name]) for name, p in expert_parameters(model).items())
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

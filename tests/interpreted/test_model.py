@@ -9,6 +9,8 @@ import pytest
 import torch
 from core.mixtures import NO_ROUTER_LOSS, causal
 
+from moelora.core.forward_pass import ForwardPass
+
 INPUT = torch.arange(2 * 7).view(2, 7) % 11 + 3
 SCOPES = [
     ("token", "site"),
@@ -45,13 +47,13 @@ def test_logits_and_gradients(model: Any) -> None:
 
 def test_generated_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    plan_of = type(model.moelora)._decode_plan
+    plan_of = ForwardPass._decode_plan
 
     def seen(*args: Any) -> Any:
         decoded.append(plan_of(*args))
         return decoded[-1]
 
-    monkeypatch.setattr(type(model.moelora), "_decode_plan", seen)
+    monkeypatch.setattr(ForwardPass, "_decode_plan", seen)
     tokens = {}
     for backend in ("eager", "triton"):
         decoded.clear()
@@ -90,9 +92,9 @@ def test_what_is_forced_or_banned_is_not_left_to_the_kernels_own_routing(
 ) -> None:
     """The decode path chooses the experts itself, and knows of no ban."""
     model, plans = causal(), []
-    plan_of = type(model.moelora)._decode_plan
+    plan_of = ForwardPass._decode_plan
     monkeypatch.setattr(
-        type(model.moelora), "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
+        ForwardPass, "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
     )
     given = (
         {"banned_experts": ["expert_1"]}

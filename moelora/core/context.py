@@ -1,0 +1,63 @@
+"""`MixtureContext`: what all parts of one mixture have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..config import MoeLoraConfig
+from ..routers import Router
+from .losses import LoadWindow
+
+
+class MixtureContext:
+    """What sites, hooks and forward passes read, and by which a pass knows whose it is.
+
+    Args:
+        config: the mixture's configuration.
+
+    Attributes:
+        load: how many tokens each expert got.
+        routers: the routers by what they route, a site's first linear or a decoder layer, with
+            - for the dots of its name; the decoder layers own them.
+        router_names: what they route, by its full name.
+        backend: the one of `moelora_kernels.BACKENDS` that computes, or None: its table chooses.
+        tiles: the tuned tiles of this machine's GPU, by name.
+        loss_scale: d(backward)/d(loss) where no loss passes through the model, or None.
+        overrides_entered: how many `use_experts` are entered now, in any thread.
+        num_experts, by_token, total_rank, fills_every_slot: kept at hand, since they are read for
+            every site of every token that is generated, and a configuration answers slowly.
+    """
+
+    load: LoadWindow
+
+    def __init__(self, config: MoeLoraConfig):
+        self.config = config
+        self.routers = nn.ModuleDict()
+        self.router_names: list[str] = []
+        self.router_list: tuple[Router, ...] = ()
+        self.backend: str | None = None
+        self.tiles = ""
+        self.loss_scale: float | None = None
+        self.overrides_entered = 0
+        self.num_experts = config.num_experts
+        self.by_token = config.routing_level == "token"
+        self.total_rank = 0
+        self.fills_every_slot = False
+
+    def refresh(self, ranks: Iterable[int]) -> None:
+        """Read again what is kept at hand, after experts or routers changed.
+
+        Args:
+            ranks: R of every linear.
+        """
+        self.num_experts = self.config.num_experts
+        self.total_rank = max(ranks)
+        self.router_list = tuple(self.routers.values())  # type: ignore[arg-type]
+        self.fills_every_slot = all(router.fills_every_slot for router in self.router_list)
+
+    def trained_router_parameter(self) -> nn.Parameter | None:
+        """A trainable parameter of a router, or None where all are frozen."""
+        parameters = (p for router in self.router_list for p in router.parameters())
+        return next((p for p in parameters if p.requires_grad), None)

@@ -1,0 +1,156 @@
+"""Our six inputs of a forward pass: taken out of the base's, and checked against the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MoeLoraConfig
+from .losses import IGNORE
+from .overrides import Override
+
+# A value of output_expert_routing: nothing but the routing is wanted.
+ROUTING_ONLY = "only"
+
+
+@dataclass(frozen=True)
+class OwnInputs:
+    """What a model takes beside its base's inputs; `forward.__doc__` describes each."""
+
+    router_mask: Any = None
+    expert_routing: Any = None
+    expert_targets: Any = None
+    output_expert_routing: Any = None
+    expert_weights: Any = None
+    banned_experts: Any = None
+
+    @classmethod
+    def taken_from(cls, kwargs: dict[str, Any]) -> OwnInputs:
+        """Ours among the keywords of a forward, which are left with the base's."""
+        return cls(**{name: kwargs.pop(name) for name in OWN_INPUTS if name in kwargs})
+
+    @property
+    def routing_only(self) -> bool:
+        """Whether the routing and nothing else is asked for."""
+        return self.output_expert_routing == ROUTING_ONLY
+
+    def check(self, config: MoeLoraConfig, num_routers: int, batch: int, length: int) -> None:
+        """Raise where an input does not fit a batch of `batch` sequences of `length` tokens.
+
+        Raises:
+            ValueError, TypeError: with what came, what was expected, and the remedy.
+        """
+        asked = self.output_expert_routing
+        if not (asked is None or isinstance(asked, bool) or asked == ROUTING_ONLY):
+            raise ValueError(
+                f"output_expert_routing={asked!r}; expected True, False, or {ROUTING_ONLY!r} for "
+                "the routing and nothing else."
+            )
+        if self.router_mask is not None and config.routing_level == "token":
+            raise ValueError(
+                "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
+            )
+        for other in ("expert_routing", "expert_targets"):
+            if self.expert_weights is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"expert_weights leaves the routers nothing to do: drop it or {other}."
+                )
+        if self.expert_targets is not None:
+            _check_targets(self.expert_targets, config, batch, length)
+        if self.expert_routing is not None:
+            _check_routing(self.expert_routing, config, num_routers, batch, length)
+
+    def check_bans(self, override: Override | None) -> None:
+        """Raise ValueError where a target asks for an expert that is banned."""
+        if self.expert_targets is None or override is None or override.banned is None:
+            return
+        targets = self.expert_targets[self.expert_targets != IGNORE]
+        # A target beyond the experts is the null expert, which cannot be banned.
+        banned = torch.nn.functional.pad(override.banned.to(targets.device), (0, 1))[targets]
+        if bool(banned.any()):
+            raise ValueError(
+                f"expert_targets asks for expert {int(targets[banned][0])}, which is banned: set "
+                "such targets to −100, or lift the ban."
+            )
+
+
+OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
+
+
+def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(batch, length) of the tokens of this forward pass."""
+    for name, axes in (("input_ids", 2), ("inputs_embeds", 3)):
+        tensor = kwargs.get(name)
+        if isinstance(tensor, Tensor):
+            if tensor.dim() != axes:
+                expected = "[batch, length]" if axes == 2 else "[batch, length, d]"
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}.")
+            return tensor.shape[0], tensor.shape[1]
+    raise ValueError("Neither input_ids nor inputs_embeds was given.")
+
+
+def token_mask(mask: Any, batch: int, length: int) -> Tensor | None:
+    """This step's part of a 2-D attention mask, `[batch, length]` bool, or None."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        return None
+    # With a cache the mask also covers the tokens before this step's.
+    return mask[:, mask.shape[1] - length :].bool()
+
+
+def _check_targets(targets: Any, config: MoeLoraConfig, batch: int, length: int) -> None:
+    """Raise where `targets` are not choices' numbers `[batch]`, or `[batch, length]` at token
+    level.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(
+            f"expert_targets is a {type(targets).__name__}; expected a tensor of expert numbers."
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
+        )
+    level = config.routing_level
+    allowed = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
+    if tuple(targets.shape) not in allowed:
+        raise ValueError(
+            f"expert_targets has shape {tuple(targets.shape)}; expected one of {allowed} for this "
+            f"batch at routing_level={level!r}."
+        )
+    counted = targets[targets != IGNORE]
+    outside = counted[(counted < 0) | (counted >= config.num_choices)]
+    if outside.numel():
+        raise ValueError(
+            f"expert_targets contains {sorted(set(outside.tolist()))[:5]}; expected 0 … "
+            f"{config.num_choices - 1}, or −100 to leave a row out."
+        )
+
+
+def _check_routing(
+    routing: Any, config: MoeLoraConfig, num_routers: int, batch: int, length: int
+) -> None:
+    """Raise where `routing` is not one `Routing` a router for this batch."""
+    if not isinstance(routing, (tuple, list)) or not all(len(own) == 3 for own in routing):
+        raise TypeError(
+            f"expert_routing is a {type(routing).__name__}; expected outputs.expert_routing of an "
+            "earlier forward, one Routing a router."
+        )
+    if len(routing) != num_routers:
+        raise ValueError(
+            f"expert_routing is of {len(routing)} routers; this mixture has {num_routers}."
+        )
+    rows = len(routing[0][1])
+    if config.routing_level == "sequence" and rows != batch:
+        raise ValueError(
+            f"expert_routing has {rows} rows for a batch of {batch}; pass the routing of their "
+            "prompts."
+        )
+    if config.routing_level == "token" and rows != batch * length:
+        raise ValueError(
+            f"expert_routing has {rows} rows for {batch} × {length} tokens; at token level pass "
+            "the routing of these very tokens."
+        )

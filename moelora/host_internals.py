@@ -1,0 +1,42 @@
+"""Names of the libraries around us that are not public, in one place, each with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _module
+
+
+def global_forward_hooks() -> bool:
+    """Whether anybody hooks every module of the process; such a hook may keep what it was shown."""
+    return bool(_module._global_forward_hooks)
+
+
+def is_data_parallel_replica(model: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made this model for one of its threads: torch marks it so."""
+    return getattr(model, "_is_replica", False)
+
+
+def inside_backward() -> bool:
+    """Whether a backward pass is computing something again; torch tells it by this number alone."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_functions(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a gradient checkpointing function, which transformers keeps on each."""
+    return [module for module in model.modules() if CHECKPOINT_FUNCTION in module.__dict__]
+
+
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+
+
+def dispatched_forward(model: nn.Module) -> Any:
+    """The forward that accelerate keeps on a model that it dispatched, or None."""
+    return model.__dict__.get("_old_forward")
+
+
+def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
+    """Put another forward in the place of the one that accelerate keeps."""
+    model.__dict__["_old_forward"] = forward
