@@ -76,14 +76,16 @@ def settings_of(options: argparse.Namespace, folder: Path) -> Settings:
     if options.tasks is not None:
         extra = [name for name in options.harder.split(",") if name]
         found = read_tasks(options.tasks, [*options.names.split(","), *extra])
-        tasks, harder = found[: len(found) - len(extra)], found[len(found) - len(extra) :]
+        tasks = found[: len(found) - len(extra)]
+        harder = found[len(found) - len(extra) :]
     sizes = Sizes.quick() if options.quick else Sizes()
     base = bases.prepare(options.base, options.layers, folder / "base")
     corpus = _corpus(bases.load_tokenizer(base), sizes)
     if options.tasks is None:
         # Nothing else is there to be outside: the third domain teaches what is, the fourth asks.
         outside = (corpus[2], corpus[3])
-        learned, tasks = (corpus[2].name,), corpus
+        learned = (corpus[2].name,)
+        tasks = corpus
     else:
         outside = tuple(replace(task, name=f"{task.name} (corpus)") for task in corpus)
         learned = ("python (corpus)", "docs (corpus)")
@@ -105,7 +107,8 @@ def _corpus(tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> list[Task]:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the tables, write JSON, Markdown and PNGs."""
-    options, start = arguments(words), time.perf_counter()
+    options = arguments(words)
+    start = time.perf_counter()
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, Path(folder))

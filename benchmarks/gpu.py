@@ -36,7 +36,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def run(device: torch.device, out: Path, quick: bool = False) -> bool:
     """Every step; whether all that must be true was."""
-    started, rows = time.perf_counter(), []
+    started = time.perf_counter()
+    rows = []
     on_gpu = device.type == "cuda"
     # Triton's interpreter, which stands in for a GPU in the tests, multiplies bf16 wrongly.
     shapes, dtypes = (
@@ -73,7 +74,8 @@ def _step(name: str, step: Callable[[], Iterable[Row]], rows: list[Row]) -> None
     """Add what a step finds; one that dies is a row, and the others go on: the machine is lent for
     once.
     """
-    start, before = time.perf_counter(), len(rows)
+    start = time.perf_counter()
+    before = len(rows)
     try:
         for row in step():
             rows.append(row)

@@ -26,8 +26,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 SHINGLE_WORDS = 8
-MAX_FILE_OVERLAP, MAX_BLOCK_OVERLAP = 0.5, 0.2
-MIN_CHARS, MAX_CHARS = 1000, 100_000
+MAX_FILE_OVERLAP = 0.5
+MAX_BLOCK_OVERLAP = 0.2
+MIN_CHARS = 1000
+MAX_CHARS = 100_000
 MAX_FILES = 48
 HELD_OUT_EVERY = 3
 SKIPPED_STDLIB = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data"}
@@ -48,7 +50,9 @@ class Blocks(Dataset):
     """
 
     def __init__(self, tokens: torch.Tensor, domains: list[str], sources: list[str]):
-        self.tokens, self.domains, self.sources = tokens, domains, sources
+        self.tokens = tokens
+        self.domains = domains
+        self.sources = sources
 
     def __len__(self) -> int:
         return len(self.tokens)

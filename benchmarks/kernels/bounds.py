@@ -116,7 +116,8 @@ def _fastest(call: Callable[[], object], device: torch.device, limit: float) -> 
     """The shortest of the calls that begin within `limit` seconds: others may use the machine for a
     while.
     """
-    seconds, begin = [], time.perf_counter()
+    seconds = []
+    begin = time.perf_counter()
     while time.perf_counter() < begin + limit:
         _wait(device)
         start = time.perf_counter()

@@ -113,14 +113,10 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """What our backend says that it cannot run on this device and dtype, or None: it is asked with
     one token.
     """
-    x, factor = (
-        torch.zeros(1, 16, device=device, dtype=dtype),
-        torch.zeros(16, 16, device=device, dtype=dtype),
-    )
-    ids, weights = (
-        torch.zeros(1, 1, device=device, dtype=torch.int64),
-        torch.ones(1, 1, device=device),
-    )
+    x = torch.zeros(1, 16, device=device, dtype=dtype)
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    ids = torch.zeros(1, 1, device=device, dtype=torch.int64)
+    weights = torch.ones(1, 1, device=device)
     try:
         lora_mixture(x, factor, factor, ids, weights, (0, 16), (SCALING,), backend=backend)
     except ValueError as error:
@@ -204,7 +200,8 @@ def _ours(backend: str, path: str | None) -> Candidate:
     def add(inputs: Inputs, y: Tensor) -> Tensor:
         case = inputs.case
         offsets = tuple(range(0, case.experts * case.rank + 1, case.rank))
-        factors, routing = (inputs.A, inputs.B), (inputs.ids, inputs.weights)
+        factors = (inputs.A, inputs.B)
+        routing = (inputs.ids, inputs.weights)
         return lora_mixture(
             inputs.x, *factors, *routing, offsets, (SCALING,) * case.experts, y,
             tokens_per_row=case.tokens_per_row, path=path, backend=backend,

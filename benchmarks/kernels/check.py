@@ -54,10 +54,13 @@ class Specification:
                 )
 
     def _compute(self) -> tuple[Tensor, ...]:
-        inputs, case = self.inputs, self.inputs.case
-        x, weights = _leaf(inputs.x[self.picked]), _leaf(inputs.weights)
+        inputs = self.inputs
+        case = self.inputs.case
+        x = _leaf(inputs.x[self.picked])
+        weights = _leaf(inputs.weights)
         rows = self.picked // case.tokens_per_row
-        ids, token_weights = inputs.ids[rows], weights[rows]
+        ids = inputs.ids[rows]
+        token_weights = weights[rows]
         used = ids.unique()
         chunks = used.split(EXPERTS_AT_ONCE)
         factors = [
@@ -81,7 +84,8 @@ class Specification:
 
     def _of_all_experts(self, used: Tensor, parts: list[Tensor]) -> Tensor:
         """The gradient [R, d], 0 for experts that no picked token chose."""
-        case, found = self.inputs.case, torch.cat(parts)
+        case = self.inputs.case
+        found = torch.cat(parts)
         grad = found.new_zeros(case.experts, case.rank, found.shape[1])
         grad[used] = found.view(len(used), case.rank, -1)
         return grad.flatten(0, 1)

@@ -185,7 +185,8 @@ def _able(
     one is wrong.
     """
     specification = Specification(inputs)
-    able, reasons = {}, []
+    able = {}
+    reasons = []
     for candidate in asked:
         reason = candidate.why_not(inputs, run.free_bytes())
         if reason is None and candidate.kind == "mixture":

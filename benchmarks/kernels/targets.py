@@ -58,7 +58,8 @@ def summary(suite: Suite, device: str, default: str, rows: list[Row]) -> list[Ro
 
 def cpu_targets(suite: Suite, default: str) -> list[Target]:
     """Against the loop, against one LoRA of rank K·r, and growth with E; with the base and without."""
-    first, (few, many) = suite.cases[0].name, suite.growth
+    first = suite.cases[0].name
+    few, many = suite.growth
     found = []
     for mode in (TRAINING, ALONE):
         of = f", {mode.name}"
@@ -86,8 +87,11 @@ def cpu_targets(suite: Suite, default: str) -> list[Target]:
 
 def gpu_targets(suite: Suite, default: str) -> list[Target]:
     """The table of targets, with the default backend's choice of path where none is named."""
-    first, (few, many) = suite.cases[0].name, suite.growth
-    fwd, both, over = FORWARD.name, TRAINING.name, "over frozen linear"
+    first = suite.cases[0].name
+    few, many = suite.growth
+    fwd = FORWARD.name
+    both = TRAINING.name
+    over = "over frozen linear"
     found = [
         Target(f"ours / {FROZEN}, {fwd}", fwd, default, over, 1.18, first),
         Target(f"ours / {FROZEN}, {both}", both, default, over, 1.28, first),

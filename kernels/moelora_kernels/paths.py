@@ -176,7 +176,8 @@ class Sequence(Slots):
         one_hot = (experts[:, None] == plan.slot_experts.view(-1)).to(x.dtype)
         parts = []
         for h, offsets in zip(hs, site, strict=True):
-            rank, width = h.shape[3], x.shape[1]
+            rank = h.shape[3]
+            width = x.shape[1]
             products = torch.bmm(h.flatten(2).mT, _rows(x, plan))
             blocks = one_hot @ products.view(one_hot.shape[1], rank * width)
             blocks = blocks.view(plan.num_experts, rank, width)
@@ -222,7 +223,8 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
 
 def _gather(factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """The rows of F for each routing row, [rows, Σ_l K·max rank_l, d], and where they pad."""
-    rank, width = uniform_rank(site[0]), factor.shape[1]
+    rank = uniform_rank(site[0])
+    width = factor.shape[1]
     needed = plan.num_slots * sum(max_rank(offsets) for offsets in site)
     if not (rank and width and site.count(site[0]) == len(site)):
         index, padding = slot_rows(site, plan)

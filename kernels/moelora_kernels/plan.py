@@ -127,7 +127,8 @@ def build_plan(
         raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
     if validate:
         _check_ids(expert_ids, num_experts)
-    slot_experts, weights = expert_ids, expert_weights
+    slot_experts = expert_ids
+    weights = expert_weights
     if not complete:
         empty = expert_ids < 0
         slot_experts = expert_ids.masked_fill(empty, 0)

@@ -17,7 +17,8 @@ from .tiles import group_block
 
 Offsets = tuple[int, ...]
 # A program of the single launch holds all ranks; more would spill, in fp32 earlier.
-FUSED_RANKS, FUSED_RANKS_FP32 = 256, 64
+FUSED_RANKS = 256
+FUSED_RANKS_FP32 = 64
 # What every program of the single launch reads again (router and lora_A); beyond it a launch more
 # costs less.
 FUSED_BYTES = 1 << 16

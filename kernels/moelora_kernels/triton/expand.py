@@ -191,7 +191,8 @@ def expand(
 
     h of `shrink`'s form, of any strides but that of the last axis; y may be out itself.
     """
-    num_tokens, d = h.shape[0], factor.shape[1]
+    num_tokens = h.shape[0]
+    d = factor.shape[1]
     y = h.new_empty((num_tokens, d), dtype=dtype) if y is None else y
     if 0 in y.shape:
         return y
@@ -210,7 +211,8 @@ def _launch_dense(
     """One launch."""
     num_tokens, d = y.shape
     tile = tile_for("expand", num_tokens, site.total_rank, y.dtype, tiles)
-    grid_t, grid_d = ceil_div(num_tokens, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D)
+    grid_t = ceil_div(num_tokens, tile.BLOCK_T)
+    grid_d = ceil_div(d, tile.BLOCK_D)
     tiles_d = out_tiles(grid_t * grid_d, y.device)
     expand_dense_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
         h, factor, out, y, *(gate or (None, None)), expert_ids, site.experts,

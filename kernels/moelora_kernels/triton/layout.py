@@ -38,7 +38,10 @@ def sizes(offsets: tuple[int, ...], num_experts: int) -> tuple[int, int, int]:
 def layout(offsets: tuple[int, ...], num_experts: int, device: torch.device) -> Layout:
     """The tables of a site; kept, since copying them from the host would make each launch wait."""
     linears, total, largest = sizes(offsets, num_experts)
-    starts, ranks, experts, first = [], [], [], 0
+    starts = []
+    ranks = []
+    experts = []
+    first = 0
     for linear in range(linears):
         own = offsets[linear * (num_experts + 1) : (linear + 1) * (num_experts + 1)]
         for expert, (begin, end) in enumerate(pairwise(own)):

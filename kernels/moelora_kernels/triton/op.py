@@ -280,7 +280,8 @@ def _backward_of_fused(ctx: Any, dy: Tensor, dh: Tensor) -> tuple:
     """The backward passes of expand and shrink on the dense path; h is there for them alone."""
     x, lora_A, lora_B, weights, ids, h = ctx.saved_tensors
     site, scaling, tokens_per_row, tiles = ctx.fixed
-    experts, where = len(scaling), ("dense", tokens_per_row, 0, tiles)
+    experts = len(scaling)
+    where = ("dense", tokens_per_row, 0, tiles)
     dh, gated, dweights = expand_backward(dy, h, lora_B, weights, ids, [], site, scaling, *where)
     dx = dA = dB = None
     if ctx.needs_input_grad[0]:

@@ -41,7 +41,8 @@ class _Logits(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # In 16 bits, of which dx keeps no more: the first parts do.
             ids = x.new_empty((len(x), 0), dtype=torch.int64)
-            site, plan = [0, len(weight)], (1, "dense", 1, 0, "")
+            site = [0, len(weight)]
+            plan = (1, "dense", 1, 0, "")
             dx = op.input_grad(dlogits, weight, ids, [], site, *plan, x.dtype)
         if ctx.needs_input_grad[1]:
             site = [0, by_token.shape[1]]
@@ -65,7 +66,9 @@ def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.float32:
         return values.unsqueeze(0), values.new_ones(1)
     largest = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    rest, parts, step = values / largest, [], 2.0 ** BITS[dtype]
+    rest = values / largest
+    parts = []
+    step = 2.0 ** BITS[dtype]
     for _ in range(3):
         parts.append(rest.to(dtype))
         rest = (rest - parts[-1].float()) * step

@@ -26,7 +26,8 @@ def shrink_kernel(
     token. Grouped, sequence: h [T, K, L, max rank], the rows of the slot's expert in each of the
     site's L linears; what is past its rank, and an empty slot, becomes 0.
     """
-    block, split = tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
     begin = split * d_per_split
     end = tl.minimum(begin + d_per_split, d)
     if PATH == "dense":
@@ -38,7 +39,8 @@ def shrink_kernel(
         place = token.to(tl.int64)[:, None] * total_rank + row[None, :]
     else:
         # Slots side by side read the same tokens, while those are in cache.
-        slot, tile = tl.program_id(0) % K, tl.program_id(0) // K
+        slot = tl.program_id(0) % K
+        tile = tl.program_id(0) // K
         token, there, expert = tokens_of_tile(
             tile,
             slot,
@@ -54,7 +56,8 @@ def shrink_kernel(
             PATH,
             BLOCK_T,
         )
-        linear, column = block % L, (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
+        linear = block % L
+        column = (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
         which = linear * E + tl.maximum(expert, 0)
         used = column < tl.where(expert >= 0, tl.load(ranks + which), 0)
         stored = column < MAX_RANK

@@ -119,7 +119,8 @@ def with_block_t(tile: Tile, block: int | None) -> Tile:
 
 def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> str:
     """The row of a tuned table, tokens and ranks rounded up to a power of two."""
-    tokens, ranks = fitting(num_tokens, 8192), fitting(width, 4096)
+    tokens = fitting(num_tokens, 8192)
+    ranks = fitting(width, 4096)
     return f"{kernel} T={tokens} R={ranks} {str(dtype).removeprefix('torch.')}"
 
 
