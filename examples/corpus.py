@@ -113,8 +113,8 @@ def _docs_files(seed: int) -> Iterator[TextFile]:
 
 def _licence_files(seed: int) -> Iterator[TextFile]:
     root = Path(sysconfig.get_path("purelib"))
-    found = root.glob("*.dist-info/**/*")
-    paths = (p for p in found if re.match(r"LICEN[CS]E|COPYING", p.name, re.I) and p.is_file())
+    files = root.glob("*.dist-info/**/*")
+    paths = (p for p in files if re.match(r"LICEN[CS]E|COPYING", p.name, re.I) and p.is_file())
     # Smallest first, so that single licences are taken before the bundles that quote them all.
     return iter(sorted(_read(root, paths), key=lambda file: (len(file.text), file.name)))
 

@@ -46,7 +46,7 @@ def base_pass(case: Case, itemsize: int) -> Work:
 
 
 def used_experts(case: Case) -> float:
-    """How many experts some token chooses, on average: E·(1 − (1 − K/E)^rows) with an even choice."""
+    """How many experts any token chooses, on average: E·(1 − (1 − K/E)^rows), an even choice."""
     rows = case.tokens // case.tokens_per_row
     return case.experts * (1 - (1 - case.top_k / case.experts) ** rows)
 

@@ -85,9 +85,9 @@ class Specification:
     def _of_all_experts(self, used: Tensor, parts: list[Tensor]) -> Tensor:
         """The gradient [R, d], 0 for experts that no picked token chose."""
         case = self.inputs.case
-        found = torch.cat(parts)
-        grad = found.new_zeros(case.experts, case.rank, found.shape[1])
-        grad[used] = found.view(len(used), case.rank, -1)
+        computed = torch.cat(parts)
+        grad = computed.new_zeros(case.experts, case.rank, computed.shape[1])
+        grad[used] = computed.view(len(used), case.rank, -1)
         return grad.flatten(0, 1)
 
 

@@ -94,19 +94,35 @@ def outcome(function: Callable[..., Tensor], values: Outcome) -> Outcome:
 
 
 def ours(shape: Shape, ids: Tensor, path: str, tiles: str = "") -> Callable[..., Tensor]:
-    """The mixture on the triton backend, with a table of tiles; path "fused" is the single launch."""
+    """The mixture on the triton backend, with a table of tiles; "fused" is the single launch."""
     fixed = (shape.offsets, shape.scaling)
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         if path != "fused":
             return lora_mixture(
-                x, lora_A, lora_B, ids, weights, *fixed, out,
-                tokens_per_row=shape.tokens_per_row, path=path, backend="triton", tiles=tiles,
-            )  # fmt: skip
+                x,
+                lora_A,
+                lora_B,
+                ids,
+                weights,
+                *fixed,
+                out,
+                tokens_per_row=shape.tokens_per_row,
+                path=path,
+                backend="triton",
+                tiles=tiles,
+            )
         plan = build_plan(
-            ids, weights, len(shape.ranks), total_rank=shape.offsets[-1], tokens_per_row=shape.tokens_per_row,
-            path="dense", backend="triton", dtype=x.dtype, tiles=tiles,
-        )  # fmt: skip
+            ids,
+            weights,
+            len(shape.ranks),
+            total_rank=shape.offsets[-1],
+            tokens_per_row=shape.tokens_per_row,
+            path="dense",
+            backend="triton",
+            dtype=x.dtype,
+            tiles=tiles,
+        )
         return fused_mixture(x, lora_A, lora_B, *fixed, plan, out)
 
     return function

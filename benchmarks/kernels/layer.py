@@ -58,16 +58,16 @@ def layer_decode(run: Run) -> list[Row]:
             if reason := refusal(backend, run.device, run.suite.dtype):
                 refused.append((backend, reason))
                 continue
-            found = {
+            added = {
                 ours(backend): lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)
             }
             if backend == "triton":
-                found[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
+                added[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
                     sites, layer, backend, routes=True
                 )
-            for candidate, call in found.items():
+            for candidate, call in added.items():
                 _check(call, wanted, candidate, run.suite.dtype)
-            calls |= found
+            calls |= added
         rows += _rows(run, name, calls)
         rows += [
             {"case": name, "measure": MEASURE, "candidate": ours(b), "not run": why}
@@ -133,9 +133,14 @@ def _plan(site: SiteInputs, layer: Layer, backend: str, routes: bool):
         return build_decode_plan(TopK(site.router), len(site.x), layer.top_k, backend=backend)
     total = layer.experts * layer.rank
     return build_plan(
-        site.ids, site.weights, layer.experts,
-        total_rank=total, complete=True, backend=backend, dtype=site.x.dtype,
-    )  # fmt: skip
+        site.ids,
+        site.weights,
+        layer.experts,
+        total_rank=total,
+        complete=True,
+        backend=backend,
+        dtype=site.x.dtype,
+    )
 
 
 def _wanted(sites: list[SiteInputs], layer: Layer) -> list[Tensor]:

@@ -140,7 +140,8 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
     """
     if weight.dtype not in (torch.float32, torch.float64) or not x.is_floating_point():
         raise TypeError(
-            f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32: pass weight.float()"
+            f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32:"
+            " pass weight.float()"
         )
     if (
         x.dim() != 2
@@ -149,8 +150,8 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
         or x.device != weight.device
     ):
         raise ValueError(
-            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on {weight.device}, expected [T, d]"
-            " and [E, d] on one device: flatten x"
+            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on"
+            f" {weight.device}, expected [T, d] and [E, d] on one device: flatten x"
         )
     if backend is None:
         fits = weight.dtype == torch.float32

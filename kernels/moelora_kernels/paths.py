@@ -61,9 +61,13 @@ class Dense:
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out + Σ_l h_l F_l [T, d]."""
         h = _join(hs)
         if out is None:
@@ -120,9 +124,13 @@ class Grouped(Slots):
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out[t] + Σ_{l,k,j} h_l[t, k, j] F_l[row j of the slot's expert]."""
         index, _ = token_rows(site, plan)
         if index.numel() == 0:
@@ -156,9 +164,13 @@ class Sequence(Slots):
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out + Σ_l h_l F_l of each row's experts."""
         chosen, _ = _gather(factor, site, plan)
         h = _join([h.flatten(2) for h in hs])

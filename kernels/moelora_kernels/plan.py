@@ -146,12 +146,12 @@ def build_decode_plan(
     No φ may act between the halves. expert_ids and weights [rows, K] hold the routing after the
     first expand.
 
-    Raises: TypeError, ValueError for a router that is no fp32 matrix, or more slots than experts.
+    Raises: TypeError, ValueError for a router other than an fp32 matrix, or too many slots.
     """
     if router.weight.dtype != torch.float32 or router.weight.dim() != 2:
         raise TypeError(
-            f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected torch.float32 [E, d]:"
-            " pass router.weight.float()"
+            f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected"
+            " torch.float32 [E, d]: pass router.weight.float()"
         )
     if not 1 <= num_slots <= len(router.weight):
         raise ValueError(

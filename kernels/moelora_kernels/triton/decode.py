@@ -98,8 +98,8 @@ def decode_shrink(x: Tensor, router: Tensor, lora_A: Tensor, tiles: str) -> tupl
     if num_tokens:
         decode_shrink_kernel[(*grid, splits)](
             x, router, lora_A, logits, planes,
-            num_tokens, total_rank, d, part, num_experts, x.stride(0), logits.stride(0), planes.stride(0),
-            BLOCK_E=fitting(num_experts, 64), **launch_options(tile),
+            num_tokens, total_rank, d, part, num_experts, x.stride(0), logits.stride(0),
+            planes.stride(0), BLOCK_E=fitting(num_experts, 64), **launch_options(tile),
         )  # fmt: skip
     return logits, planes
 

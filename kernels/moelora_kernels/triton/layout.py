@@ -30,7 +30,7 @@ def sizes(offsets: tuple[int, ...], num_experts: int) -> tuple[int, int, int]:
     """(L, R, largest rank) of the E + 1 offsets of each of L linears, one after another."""
     linears = len(offsets) // (num_experts + 1)
     last = [offsets[(linear + 1) * (num_experts + 1) - 1] for linear in range(linears)]
-    # Between two linears the offsets fall back to 0, which is no rank.
+    # Between two linears the offsets fall back to 0, which is not a rank.
     return linears, sum(last), max((b - a for a, b in pairwise(offsets)), default=0)
 
 

@@ -88,9 +88,9 @@ def _(h, x, slots, site, num_experts, path, block, tiles, dtype):
 
 @custom_op("moelora::expand", mutates_args=())
 def expand(
-    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
-    dtype: torch.dtype,
+    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor,
+    slots: Sequence[Tensor], site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype."""
     return _expand_into(
@@ -120,7 +120,8 @@ def _(
 @custom_op("moelora::expand_", mutates_args=("out",))
 def expand_(
     h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
+    site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str,
 ) -> None:  # fmt: skip
     """`expand` into out; without gradients."""
     _expand_into(
@@ -144,7 +145,8 @@ def expand_(
 @custom_op("moelora::fused", mutates_args=())
 def fused(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor,
-    site: Sequence[int], scaling: Sequence[float], tokens_per_row: int, tiles: str, dtype: torch.dtype,
+    site: Sequence[int], scaling: Sequence[float],
+    tokens_per_row: int, tiles: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [T, d_out] of dtype, h [T, R] fp32) of one linear on the dense path, in one launch; R ≤
     256.
@@ -153,8 +155,8 @@ def fused(
     y, h = _empty_fused(x, lora_A, lora_B, dtype)
     out = None if out is None else dense_rows(out)
     run_fused(
-        dense_rows(x), lora_A.contiguous(), lora_B.contiguous(), scales(tuple(scaling), x.device), place,
-        ids.contiguous(), weights.contiguous(), out, y, h, tokens_per_row, tiles,
+        dense_rows(x), lora_A.contiguous(), lora_B.contiguous(), scales(tuple(scaling), x.device),
+        place, ids.contiguous(), weights.contiguous(), out, y, h, tokens_per_row, tiles,
     )  # fmt: skip
     return y, h
 
@@ -174,11 +176,15 @@ def _empty_fused(
 @custom_op("moelora::expand_backward", mutates_args=())
 def expand_backward(
     dy: Tensor, h: Tensor, lora_B: Tensor, weights: Tensor, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
+    site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dh, g·s·h in the dtype of dy, dweights) of u = dy Bᵀ."""
     place = layout(tuple(site), len(scaling), dy.device)
-    dy, h, weights, ids = dense_rows(dy), dense_rows(h), weights.contiguous(), ids.contiguous()
+    dy = dense_rows(dy)
+    h = dense_rows(h)
+    weights = weights.contiguous()
+    ids = ids.contiguous()
     planes = shrink_planes(
         dy, lora_B.contiguous(), ids, _map(slots, block), place, path, tokens_per_row, tiles
     )
@@ -220,7 +226,7 @@ def _expand_into(
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis side by side, as the kernels read it; other strides are free."""
+    """The tensor with its last axis side by side, as the kernels read it; other strides stay."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

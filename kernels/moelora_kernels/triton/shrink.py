@@ -42,20 +42,9 @@ def shrink_kernel(
         slot = tl.program_id(0) % K
         tile = tl.program_id(0) // K
         token, there, expert = tokens_of_tile(
-            tile,
-            slot,
-            row_ids,
-            tokens,
-            bounds,
-            groups,
-            firsts,
-            tokens_per_row,
-            capacity,
-            K,
-            E,
-            PATH,
-            BLOCK_T,
-        )
+            tile, slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity,
+            K, E, PATH, BLOCK_T,
+        )  # fmt: skip
         linear = block % L
         column = (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
         which = linear * E + tl.maximum(expert, 0)
@@ -66,8 +55,8 @@ def shrink_kernel(
         place = ((token.to(tl.int64) * K + slot) * L + linear)[:, None] * MAX_RANK + column[None, :]
 
     acc = multiply_columns(
-        x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T, BLOCK_R,
-        BLOCK_D,
+        x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T,
+        BLOCK_R, BLOCK_D,
     )  # fmt: skip
     tl.store(
         planes + split.to(tl.int64) * plane_stride + place,

@@ -28,7 +28,7 @@ class SlotMap(NamedTuple):
 
 
 def slot_map(expert_ids: Tensor, tokens_per_row: int, num_experts: int, block: int) -> SlotMap:
-    """expert_ids [rows, K] int64, -1 = no expert; tiles of `block` tokens. Sorts rows, not tokens."""
+    """expert_ids [rows, K] int64, -1 = no expert; tiles of `block` tokens; sorts rows."""
     rows, slots = expert_ids.shape
     device = expert_ids.device
     groups_per_slot = num_experts + 1

@@ -136,9 +136,8 @@ def tune(
                 except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
                     report(f"{key}: {tile} does not run: {type(error).__name__}")
             table[key] = min(times, key=lambda tile: times[tile])
-            report(
-                f"{key}: {table[key]}, {times[table[key]] / times[default]:.2f} of the default's time"
-            )
+            share = times[table[key]] / times[default]
+            report(f"{key}: {table[key]}, {share:.2f} of the default's time")
     return table
 
 

@@ -126,7 +126,8 @@ def weight_grad(
     grad = x.new_empty((site.total_rank, d), dtype=dtype)
     weight_grad_slots_kernel[(len(site.ranks) * blocks_r, ceil_div(d, tile.BLOCK_D))](
         h, x, grad, slots.tokens, slots.bounds, site.starts, site.ranks,
-        h.shape[1], site.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r, **launch_options(tile),
+        h.shape[1], site.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r,
+        **launch_options(tile),
     )  # fmt: skip
     return grad
 
