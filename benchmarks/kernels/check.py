@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from moelora_kernels import reference
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Specification:
         used = ids.unique()
         chunks = used.split(EXPERTS_AT_ONCE)
         factors = [
-            [_leaf(inputs.by_expert(f)[c].flatten(0, 1)) for c in chunks]
+            [_leaf(rearrange(inputs.by_expert(f)[c], "E r d -> (E r) d")) for c in chunks]
             for f in (inputs.A, inputs.B)
         ]
         y = x @ inputs.base.double().T
@@ -87,8 +88,8 @@ class Specification:
         case = self.inputs.case
         computed = torch.cat(parts)
         grad = computed.new_zeros(case.experts, case.rank, computed.shape[1])
-        grad[used] = computed.view(len(used), case.rank, -1)
-        return grad.flatten(0, 1)
+        grad[used] = rearrange(computed, "(E r) d -> E r d", r=case.rank)
+        return rearrange(grad, "E r d -> (E r) d")
 
 
 def _leaf(tensor: Tensor) -> Tensor:

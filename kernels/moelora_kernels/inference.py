@@ -108,5 +108,6 @@ def _blocks(plan: Plan, linears: int) -> Tensor:
                 0, linears * plan.num_experts, plan.num_experts, device=blocks.device
             )
             blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
-        blocks = plan.memo[linears] = blocks.view(-1)
+        blocks = blocks.view(-1)
+        plan.memo[linears] = blocks
     return blocks

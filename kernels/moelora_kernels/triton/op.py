@@ -31,7 +31,9 @@ def shrink(
 ) -> Tensor:  # fmt: skip
     """h = x Fᵀ fp32 of all linears of a site: dense [T, R], else [T, K, L, max rank]."""
     place = layout(tuple(site), num_experts, x.device)
-    x, factor, ids = dense_rows(x), factor.contiguous(), ids.contiguous()
+    x = dense_rows(x)
+    factor = factor.contiguous()
+    ids = ids.contiguous()
     planes = shrink_planes(x, factor, ids, _map(slots, block), place, path, tokens_per_row, tiles)
     return planes[0] if planes.shape[0] == 1 else planes.sum(0)
 
@@ -49,7 +51,9 @@ def input_grad(
 ) -> Tensor:  # fmt: skip
     """dx = Σ_l dh_l A_l [T, d_in] of dtype."""
     place = layout(tuple(site), num_experts, dh.device)
-    dh, factor, slot_map = dense_rows(dh), factor.contiguous(), _map(slots, block)
+    dh = dense_rows(dh)
+    factor = factor.contiguous()
+    slot_map = _map(slots, block)
     return run_expand(
         dh,
         factor,
@@ -77,7 +81,8 @@ def weight_grad(
 ) -> Tensor:  # fmt: skip
     """hᵀ x, stacked as the factor, [R, d] of dtype."""
     place = layout(tuple(site), num_experts, x.device)
-    h, x = dense_rows(h), dense_rows(x)
+    h = dense_rows(h)
+    x = dense_rows(x)
     return run_weight_grad(h, x, _map(slots, block), place, path, dtype, tiles)
 
 
