@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 PACKAGES = {"moelora": ROOT / "moelora", "moelora_kernels": ROOT / "kernels" / "moelora_kernels"}
 # Each line imports the lines above it alone, and the rooms of one line do not import each other.
 ROOMS = (
@@ -58,23 +59,18 @@ def imports_of(name: str, modules: dict[str, Path]) -> list[Import]:
     tree = ast.parse(modules[name].read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
     nodes_in_functions = {inner for function in functions for inner in ast.walk(function)}
-    imports = []
-    for node in ast.walk(tree):
-        for target in targets_of(node, name, modules):
-            inside = node in nodes_in_functions
-            imports.append(Import(name, target, node.lineno, inside))
-    return imports
+    statements = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [
+        Import(name, target, statement.lineno, statement in nodes_in_functions)
+        for statement in statements
+        for target in targets_of(statement, name, modules)
+    ]
 
 
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def targets_of(node: ast.AST, name: str, modules: dict[str, Path]) -> set[str]:
+def targets_of(node: ast.Import | ast.ImportFrom, name: str, modules: dict[str, Path]) -> set[str]:
     """The modules of this package that one import statement names."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names} & modules.keys()
-    if not isinstance(node, ast.ImportFrom):
-        return set()
     source = node.module or ""
     if node.level:
         is_folder = modules[name].name == "__init__.py"
@@ -87,31 +83,36 @@ def targets_of(node: ast.AST, name: str, modules: dict[str, Path]) -> set[str]:
     return named if named == inner else named | ({source} & modules.keys())
 
 
-def is_lazy_lookup(found: Import) -> bool:
+def is_lazy_lookup(statement: Import) -> bool:
     """Whether it is the one exception: a configuration asks the registry of routers for a class.
 
     A router's settings are checked by the router's own class, which users register after the
     configuration's module was imported; so config looks it up while it checks, in a function.
     """
-    routers = found.imported.split(".")[:2] == ["moelora", "routers"]
-    return found.importer == "moelora.config" and routers and found.in_function
+    from_config_to_routers = (statement.importer, room_of(statement.imported)) == (
+        "moelora.config",
+        "routers",
+    )
+    return from_config_to_routers and statement.in_function
 
 
 def all_imports(package: str) -> list[Import]:
+    """Every import of a module of the package by another one, but for the exception."""
     modules = modules_of(package)
-    found = [one for name in modules for one in imports_of(name, modules)]
-    return [one for one in found if not is_lazy_lookup(one)]
+    statements = [statement for name in modules for statement in imports_of(name, modules)]
+    return [statement for statement in statements if not is_lazy_lookup(statement)]
 
 
 def room_of(module: str) -> str:
+    """The folder or file directly in moelora/; the package's own __init__.py is "moelora"."""
     return module.split(".")[1] if "." in module else module
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_each_other_in_a_circle(package):
     graph: dict[str, set[str]] = {}
-    for one in all_imports(package):
-        graph.setdefault(one.importer, set()).add(one.imported)
+    for statement in all_imports(package):
+        graph.setdefault(statement.importer, set()).add(statement.imported)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -125,9 +126,9 @@ def test_every_room_has_a_place_in_the_order():
 
 def test_no_room_imports_one_above_it():
     upward = []
-    for one in all_imports("moelora"):
-        importer = room_of(one.importer)
-        imported = room_of(one.imported)
+    for statement in all_imports("moelora"):
+        importer = room_of(statement.importer)
+        imported = room_of(statement.imported)
         if importer != imported and LEVELS[imported] >= LEVELS[importer]:
-            upward.append(f"{one.importer}:{one.line} imports {one.imported}")
+            upward.append(f"{statement.importer}:{statement.line} imports {statement.imported}")
     assert not upward, "\n".join(upward)

@@ -44,7 +44,8 @@ class Rule:
     why: str
 
 
-# Triton's thresholds are arithmetic of KERNELS.md (H200), eager's measured on a 2-core CPU in fp32.
+# Triton's thresholds are calculated for an H200 (kernels/README.md, "Calculated, not measured"),
+# eager's measured on a 2-core CPU in fp32.
 RULES = (
     Rule(
         "triton",

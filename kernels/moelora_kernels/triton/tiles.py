@@ -175,7 +175,7 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
 def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts of d a sum is split so that the chip is busy, and d a part.
 
-    clamp(2 · SMs / programs, 1, min(16, d / 256)) (KERNELS.md).
+    clamp(2 · SMs / programs, 1, min(16, d / 256)): calculated, not measured.
     """
     splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
     part = ceil_div(ceil_div(d, splits), block_d) * block_d
