@@ -1,4 +1,4 @@
-"""Questions of kernels/README.md about our own kernels: planes or one sum, blocks of 128 columns."""
+"""Questions of kernels/README.md about our kernels: planes or one sum, blocks of 128 columns."""
 
 from __future__ import annotations
 
