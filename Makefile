@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Small tensors on few cores: threads that wait for each other cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Each room has a page: moelora's own holds only what is public.
+ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
 
-.PHONY: test test-compiled test-interpreted demo bench gpu lint format clean
+.PHONY: test test-compiled test-interpreted demo bench gpu docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them, so the tests run in two, side by side.
 test: $(VENV)/.dev lint
@@ -27,9 +29,14 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_kernels
 	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
 
-# Needs a GPU and a plain python3 with torch >= 2.11, triton >= 3.6 and transformers >= 5.17: nothing is installed.
+# Needs a GPU and a plain python3 with torch >= 2.11, triton >= 3.6, einops and transformers >= 5.17:
+# nothing is installed.
 gpu:
 	PYTHONPATH=kernels $(PYTHON) -m benchmarks.gpu
+
+# API pages from the docstrings: open site/index.html.
+docs: $(VENV)/.docs
+	$(BIN)/python -m pdoc --docformat google -o site moelora $(ROOMS) moelora.serving moelora_kernels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -56,5 +63,9 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -c constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) -c constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

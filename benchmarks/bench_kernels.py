@@ -58,8 +58,8 @@ def measure(run: Run, only: list[str], rows: list[Row]) -> None:
     if modes:
         steps.append(lambda run: cases(run, modes))
     steps += [MEASURES[name] for name in MEASURES if name in only]
-    found = (row for step in steps for row in step(run))
-    for title, group in groupby(found, lambda row: f"{row['measure']}: {row['case']}"):
+    measured = (row for step in steps for row in step(run))
+    for title, group in groupby(measured, lambda row: f"{row['measure']}: {row['case']}"):
         shown = []
         for row in group:
             rows.append(row)

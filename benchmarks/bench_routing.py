@@ -25,10 +25,13 @@ NAMES = "math_svamp,boolq,arc_easy,winogrande"
 HARDER = "arc_challenge,openbookqa"
 # The sets that the project's own figures are made of, and their terms.
 SOURCE = (
-    "Data: a sample of what LLM-Adapters (EMNLP 2023) distributes under ODC-By 1.0; the sets are SVAMP, BoolQ, ARC, "
-    "WinoGrande and OpenBookQA."
+    "Data: a sample of what LLM-Adapters (EMNLP 2023) distributes under ODC-By 1.0; the sets are "
+    "SVAMP, BoolQ, ARC, WinoGrande and OpenBookQA."
 )
-CORPUS = "Data: the demo's corpus (sources, headers, documentation and licences on this machine), cut into blocks."
+CORPUS = (
+    "Data: the demo's corpus (sources, headers, documentation and licences on this machine), "
+    "cut into blocks."
+)
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -75,15 +78,17 @@ def settings_of(options: argparse.Namespace, folder: Path) -> Settings:
     harder: list[Task] = []
     if options.tasks is not None:
         extra = [name for name in options.harder.split(",") if name]
-        found = read_tasks(options.tasks, [*options.names.split(","), *extra])
-        tasks, harder = found[: len(found) - len(extra)], found[len(found) - len(extra) :]
+        all_tasks = read_tasks(options.tasks, [*options.names.split(","), *extra])
+        tasks = all_tasks[: len(all_tasks) - len(extra)]
+        harder = all_tasks[len(all_tasks) - len(extra) :]
     sizes = Sizes.quick() if options.quick else Sizes()
     base = bases.prepare(options.base, options.layers, folder / "base")
     corpus = _corpus(bases.load_tokenizer(base), sizes)
     if options.tasks is None:
         # Nothing else is there to be outside: the third domain teaches what is, the fourth asks.
         outside = (corpus[2], corpus[3])
-        learned, tasks = (corpus[2].name,), corpus
+        learned = (corpus[2].name,)
+        tasks = corpus
     else:
         outside = tuple(replace(task, name=f"{task.name} (corpus)") for task in corpus)
         learned = ("python (corpus)", "docs (corpus)")
@@ -105,7 +110,8 @@ def _corpus(tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> list[Task]:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the tables, write JSON, Markdown and PNGs."""
-    options, start = arguments(words), time.perf_counter()
+    options = arguments(words)
+    start = time.perf_counter()
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, Path(folder))

@@ -31,7 +31,7 @@ class Candidate:
 
 
 def load_base(name: str, num_layers: int) -> PreTrainedModel:
-    """The demo's base "smollm2" cut to `num_layers`, or "tiny", random and small enough for a test."""
+    """The demo's base "smollm2" cut to `num_layers`, or "tiny", random and fit for a test."""
     if name == "smollm2":
         return load_smollm2(num_layers=num_layers)[0].eval()
     if name != "tiny":

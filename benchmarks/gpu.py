@@ -36,7 +36,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def run(device: torch.device, out: Path, quick: bool = False) -> bool:
     """Every step; whether all that must be true was."""
-    started, rows = time.perf_counter(), []
+    started = time.perf_counter()
+    rows = []
     on_gpu = device.type == "cuda"
     # Triton's interpreter, which stands in for a GPU in the tests, multiplies bf16 wrongly.
     shapes, dtypes = (
@@ -63,9 +64,8 @@ def run(device: torch.device, out: Path, quick: bool = False) -> bool:
     seconds = time.perf_counter() - started
     path = save("kernels_gpu_checks", {"device": str(device), "seconds": seconds}, rows, out)
     wrong = [row for row in rows if row.get("ok") is False]
-    print(
-        f"\n{len(rows)} rows, {len(wrong)} wrong, {seconds:.0f} s: {path}\n{table(wrong) if wrong else ''}"
-    )
+    print(f"\n{len(rows)} rows, {len(wrong)} wrong, {seconds:.0f} s: {path}")
+    print(table(wrong) if wrong else "")
     return not wrong
 
 
@@ -73,7 +73,8 @@ def _step(name: str, step: Callable[[], Iterable[Row]], rows: list[Row]) -> None
     """Add what a step finds; one that dies is a row, and the others go on: the machine is lent for
     once.
     """
-    start, before = time.perf_counter(), len(rows)
+    start = time.perf_counter()
+    before = len(rows)
     try:
         for row in step():
             rows.append(row)
@@ -85,11 +86,11 @@ def _step(name: str, step: Callable[[], Iterable[Row]], rows: list[Row]) -> None
 
 
 def _tune(device: torch.device, out: Path) -> list[Row]:
-    found = tune.tune(tune.CASES, [torch.bfloat16], device, tune.seconds_on_gpu)
+    tiles = tune.tune(tune.CASES, [torch.bfloat16], device, tune.seconds_on_gpu)
     gpu = torch.cuda.get_device_name(device)
     path = out / f"tiles_{gpu.replace(' ', '-').lower()}.json"
-    save_tuned(path, gpu, found)
-    return [{"check": "tune", "case": f"{len(found)} tiles in {path.name}", "ok": True}]
+    save_tuned(path, gpu, tiles)
+    return [{"check": "tune", "case": f"{len(tiles)} tiles in {path.name}", "ok": True}]
 
 
 def main() -> None:

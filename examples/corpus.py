@@ -26,8 +26,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 SHINGLE_WORDS = 8
-MAX_FILE_OVERLAP, MAX_BLOCK_OVERLAP = 0.5, 0.2
-MIN_CHARS, MAX_CHARS = 1000, 100_000
+MAX_FILE_OVERLAP = 0.5
+MAX_BLOCK_OVERLAP = 0.2
+MIN_CHARS = 1000
+MAX_CHARS = 100_000
 MAX_FILES = 48
 HELD_OUT_EVERY = 3
 SKIPPED_STDLIB = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data"}
@@ -48,7 +50,9 @@ class Blocks(Dataset):
     """
 
     def __init__(self, tokens: torch.Tensor, domains: list[str], sources: list[str]):
-        self.tokens, self.domains, self.sources = tokens, domains, sources
+        self.tokens = tokens
+        self.domains = domains
+        self.sources = sources
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -109,8 +113,8 @@ def _docs_files(seed: int) -> Iterator[TextFile]:
 
 def _licence_files(seed: int) -> Iterator[TextFile]:
     root = Path(sysconfig.get_path("purelib"))
-    found = root.glob("*.dist-info/**/*")
-    paths = (p for p in found if re.match(r"LICEN[CS]E|COPYING", p.name, re.I) and p.is_file())
+    files = root.glob("*.dist-info/**/*")
+    paths = (p for p in files if re.match(r"LICEN[CS]E|COPYING", p.name, re.I) and p.is_file())
     # Smallest first, so that single licences are taken before the bundles that quote them all.
     return iter(sorted(_read(root, paths), key=lambda file: (len(file.text), file.name)))
 

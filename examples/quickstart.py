@@ -37,7 +37,9 @@ from transformers import (
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.core.report import plot_routing_heatmap
 
-EXPERTS, RANK, TOP_K = 8, 8, 2
+EXPERTS = 8
+RANK = 8
+TOP_K = 2
 # One rate for all, the lowest mean loss of the three together among those swept (40 steps, seed 0,
 # mean held-out loss; a high rank wants a lower rate, experts that see a quarter of the tokens a
 # higher one):       r=67     r=19     mixture
@@ -137,13 +139,15 @@ def show_routing(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
     for _, held_out in corpus.values():
         ids = held_out.tokens.to(model.device)
         reports.append(model.route(input_ids=ids, attention_mask=torch.ones_like(ids)))
-    domains, experts = list(corpus), reports[0].choice_names
+    domains = list(corpus)
+    experts = reports[0].choice_names
     share = torch.stack([report.expert_share for report in reports])
     routing = torch.stack([report.by_router for report in reports])
     reporting.share_table(share, domains, experts)
     reporting.specialisation(routing)
 
-    picture, details = folder / "routing.png", folder / "routing_by_router.png"
+    picture = folder / "routing.png"
+    details = folder / "routing_by_router.png"
     plot_routing_heatmap(share, domains, experts, picture, "Share of choices, all routers")
     # Routers number their experts as they like; one row a router shows what their mean hides.
     columns = [f"{domain}, {expert}" for domain in domains for expert in experts]

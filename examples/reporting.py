@@ -13,7 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from finetuning import Corpus, Result
 
-# Wide enough for the tables also where the output is no terminal, as in a log.
+# Wide enough for the tables also where the output is not a terminal, as in a log.
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 

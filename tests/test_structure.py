@@ -19,6 +19,20 @@ LIBRARY = sorted((ROOT / "moelora").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+CODE = LIBRARY + KERNELS + SCRIPTS
+LINES_OF_A_FILE = 400
+LINES_OF_A_FUNCTION = 60
+# What `from moelora import …` promises: a new name is a decision, and so is one that goes.
+PUBLIC = [
+    "ROUTERS",
+    "MoeLoraConfig",
+    "MoeLoraForCausalLM",
+    "MoeLoraForSequenceClassification",
+    "Router",
+    "Routing",
+    "RoutingReport",
+    "register_router",
+]
 # What other libraries call by these names is documented there, and by the class.
 DOCUMENTED_BY_THE_CLASS = {"forward", "backward"}
 
@@ -28,17 +42,15 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def committed() -> list[Path]:
-    """The files of the repository, found without git: a copy without its history is checked alike."""
-    folders = [
-        ROOT / name for name in ("moelora", "kernels", "tests", "benchmarks", "examples", ".ci")
-    ]
-    found = [path for folder in folders for path in folder.rglob("*")]
-    text = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ""}
+    """The repository's files, listed without git: a copy without its history is checked too."""
+    folders = ("moelora", "kernels", "tests", "benchmarks", "examples", ".ci", ".github")
+    inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    text = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ""}
     # Of a worktree .git is a file; scratch is where benchmarks put what is not kept.
     ignored = {".git", "scratch"}
     return [
         path
-        for path in sorted([*found, *ROOT.iterdir()])
+        for path in sorted([*inside, *ROOT.iterdir()])
         if path.is_file()
         and path.suffix in text
         and not ignored & set(path.relative_to(ROOT).parts)
@@ -47,22 +59,18 @@ def committed() -> list[Path]:
 
 def imported(path: Path) -> set[str]:
     """The top-level packages that a file imports; relative imports are its own."""
-    found = set()
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add((node.module or "").partition(".")[0])
-    return found
+            packages.add((node.module or "").partition(".")[0])
+    return packages
 
 
-@pytest.mark.parametrize(
-    "path", LIBRARY + KERNELS + SCRIPTS, ids=names(LIBRARY + KERNELS + SCRIPTS)
-)
+@pytest.mark.parametrize("path", CODE, ids=names(CODE))
 def test_files_and_functions_are_short_and_documented(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= (400 if path in KERNELS else 300)
-    tree = ast.parse(text)
+    tree = tree_of_a_short_file(path)
     assert ast.get_docstring(tree)
     assert_functions_are_short(tree)
     public = [
@@ -76,15 +84,41 @@ def test_files_and_functions_are_short_and_documented(path):
 
 @pytest.mark.parametrize("path", TESTS, ids=names(TESTS))
 def test_tests_are_short_too(path):
+    assert_functions_are_short(tree_of_a_short_file(path))
+
+
+@pytest.mark.parametrize("path", CODE, ids=names(CODE))
+def test_an_assignment_has_a_line_of_its_own(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    packed = [node.lineno for node in ast.walk(tree) if packs_assignments(node)]
+    assert not packed, "split `a, b = x, y` into lines: lines " + ", ".join(map(str, packed))
+
+
+def tree_of_a_short_file(path: Path) -> ast.Module:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300
-    assert_functions_are_short(ast.parse(text))
+    assert len(text.splitlines()) <= LINES_OF_A_FILE
+    return ast.parse(text)
 
 
 def assert_functions_are_short(tree: ast.AST) -> None:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert (node.end_lineno or 0) - node.lineno < 50, node.name
+            assert (node.end_lineno or 0) - node.lineno < LINES_OF_A_FUNCTION, node.name
+
+
+def packs_assignments(node: ast.AST) -> bool:
+    """Whether it is `a, b = x, y`; a swap, whose later values read an earlier target, is not."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return False
+    target = node.targets[0]
+    if not isinstance(target, ast.Tuple) or len(target.elts) != len(node.value.elts):
+        return False
+    targets = [ast.unparse(part) for part in target.elts]
+    for place, value in enumerate(node.value.elts):
+        read = {ast.unparse(part) for part in ast.walk(value) if isinstance(part, ast.expr)}
+        if read & set(targets[:place]):
+            return False
+    return not any(isinstance(part, ast.Starred) for part in (*target.elts, *node.value.elts))
 
 
 @pytest.mark.parametrize("path", LIBRARY + KERNELS, ids=names(LIBRARY + KERNELS))
@@ -113,15 +147,22 @@ def test_the_library_imports_only_what_pip_installs_with_it(path):
 
 
 def test_no_catch_all_and_no_package_that_shadows_another():
-    assert not [path for path in LIBRARY + KERNELS + SCRIPTS + TESTS if path.name == "utils.py"]
+    assert not [path for path in CODE + TESTS if path.name == "utils.py"]
     # transformers imports the PyPI package `kernels`.
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_type_checkers_read_the_annotations_of_both_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    data = project["tool"]["setuptools"]["package-data"]
+    for package, folder in (("moelora", ROOT), ("moelora_kernels", ROOT / "kernels")):
+        assert (folder / package / "py.typed").exists()
+        assert "py.typed" in data[package]
+
+
 def test_what_is_public_is_there():
     models = {"MoeLoraForCausalLM", "MoeLoraForSequenceClassification"}
-    classes = {"MoeLoraConfig", "Router", "Routing", "RoutingReport"}
-    assert models | classes | {"ROUTERS", "register_router"} <= set(moelora.__all__)
+    assert moelora.__all__ == PUBLIC
     assert all(hasattr(moelora, name) for name in moelora.__all__)
     methods = [
         "from_base",
@@ -137,9 +178,12 @@ def test_what_is_public_is_there():
 
 
 def test_the_configuration_has_the_words_of_the_field():
-    words = """num_experts num_experts_per_tok r lora_alpha lora_dropout use_rslora target_modules layers_to_transform
-        expert_names router routing_level router_scope router_layer router_prefix_tokens norm_topk_prob
-        router_jitter_noise router_aux_loss_coef router_z_loss_coef router_bias_update_rate"""
+    words = """
+        num_experts num_experts_per_tok r lora_alpha lora_dropout use_rslora target_modules
+        layers_to_transform expert_names router routing_level router_scope router_layer
+        router_prefix_tokens norm_topk_prob router_jitter_noise router_aux_loss_coef
+        router_z_loss_coef router_bias_update_rate
+    """
     assert set(words.split()) <= set(inspect.signature(moelora.MoeLoraConfig.__init__).parameters)
 
 

@@ -46,7 +46,7 @@ def base_pass(case: Case, itemsize: int) -> Work:
 
 
 def used_experts(case: Case) -> float:
-    """How many experts some token chooses, on average: E·(1 − (1 − K/E)^rows) with an even choice."""
+    """How many experts any token chooses, on average: E·(1 − (1 − K/E)^rows), an even choice."""
     rows = case.tokens // case.tokens_per_row
     return case.experts * (1 - (1 - case.top_k / case.experts) ** rows)
 
@@ -116,7 +116,8 @@ def _fastest(call: Callable[[], object], device: torch.device, limit: float) -> 
     """The shortest of the calls that begin within `limit` seconds: others may use the machine for a
     while.
     """
-    seconds, begin = [], time.perf_counter()
+    seconds = []
+    begin = time.perf_counter()
     while time.perf_counter() < begin + limit:
         _wait(device)
         start = time.perf_counter()

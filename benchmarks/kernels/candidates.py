@@ -113,14 +113,10 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """What our backend says that it cannot run on this device and dtype, or None: it is asked with
     one token.
     """
-    x, factor = (
-        torch.zeros(1, 16, device=device, dtype=dtype),
-        torch.zeros(16, 16, device=device, dtype=dtype),
-    )
-    ids, weights = (
-        torch.zeros(1, 1, device=device, dtype=torch.int64),
-        torch.ones(1, 1, device=device),
-    )
+    x = torch.zeros(1, 16, device=device, dtype=dtype)
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    ids = torch.zeros(1, 1, device=device, dtype=torch.int64)
+    weights = torch.ones(1, 1, device=device)
     try:
         lora_mixture(x, factor, factor, ids, weights, (0, 16), (SCALING,), backend=backend)
     except ValueError as error:
@@ -165,7 +161,7 @@ def candidates() -> list[Candidate]:
     """All of them; ours for each backend but the specification: the table's choice, then every path
     by name.
     """
-    found = [
+    chosen = [
         Candidate(FROZEN, "base", lambda inputs, y: y, lambda i: (i.x,)),
         Candidate(LORA, "lora", _lora, lambda i: (i.x, *i.lora)),
         Candidate(LORA_16, "lora", _lora_addmm, lambda i: (i.x, *i.lora_16)),
@@ -191,8 +187,8 @@ def candidates() -> list[Candidate]:
     ]
     for backend in BACKENDS:
         if backend != "reference":
-            found += [_ours(backend, path) for path in (None, *PATHS)]
-    return found
+            chosen += [_ours(backend, path) for path in (None, *PATHS)]
+    return chosen
 
 
 def ours(backend: str, path: str | None = None) -> str:
@@ -204,11 +200,19 @@ def _ours(backend: str, path: str | None) -> Candidate:
     def add(inputs: Inputs, y: Tensor) -> Tensor:
         case = inputs.case
         offsets = tuple(range(0, case.experts * case.rank + 1, case.rank))
-        factors, routing = (inputs.A, inputs.B), (inputs.ids, inputs.weights)
+        factors = (inputs.A, inputs.B)
+        routing = (inputs.ids, inputs.weights)
         return lora_mixture(
-            inputs.x, *factors, *routing, offsets, (SCALING,) * case.experts, y,
-            tokens_per_row=case.tokens_per_row, path=path, backend=backend,
-        )  # fmt: skip
+            inputs.x,
+            *factors,
+            *routing,
+            offsets,
+            (SCALING,) * case.experts,
+            y,
+            tokens_per_row=case.tokens_per_row,
+            path=path,
+            backend=backend,
+        )
 
     def own_elements(case: Case) -> int:
         # eager's sequence path gathers a row's factors, and in the backward pass makes their
@@ -225,9 +229,15 @@ def _ours(backend: str, path: str | None) -> Candidate:
 def _plan(candidate: Candidate, inputs: Inputs):
     case = inputs.case
     return build_plan(
-        inputs.ids, inputs.weights, case.experts, total_rank=case.experts * case.rank,
-        tokens_per_row=case.tokens_per_row, path=candidate.path, backend=candidate.backend, dtype=inputs.x.dtype,
-    )  # fmt: skip
+        inputs.ids,
+        inputs.weights,
+        case.experts,
+        total_rank=case.experts * case.rank,
+        tokens_per_row=case.tokens_per_row,
+        path=candidate.path,
+        backend=candidate.backend,
+        dtype=inputs.x.dtype,
+    )
 
 
 def _slots(case: Case) -> int:
@@ -315,7 +325,7 @@ def _pair_rows(inputs: Inputs, y: Tensor) -> Tensor:
 
 
 def _sorted_slots(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The slots sorted by expert, their tokens, where each expert's end, and the tokens' weights."""
+    """The slots by expert, their tokens, where each expert's end, and the tokens' weights."""
     ids, weights = inputs.routing()
     experts, order = ids.flatten().sort(stable=True)
     ends = torch.searchsorted(

@@ -1,4 +1,4 @@
-"""The shapes of the kernel benchmark as data: what is measured on a CPU, on a GPU, and in a test."""
+"""The shapes of the kernel benchmark as data: for a CPU, for a GPU, and for a test."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Case:
     def name(self) -> str:
         """Where the shape is from, and the shape."""
         rows = f" rows of {self.tokens_per_row}" if self.tokens_per_row > 1 else ""
-        shape = f"T={self.tokens}{rows} {self.d_in}→{self.d_out} E={self.experts} r={self.rank} K={self.top_k}"
-        return f"{self.where} {shape}".strip()
+        linear = f"T={self.tokens}{rows} {self.d_in}→{self.d_out}"
+        experts = f"E={self.experts} r={self.rank} K={self.top_k}"
+        return f"{self.where} {linear} {experts}".strip()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from moelora_kernels import reference
 from torch import Tensor
 
@@ -54,14 +55,17 @@ class Specification:
                 )
 
     def _compute(self) -> tuple[Tensor, ...]:
-        inputs, case = self.inputs, self.inputs.case
-        x, weights = _leaf(inputs.x[self.picked]), _leaf(inputs.weights)
+        inputs = self.inputs
+        case = self.inputs.case
+        x = _leaf(inputs.x[self.picked])
+        weights = _leaf(inputs.weights)
         rows = self.picked // case.tokens_per_row
-        ids, token_weights = inputs.ids[rows], weights[rows]
+        ids = inputs.ids[rows]
+        token_weights = weights[rows]
         used = ids.unique()
         chunks = used.split(EXPERTS_AT_ONCE)
         factors = [
-            [_leaf(inputs.by_expert(f)[c].flatten(0, 1)) for c in chunks]
+            [_leaf(rearrange(inputs.by_expert(f)[c], "E r d -> (E r) d")) for c in chunks]
             for f in (inputs.A, inputs.B)
         ]
         y = x @ inputs.base.double().T
@@ -81,10 +85,11 @@ class Specification:
 
     def _of_all_experts(self, used: Tensor, parts: list[Tensor]) -> Tensor:
         """The gradient [R, d], 0 for experts that no picked token chose."""
-        case, found = self.inputs.case, torch.cat(parts)
-        grad = found.new_zeros(case.experts, case.rank, found.shape[1])
-        grad[used] = found.view(len(used), case.rank, -1)
-        return grad.flatten(0, 1)
+        case = self.inputs.case
+        computed = torch.cat(parts)
+        grad = computed.new_zeros(case.experts, case.rank, computed.shape[1])
+        grad[used] = rearrange(computed, "(E r) d -> E r d", r=case.rank)
+        return rearrange(grad, "E r d -> (E r) d")
 
 
 def _leaf(tensor: Tensor) -> Tensor:

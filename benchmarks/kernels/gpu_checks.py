@@ -71,7 +71,8 @@ SMALL = {"small": Shape(3, 24, 40, (4, 0, 3)), "rows": Shape(2, 16, 24, (2, 5), 
 def inputs_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
     """expert_ids with some −1, and x, lora_A, lora_B, weights (fp32) and out."""
     torch.manual_seed(0)
-    tokens, rank = shape.rows * shape.tokens_per_row, shape.offsets[-1]
+    tokens = shape.rows * shape.tokens_per_row
+    rank = shape.offsets[-1]
     sizes = {"x": (tokens, shape.d_in), "lora_A": (rank, shape.d_in), "lora_B": (rank, shape.d_out)}
     sizes |= {"weights": (shape.rows, shape.top_k), "out": (tokens, shape.d_out)}
     values = {name: torch.randn(size, device=device) for name, size in sizes.items()}
@@ -93,19 +94,35 @@ def outcome(function: Callable[..., Tensor], values: Outcome) -> Outcome:
 
 
 def ours(shape: Shape, ids: Tensor, path: str, tiles: str = "") -> Callable[..., Tensor]:
-    """The mixture on the triton backend, with a table of tiles; path "fused" is the single launch."""
+    """The mixture on the triton backend, with a table of tiles; "fused" is the single launch."""
     fixed = (shape.offsets, shape.scaling)
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         if path != "fused":
             return lora_mixture(
-                x, lora_A, lora_B, ids, weights, *fixed, out,
-                tokens_per_row=shape.tokens_per_row, path=path, backend="triton", tiles=tiles,
-            )  # fmt: skip
+                x,
+                lora_A,
+                lora_B,
+                ids,
+                weights,
+                *fixed,
+                out,
+                tokens_per_row=shape.tokens_per_row,
+                path=path,
+                backend="triton",
+                tiles=tiles,
+            )
         plan = build_plan(
-            ids, weights, len(shape.ranks), total_rank=shape.offsets[-1], tokens_per_row=shape.tokens_per_row,
-            path="dense", backend="triton", dtype=x.dtype, tiles=tiles,
-        )  # fmt: skip
+            ids,
+            weights,
+            len(shape.ranks),
+            total_rank=shape.offsets[-1],
+            tokens_per_row=shape.tokens_per_row,
+            path="dense",
+            backend="triton",
+            dtype=x.dtype,
+            tiles=tiles,
+        )
         return fused_mixture(x, lora_A, lora_B, *fixed, plan, out)
 
     return function
@@ -196,7 +213,8 @@ def _judged(row: Row, check: Callable[[], Row]) -> Row:
 
 
 def _compared(run: Callable[[], Outcome], exact: Outcome, dtype: torch.dtype) -> Row:
-    got, again = run(), run()
+    got = run()
+    again = run()
     errors = {key: _error(got[key], value) for key, value in exact.items()}
     worst = max(errors, key=lambda key: errors[key])
     same = all(torch.equal(got[key], again[key]) for key in got)
@@ -216,10 +234,8 @@ def _decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> Row:
     ids, weights = reference.top_k(doubles["x"], router.double(), 2)
     factors = (doubles["lora_A"], doubles["lora_B"])
     fixed = (ids, weights, shape.offsets, shape.scaling, doubles["out"])
-    error, same = (
-        _error(y, reference.lora_mixture(doubles["x"], *factors, *fixed)),
-        torch.equal(ids, plan.expert_ids),
-    )
+    error = _error(y, reference.lora_mixture(doubles["x"], *factors, *fixed))
+    same = torch.equal(ids, plan.expert_ids)
     return {"error": error, "ok": same and error <= TOLERANCES[dtype]}
 
 

@@ -1,6 +1,4 @@
-"""KERNELS.md's questions about our own kernels: planes against one long sum, and blocks of 128
-columns.
-"""
+"""Questions of kernels/README.md about our kernels: planes or one sum, blocks of 128 columns."""
 
 from __future__ import annotations
 

@@ -50,23 +50,24 @@ def layer_decode(run: Run) -> list[Row]:
         name = layer.named(tokens)
         sites = [_site(run, layer, tokens, d_in, d_outs) for d_in, d_outs in layer.sites]
         calls: dict[str, Callable[[], list[Tensor]]] = {FROZEN: lambda sites=sites: _bases(sites)}
-        wanted, refused = _wanted(sites, layer), []
+        wanted = _wanted(sites, layer)
+        refused = []
         for backend in BACKENDS:
             if backend == "reference":
                 continue
             if reason := refusal(backend, run.device, run.suite.dtype):
                 refused.append((backend, reason))
                 continue
-            found = {
+            added = {
                 ours(backend): lambda sites=sites, backend=backend: _mixtures(sites, layer, backend)
             }
             if backend == "triton":
-                found[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
+                added[ROUTED] = lambda sites=sites, backend=backend: _mixtures(
                     sites, layer, backend, routes=True
                 )
-            for candidate, call in found.items():
+            for candidate, call in added.items():
                 _check(call, wanted, candidate, run.suite.dtype)
-            calls |= found
+            calls |= added
         rows += _rows(run, name, calls)
         rows += [
             {"case": name, "measure": MEASURE, "candidate": ours(b), "not run": why}
@@ -102,7 +103,8 @@ def _site(run: Run, layer: Layer, tokens: int, d_in: int, d_outs: tuple[int, ...
     router = torch.randn(layer.experts, d_in, device=run.device) / d_in**0.5
     ids, weights = reference.top_k(first.x.detach().double(), router.double(), layer.top_k)
     lora_A = torch.cat([part.A.detach() for part in linears])
-    bases, lora_Bs = [part.base for part in linears], [part.B.detach() for part in linears]
+    bases = [part.base for part in linears]
+    lora_Bs = [part.B.detach() for part in linears]
     return SiteInputs(first.x.detach(), lora_A, bases, lora_Bs, router, ids, weights.float())
 
 
@@ -114,7 +116,8 @@ def _bases(sites: list[SiteInputs]) -> list[Tensor]:
 def _mixtures(
     sites: list[SiteInputs], layer: Layer, backend: str, routes: bool = False
 ) -> list[Tensor]:
-    offsets, scaling = _offsets(layer), (SCALING,) * layer.experts
+    offsets = _offsets(layer)
+    scaling = (SCALING,) * layer.experts
     results = []
     for site in sites:
         plan = _plan(site, layer, backend, routes)
@@ -130,17 +133,24 @@ def _plan(site: SiteInputs, layer: Layer, backend: str, routes: bool):
         return build_decode_plan(TopK(site.router), len(site.x), layer.top_k, backend=backend)
     total = layer.experts * layer.rank
     return build_plan(
-        site.ids, site.weights, layer.experts,
-        total_rank=total, complete=True, backend=backend, dtype=site.x.dtype,
-    )  # fmt: skip
+        site.ids,
+        site.weights,
+        layer.experts,
+        total_rank=total,
+        complete=True,
+        backend=backend,
+        dtype=site.x.dtype,
+    )
 
 
 def _wanted(sites: list[SiteInputs], layer: Layer) -> list[Tensor]:
     results = []
     for site in sites:
-        x, As = site.x.double(), site.lora_A.double().chunk(len(site.bases))
+        x = site.x.double()
+        As = site.lora_A.double().chunk(len(site.bases))
         for A, base, lora_B in zip(As, site.bases, site.lora_Bs, strict=True):
-            routing, scaling = (site.ids, site.weights.double()), (SCALING,) * layer.experts
+            routing = (site.ids, site.weights.double())
+            scaling = (SCALING,) * layer.experts
             y = x @ base.double().T
             results.append(
                 reference.lora_mixture(x, A, lora_B.double(), *routing, _offsets(layer), scaling, y)

@@ -107,12 +107,12 @@ def decode(run: Run) -> Iterator[Row]:
     """
     for case in run.suite.decoding():
         inputs = run.inputs(case)
-        found = [c for c in candidates() if c.captured or not run.is_gpu]
-        able, reasons = _able(run, inputs, found)
+        running = [c for c in candidates() if c.captured or not run.is_gpu]
+        able, reasons = _able(run, inputs, running)
         reasons += [
             {"candidate": c.name, "not run": "waits for the device, no CUDA graph holds it"}
             for c in candidates()
-            if c not in found
+            if c not in running
         ]
         copies = [inputs, *(run.inputs(case, seed) for seed in range(1, _copies(run, inputs)))]
         calls, failures = _decoding(run, copies, able)
@@ -185,7 +185,8 @@ def _able(
     one is wrong.
     """
     specification = Specification(inputs)
-    able, reasons = {}, []
+    able = {}
+    reasons = []
     for candidate in asked:
         reason = candidate.why_not(inputs, run.free_bytes())
         if reason is None and candidate.kind == "mixture":

@@ -25,10 +25,12 @@ def plot(rows: list[dict[str, Any]], suite: Suite, path: Path) -> str:
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for panel, (axis, values) in zip(panels, suite.axes, strict=True):
-        found = [row for row in rows if row.get("measure") == f"scaling {axis}" and "value" in row]
-        for name in dict.fromkeys(row["candidate"] for row in found):
+        scaling = [
+            row for row in rows if row.get("measure") == f"scaling {axis}" and "value" in row
+        ]
+        for name in dict.fromkeys(row["candidate"] for row in scaling):
             points = [
-                (row["value"], row["microseconds"]) for row in found if row["candidate"] == name
+                (row["value"], row["microseconds"]) for row in scaling if row["candidate"] == name
             ]
             style = "k--" if name == FROZEN else "o-"
             panel.plot(

@@ -8,7 +8,8 @@ from benchmarks.kernels.bounds import Work
 from benchmarks.kernels.measures import Row, Run
 from benchmarks.kernels.timing import Call, captured, timed
 
-TOKENS, FEATURES = 8192, 4096
+TOKENS = 8192
+FEATURES = 4096
 RANKS = (128, 192, 256, 384, 512)
 LAUNCHES = 1000
 
@@ -26,7 +27,8 @@ def thin_products(run: Run, tokens: int = TOKENS, features: int = FEATURES) -> l
     """x [T, d] @ [d, N] and back, h [T, N] @ [N, d]: time and share of the bound, T·(d + N) + d·N
     elements.
     """
-    dtype, rows = run.suite.dtype, []
+    dtype = run.suite.dtype
+    rows = []
     x = torch.randn(tokens, features, device=run.device).to(dtype)
     calls: dict[str, Call] = {}
     works = {}
@@ -40,7 +42,8 @@ def thin_products(run: Run, tokens: int = TOKENS, features: int = FEATURES) -> l
             works[name] = Work(moved, 2 * tokens * rank * features)
     timings = timed(calls, run.device, run.suite.rounds)
     for name, work in works.items():
-        seconds, ideal = timings.median(name), work.seconds(run.peaks)
+        seconds = timings.median(name)
+        ideal = work.seconds(run.peaks)
         row = {"case": name, "measure": "thin product", "microseconds": 1e6 * seconds}
         row |= {"TFLOP/s": work.flops / seconds / 1e12, "bound microseconds": 1e6 * ideal}
         rows.append({**row, "share of bound": ideal / seconds})

@@ -34,12 +34,12 @@ class Target:
         """What came out, the least and the most of it, and whether the target is met; None if it
         was not measured.
         """
-        found = [row for row in rows if self._is_of(row)]
+        matching = [row for row in rows if self._is_of(row)]
         line = {"what": self.what, "target": f"{'≥' if self.at_least else '≤'} {self.limit}"}
-        if not found:
+        if not matching:
             return {**line, "value": None, "met": None}
-        value = found[0][self.column]
-        low, high = (found[0].get(f"{self.column} {end}") for end in ("min", "max"))
+        value = matching[0][self.column]
+        low, high = (matching[0].get(f"{self.column} {end}") for end in ("min", "max"))
         if self.inverse and low and high:
             value, low, high = 1 / value, 1 / high, 1 / low
         met = value >= self.limit if self.at_least else value <= self.limit
@@ -57,12 +57,13 @@ def summary(suite: Suite, device: str, default: str, rows: list[Row]) -> list[Ro
 
 
 def cpu_targets(suite: Suite, default: str) -> list[Target]:
-    """Against the loop, against one LoRA of rank K·r, and growth with E; with the base and without."""
-    first, (few, many) = suite.cases[0].name, suite.growth
-    found = []
+    """Against the loop and one LoRA of rank K·r, and growth with E; with the base and without."""
+    first = suite.cases[0].name
+    few, many = suite.growth
+    targets = []
     for mode in (TRAINING, ALONE):
         of = f", {mode.name}"
-        found += [
+        targets += [
             Target(
                 f"{PEFT_LOOP} / ours{of}",
                 mode.name,
@@ -81,14 +82,17 @@ def cpu_targets(suite: Suite, default: str) -> list[Target]:
                 1.5,
             ),
         ]
-    return found
+    return targets
 
 
 def gpu_targets(suite: Suite, default: str) -> list[Target]:
     """The table of targets, with the default backend's choice of path where none is named."""
-    first, (few, many) = suite.cases[0].name, suite.growth
-    fwd, both, over = FORWARD.name, TRAINING.name, "over frozen linear"
-    found = [
+    first = suite.cases[0].name
+    few, many = suite.growth
+    fwd = FORWARD.name
+    both = TRAINING.name
+    over = "over frozen linear"
+    targets = [
         Target(f"ours / {FROZEN}, {fwd}", fwd, default, over, 1.18, first),
         Target(f"ours / {FROZEN}, {both}", both, default, over, 1.28, first),
         Target(f"ours / {FROZEN}, E={many.experts}, {both}", both, default, over, 1.45, many.name),
@@ -106,7 +110,7 @@ def gpu_targets(suite: Suite, default: str) -> list[Target]:
         (PAIRS, 1.5),
         ("MeteoRA's kernel (not a candidate)", 2.0),
     ):
-        found += [
+        targets += [
             Target(
                 f"{peer} / ours, E={c.experts}, {both}",
                 both,
@@ -118,22 +122,22 @@ def gpu_targets(suite: Suite, default: str) -> list[Target]:
             )
             for c in suite.growth
         ]
-    found.append(
+    targets.append(
         Target(f"ours / {LORA_16}, {both}", both, LORA_16, "over ours", 1.10, first, inverse=True)
     )
     layer = suite.layer
     for tokens in suite.decode_tokens:
         what = f"ours / the bases of a {layer.name}, decode, T={tokens}"
-        found.append(Target(what, LAYER, default, over, 1.10, layer.named(tokens)))
-        found.append(
+        targets.append(Target(what, LAYER, default, over, 1.10, layer.named(tokens)))
+        targets.append(
             Target(f"{what}, router and all", LAYER, ROUTED, over, 1.10, layer.named(tokens))
         )
     for case, path, limit in ((few, "dense", 0.75), (many, "grouped", 0.60)):
         for measure in ("mixture forward", ALONE.name):
             what = f"share of the bound, {path}, {measure}"
             name = ours(default.removeprefix("ours "), path)
-            found.append(
+            targets.append(
                 Target(what, measure, name, "share of bound", limit, case.name, at_least=True)
             )
-    found.append(Target(f"peak memory, ours / {LORA}", "memory", default, "ratio", 1.10, first))
-    return found
+    targets.append(Target(f"peak memory, ours / {LORA}", "memory", default, "ratio", 1.10, first))
+    return targets

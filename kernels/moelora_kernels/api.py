@@ -30,12 +30,19 @@ def shrink(
 ) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l of a site, not yet weighted by the routing.
 
-    x [..., d_in] of plan.num_tokens tokens, lora_A [Σ_l R_l, d_in], linear after linear;
-    rank_offsets: for each linear its E + 1 offsets. Each h_l is in a form of the backend and the
-    path: hand it to `expand` of the same ones, if you like after an elementwise φ with φ(0) = 0.
-    checked: the caller vouches for the arguments, as a model does for its own at every token.
+    Each h_l has a form of the backend's and the path's own: hand it to `expand` of the same ones,
+    if you like after an elementwise φ with φ(0) = 0.
 
-    Raises: ValueError, TypeError for an argument that does not fit the others.
+    Args:
+        x: [..., d_in], of plan.num_tokens tokens.
+        lora_A: [Σ_l R_l, d_in], linear after linear, in each expert after expert.
+        rank_offsets: For each linear the E + 1 places where its experts' rows begin.
+        plan: From `build_plan` or `build_decode_plan`.
+        backend: A name of `BACKENDS`; None is the plan's own.
+        checked: The caller vouches for the arguments, as a model does for its own at every token.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit the others.
     """
     module = _backend(backend or plan.backend)
     if not checked:
@@ -66,12 +73,20 @@ def expand(
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e for one linear, in the dtype and shape of out.
 
-    h from `shrink`, lora_B [R, d_out], rank_offsets: E + 1 ints, scaling: s_e of the E experts,
-    out [..., d_out] of plan.num_tokens tokens, or None: y [T, d_out] of `dtype`, or of h's (some
-    backends keep h in fp32). inplace allows the backend to write into out; use only what is
-    returned. checked as in `shrink`.
+    Args:
+        h: One of the tensors that `shrink` returned, for the same plan and backend.
+        lora_B: [R, d_out], expert after expert.
+        rank_offsets: The E + 1 places where the experts' rows begin.
+        scaling: s_e of each of the E experts.
+        plan: The plan that `shrink` had.
+        out: [..., d_out], of plan.num_tokens tokens; None stands for 0, and y is then [T, d_out].
+        inplace: Whether the backend may write into out; use only what is returned.
+        dtype: y's dtype where out is None; None is h's dtype, which some backends keep in fp32.
+        backend: A name of `BACKENDS`; None is the plan's own.
+        checked: As in `shrink`.
 
-    Raises: ValueError, TypeError for an argument that does not fit the others.
+    Raises:
+        ValueError, TypeError: for an argument that does not fit the others.
     """
     module = _backend(backend or plan.backend)
     if not checked:
@@ -106,10 +121,22 @@ def lora_mixture(
 ) -> Tensor:
     """y[t] = out[t] + Σ_k w[t, k] · s_e · (x[t] A_eᵀ) B_e, e = expert_ids[t, k], for one linear.
 
-    x [..., d_in], lora_A [R, d_in], lora_B [R, d_out], expert_ids [rows, K] int64 (-1 = none),
-    expert_weights [rows, K] fp32, out [..., d_out] or None (= 0); see `build_plan` and `expand`.
+    Args:
+        x: [..., d_in], T tokens.
+        lora_A: [R, d_in], expert after expert.
+        lora_B: [R, d_out], expert after expert.
+        expert_ids: [rows, K] int64; -1 is an empty slot.
+        expert_weights: [rows, K] fp32.
+        rank_offsets: The E + 1 places where the experts' rows begin.
+        scaling: s_e of each of the E experts.
+        out: [..., d_out], or None for 0.
+        tokens_per_row: T / rows: 1, or the length of sequences that are routed as a whole.
+        path: A name of `PATHS`; None lets the table of `dispatch` choose.
+        backend: A name of `BACKENDS`; None lets the table choose.
+        tiles: A device's tuned tiles for the Triton backend, by name or path.
 
-    Raises: ValueError, TypeError for an argument that does not fit the others.
+    Raises:
+        ValueError, TypeError: for an argument that does not fit the others.
     """
     plan = build_plan(
         expert_ids,
@@ -131,16 +158,22 @@ def lora_mixture(
 
 
 def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """x Wᵀ [T, E], to the accuracy of W's dtype and never with a copy of x in it kept;
-    differentiable.
+    """x Wᵀ [T, E] to the accuracy of W's dtype, differentiable; no copy of x in it is kept.
 
-    x [T, d] of any floating dtype, weight [E, d] fp32, or fp64 with fp64 x. Outside of autocast.
+    Call it outside of autocast.
 
-    Raises: ValueError, TypeError for an argument that does not fit the others.
+    Args:
+        x: [T, d] of any floating dtype.
+        weight: [E, d] fp32, or fp64 where x is fp64.
+        backend: A name of `BACKENDS`; None lets the table of `dispatch` choose.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit the other.
     """
     if weight.dtype not in (torch.float32, torch.float64) or not x.is_floating_point():
         raise TypeError(
-            f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32: pass weight.float()"
+            f"x is {x.dtype} and weight {weight.dtype}, expected floating point and torch.float32:"
+            " pass weight.float()"
         )
     if (
         x.dim() != 2
@@ -149,8 +182,8 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
         or x.device != weight.device
     ):
         raise ValueError(
-            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on {weight.device}, expected [T, d]"
-            " and [E, d] on one device: flatten x"
+            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on"
+            f" {weight.device}, expected [T, d] and [E, d] on one device: flatten x"
         )
     if backend is None:
         fits = weight.dtype == torch.float32

@@ -44,39 +44,67 @@ class Rule:
     why: str
 
 
-# Triton's thresholds are arithmetic of KERNELS.md (H200), eager's measured on a 2-core CPU in fp32.
+# Triton's thresholds are calculated for an H200 (kernels/README.md, "Calculated, not measured"),
+# eager's measured on a 2-core CPU in fp32.
 RULES = (
     Rule(
-        "triton", "sequence", "16 tokens or more a row", lambda s: s.tokens_per_row >= 16,
+        "triton",
+        "sequence",
+        "16 tokens or more a row",
+        lambda s: s.tokens_per_row >= 16,
         "a row's tokens share their experts: no sort, and K experts' work instead of E's",
     ),
     Rule(
-        "triton", "sequence", "T ≤ 64, T·K < E, R > 256", lambda s: _few(s) and s.total_rank > 256,
+        "triton",
+        "sequence",
+        "T ≤ 64, T·K < E, R > 256",
+        lambda s: _few(s) and s.total_rank > 256,
         "decoding is bound by the experts' bytes: read only those chosen",
     ),
     Rule(
-        "triton", "dense", "R ≤ 190·K, or T ≤ 64", lambda s: s.total_rank <= 190 * s.num_slots or s.tokens <= 64,
+        "triton",
+        "dense",
+        "R ≤ 190·K, or T ≤ 64",
+        lambda s: s.total_rank <= 190 * s.num_slots or s.tokens <= 64,
         "bound by x and y: all experts in one product cost no more than a sort and K passes over y",
     ),
     Rule(
-        "triton", "grouped", "else", lambda s: True,
+        "triton",
+        "grouped",
+        "else",
+        lambda s: True,
         "all experts' products would cost more than sorting and K passes over y",
     ),
     Rule(
-        "eager", "sequence", "16 tokens or more a row", lambda s: s.tokens_per_row >= 16,
+        "eager",
+        "sequence",
+        "16 tokens or more a row",
+        lambda s: s.tokens_per_row >= 16,
         "they pay for gathering their experts' factors",
     ),
     Rule(
-        "eager", "sequence", "rows·K ≤ min(E, 64)", lambda s: s.rows * s.num_slots <= min(s.num_experts, 64),
+        "eager",
+        "sequence",
+        "rows·K ≤ min(E, 64)",
+        lambda s: s.rows * s.num_slots <= min(s.num_experts, 64),
         "all rows together gather no more blocks than there are experts",
     ),
     Rule(
-        "eager", "dense", "E ≤ 4·K", lambda s: s.num_experts <= 4 * s.num_slots,
+        "eager",
+        "dense",
+        "E ≤ 4·K",
+        lambda s: s.num_experts <= 4 * s.num_slots,
         "E / K times the work of grouped, at about 4 times its speed",
     ),
     Rule("eager", "grouped", "else", lambda s: True, "its time does not grow with E"),
-    Rule("reference", "dense", "always", lambda s: True, "the specification computes all experts on every path"),
-)  # fmt: skip
+    Rule(
+        "reference",
+        "dense",
+        "always",
+        lambda s: True,
+        "the specification computes all experts on every path",
+    ),
+)
 
 
 def can_decode(shape: Shape) -> bool:
@@ -99,7 +127,7 @@ def choose_backend(shape: Shape) -> str:
 
 
 def choose_path(backend: str, shape: Shape) -> Rule:
-    """The first rule of the backend that matches; a backend without rules of its own takes eager's."""
+    """The first rule of the backend that matches; one without rules of its own takes eager's."""
     named = [rule for rule in RULES if rule.backend == backend]
     return next(rule for rule in named or _rules_of("eager") if rule.matches(shape))
 
@@ -119,7 +147,7 @@ def explain(shape: Shape, *, backend: str | None = None, path: str | None = None
             lines.append(f"path {rule.path}: {rule.when}; {rule.why}")
             if chosen == "triton" and can_decode(shape):
                 lines.append(
-                    "path decode, where the router is a top-k one of the kernels and no gradient is asked"
+                    "path decode, where the router is the kernels' top-k and no gradient is wanted"
                 )
             return "\n".join(lines)
         lines.append(f"  not {rule.path}: no {rule.when}")

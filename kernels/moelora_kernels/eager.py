@@ -60,7 +60,8 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, rank_offsets: Any, plan: Plan) -> Any:
         ctx.save_for_backward(x, lora_A)
-        ctx.rank_offsets, ctx.plan = rank_offsets, plan
+        ctx.rank_offsets = rank_offsets
+        ctx.plan = plan
         return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
 
     @staticmethod
@@ -95,7 +96,9 @@ class _Expand(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         ctx.save_for_backward(h, lora_B, weights)
-        ctx.rank_offsets, ctx.scaling, ctx.plan = rank_offsets, scaling, plan
+        ctx.rank_offsets = rank_offsets
+        ctx.scaling = scaling
+        ctx.plan = plan
         if inplace:
             ctx.mark_dirty(out)
         return _expand(out, h, lora_B, weights, rank_offsets, scaling, plan, inplace)
@@ -104,7 +107,8 @@ class _Expand(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         h, lora_B, weights = ctx.saved_tensors
-        offsets, plan = ctx.rank_offsets, ctx.plan
+        offsets = ctx.rank_offsets
+        plan = ctx.plan
         need_out, need_h, need_B, need_weights = ctx.needs_input_grad[:4]
         products = PRODUCTS[plan.path]
         scale = products.scale(weights, ctx.scaling, plan)

@@ -36,7 +36,9 @@ def shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: Plan) -> 
     if plan.path == "dense":
         h = linear(x, lora_A)
         return (h,) if len(site) == 1 else h.split(site[0][-1], dim=1)
-    rank, slots, rows = site[0][-1] // plan.num_experts, plan.num_slots, plan.rows
+    rank = site[0][-1] // plan.num_experts
+    slots = plan.num_slots
+    rows = plan.rows
     blocks = lora_A.reshape(-1, rank * x.shape[1]).index_select(0, _blocks(plan, len(site)))
     if rows == 1:
         h = linear(x, blocks.view(-1, x.shape[1]))
@@ -56,8 +58,10 @@ def expand(
     inplace: bool,
 ) -> Tensor:
     """y = out + Σ_e w_e · s_e · h_e B_e for one linear; the same as `eager.expand`."""
-    dtype, width = h.dtype if out is None else out.dtype, lora_B.shape[1]
-    rank, tokens = lora_B.shape[0] // plan.num_experts, plan.num_tokens
+    dtype = h.dtype if out is None else out.dtype
+    width = lora_B.shape[1]
+    rank = lora_B.shape[0] // plan.num_experts
+    tokens = plan.num_tokens
     gate = _gate(plan, scaling)
     gated = (h if h.dim() == 4 else h.view(plan.rows, -1, plan.num_experts, rank)) * gate
     if gated.dtype != dtype:
@@ -65,7 +69,8 @@ def expand(
     if lora_B.dtype != dtype:
         lora_B = lora_B.to(dtype)
     if out is None:
-        out, inplace = gated.new_zeros(tokens, width), True
+        out = gated.new_zeros(tokens, width)
+        inplace = True
     flat = out.view(tokens, width) if inplace else out.reshape(tokens, width).clone()
     if plan.path == "dense":
         flat.addmm_(gated.view(tokens, -1), lora_B)
@@ -103,5 +108,6 @@ def _blocks(plan: Plan, linears: int) -> Tensor:
                 0, linears * plan.num_experts, plan.num_experts, device=blocks.device
             )
             blocks = blocks.unsqueeze(1) + firsts.unsqueeze(1)
-        blocks = plan.memo[linears] = blocks.view(-1)
+        blocks = blocks.view(-1)
+        plan.memo[linears] = blocks
     return blocks

@@ -61,9 +61,13 @@ class Dense:
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out + Σ_l h_l F_l [T, d]."""
         h = _join(hs)
         if out is None:
@@ -120,9 +124,13 @@ class Grouped(Slots):
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out[t] + Σ_{l,k,j} h_l[t, k, j] F_l[row j of the slot's expert]."""
         index, _ = token_rows(site, plan)
         if index.numel() == 0:
@@ -156,9 +164,13 @@ class Sequence(Slots):
 
     @staticmethod
     def up(
-        hs: tuple[Tensor, ...], factor: Tensor, site: Site, plan: Plan,
-        out: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        hs: tuple[Tensor, ...],
+        factor: Tensor,
+        site: Site,
+        plan: Plan,
+        out: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """out + Σ_l h_l F_l of each row's experts."""
         chosen, _ = _gather(factor, site, plan)
         h = _join([h.flatten(2) for h in hs])
@@ -176,7 +188,8 @@ class Sequence(Slots):
         one_hot = (experts[:, None] == plan.slot_experts.view(-1)).to(x.dtype)
         parts = []
         for h, offsets in zip(hs, site, strict=True):
-            rank, width = h.shape[3], x.shape[1]
+            rank = h.shape[3]
+            width = x.shape[1]
             products = torch.bmm(h.flatten(2).mT, _rows(x, plan))
             blocks = one_hot @ products.view(one_hot.shape[1], rank * width)
             blocks = blocks.view(plan.num_experts, rank, width)
@@ -222,7 +235,8 @@ def _rows(x: Tensor, plan: Plan) -> Tensor:
 
 def _gather(factor: Tensor, site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """The rows of F for each routing row, [rows, Σ_l K·max rank_l, d], and where they pad."""
-    rank, width = uniform_rank(site[0]), factor.shape[1]
+    rank = uniform_rank(site[0])
+    width = factor.shape[1]
     needed = plan.num_slots * sum(max_rank(offsets) for offsets in site)
     if not (rank and width and site.count(site[0]) == len(site)):
         index, padding = slot_rows(site, plan)

@@ -104,16 +104,25 @@ def build_plan(
 ) -> Plan:
     """Turn a routing into a Plan, without waiting for the device.
 
-    expert_ids [rows, K] int64, -1 = no expert; expert_weights [rows, K] fp32 or fp64, which take
-    gradients through the plan; total_rank: the largest R of the linears that share the plan.
-    An expert named twice in a row counts with the sum of its weights. complete: no slot is
-    empty and no row names an expert twice, as with a top-k; it spares looking for such.
-    backend, path: None lets the table of `dispatch` choose, for activations of `dtype`; see
-    `explain`.
-    tiles: a device's tuned tiles for the triton backend, by name or path; "" are the defaults.
+    An expert that a row names twice counts with the sum of its weights.
 
-    Raises: TypeError, ValueError for dtypes, shapes and an unknown path; with validate (which
-    waits for the device) ValueError for an id outside -1..num_experts - 1.
+    Args:
+        expert_ids: [rows, K] int64; -1 is an empty slot.
+        expert_weights: [rows, K] fp32 or fp64; they take gradients through the plan.
+        num_experts: E.
+        total_rank: The largest R of the linears that share the plan.
+        tokens_per_row: T / rows: 1, or the length of sequences that are routed as a whole.
+        path: A name of `PATHS`; None lets the table of `dispatch` choose, see `explain`.
+        validate: Whether to look for ids out of range, which waits for the device.
+        complete: No slot is empty and no row names an expert twice, as with a top-k; then neither
+            is looked for.
+        backend: A name of `BACKENDS`; None lets the table choose.
+        dtype: Of the activations, for the table.
+        tiles: A device's tuned tiles for the Triton backend, by name or path; "" are the defaults.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for wrong shapes and an unknown path, and with validate for an id out of range.
     """
     _check_routing(expert_ids, expert_weights, num_experts, tokens_per_row)
     rows, num_slots = expert_ids.shape
@@ -127,7 +136,8 @@ def build_plan(
         raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
     if validate:
         _check_ids(expert_ids, num_experts)
-    slot_experts, weights = expert_ids, expert_weights
+    slot_experts = expert_ids
+    weights = expert_weights
     if not complete:
         empty = expert_ids < 0
         slot_experts = expert_ids.masked_fill(empty, 0)
@@ -139,18 +149,26 @@ def build_plan(
 def build_decode_plan(
     router: TopK, rows: int, num_slots: int, *, backend: str = "triton", tiles: str = ""
 ) -> Plan:
-    """The plan of tokens that the kernels route themselves: path "decode", for T ≤ 64 and without
-    gradients.
+    """The plan of tokens that the kernels route themselves: path "decode", without gradients.
 
-    No φ may act between the halves. expert_ids and weights [rows, K] hold the routing after the
-    first expand.
+    No φ may act between the halves. The plan's expert_ids and weights [rows, K] hold the routing
+    after the first expand.
 
-    Raises: TypeError, ValueError for a router that is no fp32 matrix, or more slots than experts.
+    Args:
+        router: The top-k router, its weight [E, d] fp32.
+        rows: T, at most 64.
+        num_slots: K, at most E.
+        backend: A name of `BACKENDS` that has the path.
+        tiles: As in `build_plan`.
+
+    Raises:
+        TypeError: for a router that is not an fp32 matrix.
+        ValueError: for more slots than experts.
     """
     if router.weight.dtype != torch.float32 or router.weight.dim() != 2:
         raise TypeError(
-            f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected torch.float32 [E, d]:"
-            " pass router.weight.float()"
+            f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected"
+            " torch.float32 [E, d]: pass router.weight.float()"
         )
     if not 1 <= num_slots <= len(router.weight):
         raise ValueError(

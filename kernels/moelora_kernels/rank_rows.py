@@ -17,7 +17,8 @@ Site = tuple[Offsets, ...]
 @lru_cache(maxsize=256)
 def uniform_rank(offsets: Offsets) -> int | None:
     """The rank of every expert, or None if ranks differ."""
-    total, experts = offsets[-1], len(offsets) - 1
+    total = offsets[-1]
+    experts = len(offsets) - 1
     if total == 0:
         return 0
     rank = total // experts
@@ -39,7 +40,9 @@ def slot_rows(site: Site, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """Which rows of F each routing row needs, [rows, Σ_l K·max rank_l], and where they pad."""
     ids = plan.slot_experts.unsqueeze(-1)
     mixed = any(uniform_rank(offsets) is None for offsets in site)
-    indices, paddings, first = [], [], 0
+    indices = []
+    paddings = []
+    first = 0
     for offsets in site:
         bounds = _bounds(offsets, ids.device)
         index = bounds[ids] + torch.arange(max_rank(offsets), device=ids.device)
@@ -67,7 +70,8 @@ def rank_bags(hs: tuple[Tensor, ...], site: Site, plan: Plan) -> tuple[Tensor, T
 
     h_l [rows, tokens_per_row, K, max rank_l].
     """
-    lists, entries = [], 0
+    lists = []
+    entries = 0
     for h, offsets in zip(hs, site, strict=True):
         tokens, weights, firsts = _linear_bags(h, offsets, plan)
         lists.append((tokens, weights, firsts + entries))
@@ -80,7 +84,8 @@ def _linear_bags(h: Tensor, offsets: Offsets, plan: Plan) -> tuple[Tensor, Tenso
     """`rank_bags` of one linear: row j of expert e begins at Σ_{i<e} n_i r_i + j n_e."""
     order, experts, starts = plan.sorted_slots
     bounds = _bounds(offsets, h.device)
-    ranks, counts = bounds.diff(), starts.diff()
+    ranks = bounds.diff()
+    counts = starts.diff()
     bases = (ranks * counts).cumsum(0) - ranks * counts
     owners = torch.arange(len(ranks), device=h.device)
     owners = owners.repeat_interleave(ranks, output_size=offsets[-1])
@@ -93,7 +98,8 @@ def _linear_bags(h: Tensor, offsets: Offsets, plan: Plan) -> tuple[Tensor, Tenso
     if uniform_rank(offsets) is None:
         # Past the end goes what is padding; the places left over end the last row's, with h = 0.
         places = places.masked_fill(columns >= ranks[experts, None], h.numel())
-    weights, tokens = h.new_zeros(h.numel() + 1), order.new_zeros(h.numel() + 1)
+    weights = h.new_zeros(h.numel() + 1)
+    tokens = order.new_zeros(h.numel() + 1)
     weights[places] = h.reshape(len(order), h.shape[-1])[order]
     tokens[places] = (order // plan.num_slots)[:, None].expand_as(places)
     return tokens[:-1], weights[:-1], firsts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from .plan import Plan
@@ -26,8 +27,8 @@ def lora_mixture(
     out [T, d_out] or None (= 0); token t is in row t // tokens_per_row.
     """
     y = x.new_zeros(len(x), lora_B.shape[1]) if out is None else out
-    ids = expert_ids.repeat_interleave(tokens_per_row, dim=0)
-    weights = expert_weights.repeat_interleave(tokens_per_row, dim=0)
+    ids = repeat(expert_ids, "rows K -> (rows tokens) K", tokens=tokens_per_row)
+    weights = repeat(expert_weights, "rows K -> (rows tokens) K", tokens=tokens_per_row)
     for slot in range(ids.shape[1]):
         for expert, scale in enumerate(scaling):
             rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
@@ -91,4 +92,4 @@ def _gate(plan: Plan) -> Tensor:
     """gate [T, E]: the weight of each expert for each token, from the plan of any path."""
     gate = plan.weights.new_zeros(plan.rows, plan.num_experts)
     gate = gate.scatter_add(1, plan.expert_ids.clamp(min=0), plan.weights)
-    return gate.repeat_interleave(plan.tokens_per_row, dim=0)
+    return repeat(gate, "rows E -> (rows tokens) E", tokens=plan.tokens_per_row)

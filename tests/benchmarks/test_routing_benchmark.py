@@ -30,10 +30,10 @@ def task_rows(name: str, count: int) -> list[dict[str, str]]:
             for i in range(count)
         ]
     answers = COLOURS if name.startswith("colour") else SIDES
-    found = [answers[i * 7 % len(answers)] for i in range(count)]
+    drawn = [answers[i * 7 % len(answers)] for i in range(count)]
     return [
         {"instruction": f"<{name}> thing {i}:", "output": f"the answer is {a}", "answer": a}
-        for i, a in enumerate(found)
+        for i, a in enumerate(drawn)
     ]
 
 
@@ -57,68 +57,56 @@ def tiny(tmp_path_factory):
     return bases.load(path), bases.load_tokenizer(path)
 
 
+NAMES = ["colour", "side", "sums"]
+
+
 def test_it_measures_everything_and_writes_it(folder, tmp_path, capsys):
     words = (
         f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick"
     )
-    bench_routing.main([*words.split(), "--output", str(tmp_path / "out")])
     out = tmp_path / "out"
-    found = json.loads((out / "routing_cpu.json").read_text(encoding="utf-8"))
-    assert {
-        "machine",
-        "settings",
-        "rows",
-        "targets",
-        "routing",
-        "latency",
-        "replay",
-        "base",
-        "harder",
-    } <= set(found)
-    rows = {row["candidate"]: row for row in found["rows"]}
-    names = ["colour", "side", "sums"]
-    assert len(rows) == 1 + 3 + 1 + 1 + 2 + 2
-    oracle = rows["each task by its own expert (oracle)"]
-    assert all(oracle["loss"][name] == rows[f"expert {name}"]["loss"][name] for name in names)
-    assert all(
-        math.isfinite(loss)
-        for row in rows.values()
-        for losses in row["loss"].values()
-        for loss in losses
-    )
-    assert all(
-        0 <= share <= 1
-        for row in rows.values()
-        for own in row["accuracy"].values()
-        for share in own
-    )
-    # Every prompt went somewhere, in every confusion matrix.
-    assert all(sum(own.values()) == 12 for own in found["confusion"][0].values())
-    assert set(found["harder"][-1]["confusion"][0]) == {*names, "colours"}
-    assert all(sum(own.values()) == 5 for own in found["selector"][0].values())
-    assert {(row["added"], row["replay"]) for row in found["replay"]} == {
-        (n, s) for n in names for s in (0, 0.1, 0.5)
-    }
-    assert all(row["deleted"] not in row["accuracy_after"] for row in found["replay"])
-    assert set(found["base"][0]["kinds"].values()) == {
-        "task", "a task without an expert", "outside, learned", "outside, unseen",
-    }  # fmt: skip
-    assert (
-        all(isinstance(row["met"], bool) for row in found["targets"])
-        and len(found["targets"]) == 10
-    )
-    assert all(
-        0 < low <= middle <= high for middle, low, high in found["latency"][0]["ratios"].values()
-    )
+    bench_routing.main([*words.split(), "--output", str(out)])
+    results = json.loads((out / "routing_cpu.json").read_text(encoding="utf-8"))
+    parts = "machine settings rows targets routing latency replay base harder"
+    assert set(parts.split()) <= set(results)
+    check_rows(results)
+    check_where_prompts_went(results)
+    assert len(results["targets"]) == 10
+    assert all(isinstance(row["met"], bool) for row in results["targets"])
+    ratios = results["latency"][0]["ratios"].values()
+    assert all(0 < low <= middle <= high for middle, low, high in ratios)
     for name in ("confusion", "confusion_harder", "base", "replay"):
         assert (out / f"routing_{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (out / "routing_cpu.md").read_text(encoding="utf-8") in printed
-    assert (
-        "| gated, sequence |" in printed
-        and "Data: tasks." in printed
-        and "selector, seed 0" in printed
-    )
+    for text in ("| gated, sequence |", "Data: tasks.", "selector, seed 0"):
+        assert text in printed
+
+
+def check_rows(results):
+    rows = {row["candidate"]: row for row in results["rows"]}
+    assert len(rows) == 1 + 3 + 1 + 1 + 2 + 2
+    oracle = rows["each task by its own expert (oracle)"]
+    assert all(oracle["loss"][name] == rows[f"expert {name}"]["loss"][name] for name in NAMES)
+    for row in rows.values():
+        assert all(math.isfinite(loss) for losses in row["loss"].values() for loss in losses)
+        assert all(0 <= share <= 1 for shares in row["accuracy"].values() for share in shares)
+
+
+def check_where_prompts_went(results):
+    # Every prompt went somewhere, in every confusion matrix.
+    assert all(sum(own.values()) == 12 for own in results["confusion"][0].values())
+    assert set(results["harder"][-1]["confusion"][0]) == {*NAMES, "colours"}
+    assert all(sum(own.values()) == 5 for own in results["selector"][0].values())
+    replays = {(row["added"], row["replay"]) for row in results["replay"]}
+    assert replays == {(name, share) for name in NAMES for share in (0, 0.1, 0.5)}
+    assert all(row["deleted"] not in row["accuracy_after"] for row in results["replay"])
+    assert set(results["base"][0]["kinds"].values()) == {
+        "task",
+        "a task without an expert",
+        "outside, learned",
+        "outside, unseen",
+    }
 
 
 def test_without_a_folder_the_corpus_is_the_tasks(tmp_path):
@@ -129,7 +117,7 @@ def test_without_a_folder_the_corpus_is_the_tasks(tmp_path):
         len(task.test) >= 40 and not task.options and not task.has_answers
         for task in settings.tasks
     )
-    # What teaches the gate to leave texts alone is no task that it has an expert for.
+    # What teaches the gate to leave texts alone is not a task that it has an expert for.
     assert settings.outside_train == ("docs",) and [t.name for t in settings.outside] == [
         "docs",
         "licences",
@@ -205,14 +193,14 @@ def test_options_are_a_closed_set_of_answers():
 def test_a_score_is_the_loss_of_plain_forward_passes(tiny):
     model, tokenizer = tiny
     sheet = Sheet(task_rows("sums", 12), (), tokenizer, has_answers=True)
-    found = score(model, sheet, batch_size=5)
+    scores = score(model, sheet, batch_size=5)
     nats, tokens = 0.0, 0
     for row in sheet.texts.rows:
         count = int((row["labels"] != -100).sum())
         loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
         nats, tokens = nats + float(loss) * count, tokens + count
-    assert found.tokens == tokens and found.answers == 12
-    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert scores.tokens == tokens and scores.answers == 12
+    assert scores.nats == pytest.approx(nats, rel=1e-5)
 
 
 def test_an_exact_answer_is_what_greedy_decoding_writes(tiny):
@@ -222,11 +210,11 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(tiny):
     for number, prompt in enumerate(prompts[:3]):
         # What the model itself would write is right; the other rows stay wrong.
         ids = torch.tensor([tokenizer(prompt + "\n")["input_ids"]])
-        made = model.generate(
+        generated = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
         )
         rows[number] = {"instruction": prompt, "output": "x"}
-        target = torch.cat([ids[0, -1:], made[0, ids.shape[1] :]])
+        target = torch.cat([ids[0, -1:], generated[0, ids.shape[1] :]])
         rows[number]["ids"] = target.tolist()
         right += 1
     sheet = Sheet(
@@ -318,18 +306,19 @@ def test_a_template_is_the_words_that_nearly_all_prompts_have(folder):
 
 
 def test_parts_alone(folder, tmp_path):
-    words = f"--tasks {folder} --names colour,side,sums --harder colours --base tiny --layers 2 --quick".split()
-    found = {}
+    tasks = f"--tasks {folder} --names colour,side,sums --harder colours"
+    words = f"{tasks} --base tiny --layers 2 --quick".split()
+    results = {}
     for only in ("gates", "harder"):
         bench_routing.main([*words, "--only", only, "--output", str(tmp_path)])
-        found[only] = json.loads(
+        results[only] = json.loads(
             (tmp_path / f"routing_{only}_cpu.json").read_text(encoding="utf-8")
         )
-    kinds = {row["gate"] for row in found["gates"]["routing"]}
+    kinds = {row["gate"] for row in results["gates"]["routing"]}
     assert {
         "linear, mean of the embeddings",
         "mlp, mean; prompts without their template's words",
     } <= kinds
-    over = {row["gate"]: row["mean"] for row in found["harder"]["over_oracle"]}
+    over = {row["gate"]: row["mean"] for row in results["harder"]["over_oracle"]}
     assert over["oracle"] == 1 and over["gated, sequence, top 2"] > 0
     assert not (tmp_path / "routing_cpu.json").exists()

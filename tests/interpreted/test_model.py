@@ -1,4 +1,4 @@
-"""A whole model on the Triton backend: the eager backend's logits, gradients and generated tokens."""
+"""A whole model on the Triton backend: eager's logits, gradients and generated tokens."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ LARGE = {
     "ranks 1 to 256 in one mixture": with_ranks((1, 4, 8, 12, 48, 96, 256), rows=9),
     "rows longer than a tile": Case(rows=2, tokens_per_row=40, ranks=(3, 8), d_in=40),
     "an expert with more slots than a tile": Case(rows=90, ranks=(4, 4), ids="one", num_slots=1),
-    "a d that is no multiple of 8": Case(d_in=41, d_out=67),
+    "a d that is not a multiple of 8": Case(d_in=41, d_out=67),
 }
 ONE_LAUNCH = {name: case for name, case in CASES.items() if case.offsets[-1] <= 64}
 
@@ -66,9 +66,14 @@ def test_the_single_launch(case: Case, dtype: torch.dtype) -> None:
         x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None
     ) -> Tensor:
         plan = build_plan(
-            ids, weights, len(case.ranks), total_rank=case.offsets[-1], tokens_per_row=case.tokens_per_row,
-            path="dense", backend="triton",
-        )  # fmt: skip
+            ids,
+            weights,
+            len(case.ranks),
+            total_rank=case.offsets[-1],
+            tokens_per_row=case.tokens_per_row,
+            path="dense",
+            backend="triton",
+        )
         return fused_mixture(x, lora_A, lora_B, case.offsets, case.scales, plan, out)
 
     assert_close(run(function, inputs), expected(case, ids, inputs), dtype)

@@ -65,5 +65,5 @@ def test_a_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         load_tuned("h300")
     (tmp_path / "broken.json").write_text('{"tiles": {"shrink": {"BLOCK": 1}}}')
-    with pytest.raises(ValueError, match="broken.json is no table of tiles"):
+    with pytest.raises(ValueError, match="broken.json is not a table of tiles"):
         load_tuned("broken")

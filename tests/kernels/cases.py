@@ -118,9 +118,16 @@ def expected(case: Case, ids: Tensor, inputs: dict[str, Any]) -> dict[str, Tenso
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Any) -> Tensor:
         return reference.lora_mixture(
-            x, lora_A, lora_B, ids, weights, case.offsets, case.scales, out,
+            x,
+            lora_A,
+            lora_B,
+            ids,
+            weights,
+            case.offsets,
+            case.scales,
+            out,
             tokens_per_row=case.tokens_per_row,
-        )  # fmt: skip
+        )
 
     doubles = {n: None if t is None else t.double() for n, t in inputs.items()}
     return run(function, doubles)

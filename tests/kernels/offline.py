@@ -33,9 +33,12 @@ TENSOR_CORES = {
     "gfx942": r"v_mfma",
 }
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -71,7 +74,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler says of one launch on one target; spilled is None where it does not tell."""
+    """What the compiler says of one launch on one target; spilled: None where it does not tell."""
 
     shared: int
     registers: int
@@ -155,9 +158,9 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found, f"{pattern} is not in the compiler's report"
-    return int(found[1])
+    match = re.search(pattern, text)
+    assert match, f"{pattern} is not in the compiler's report"
+    return int(match[1])
 
 
 def distinct(run: Callable[[], None]) -> list[Launch]:

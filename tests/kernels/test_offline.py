@@ -159,10 +159,10 @@ def _compile(index: int) -> Figures:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_spill_and_shared_memory_that_fits(name: str, target: str, figures: dict) -> None:
-    for (launch, on), found in figures.items():
+    for (launch, on), figures_of_launch in figures.items():
         if kernel_of(launch) == name and on == target:
-            assert found.spilled == 0, launch.name
-            assert found.shared <= SHARED[target], launch.name
+            assert figures_of_launch.spilled == 0, launch.name
+            assert figures_of_launch.shared <= SHARED[target], launch.name
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -170,8 +170,10 @@ def test_no_spill_and_shared_memory_that_fits(name: str, target: str, figures: d
     "name", [name for name in NAMES if " fp32" not in name and "gate_grad" not in name]
 )
 def test_16_bit_products_use_tensor_cores(name: str, target: str, figures: dict) -> None:
-    found = [f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target]
-    assert found and all(f.tensor_cores for f in found)
+    launches = [
+        f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target
+    ]
+    assert launches and all(f.tensor_cores for f in launches)
 
 
 def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:
@@ -180,14 +182,14 @@ def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:
     for name in NAMES:
         cells = []
         for target in TARGETS:
-            found = [
+            launches = [
                 f
                 for (launch, on), f in figures.items()
                 if kernel_of(launch) == name and on == target
             ]
-            shared, registers = [f.shared >> 10 for f in found], [f.registers for f in found]
+            shared, registers = [f.shared >> 10 for f in launches], [f.registers for f in launches]
             cells.append(f"{min(shared)}-{max(shared)}K {min(registers)}-{max(registers)}r")
-        lines.append(f"{name} ({len(found)}): " + " | ".join(cells))
+        lines.append(f"{name} ({len(launches)}): " + " | ".join(cells))
     with capsys.disabled():
         print("\n".join(lines))
     assert len(lines) == 2 + len(NAMES)

@@ -17,7 +17,8 @@ from .tiles import group_block
 
 Offsets = tuple[int, ...]
 # A program of the single launch holds all ranks; more would spill, in fp32 earlier.
-FUSED_RANKS, FUSED_RANKS_FP32 = 256, 64
+FUSED_RANKS = 256
+FUSED_RANKS_FP32 = 64
 # What every program of the single launch reads again (router and lora_A); beyond it a launch more
 # costs less.
 FUSED_BYTES = 1 << 16
@@ -35,9 +36,17 @@ def shrink(
     slots = _slots(plan, x, lora_A)
     site = [offset for offsets in rank_offsets for offset in offsets]
     h = op.shrink(
-        x, lora_A, plan.expert_ids, _arrays(slots), site,
-        plan.num_experts, plan.path, plan.tokens_per_row, slots.block if slots else 0, plan.tiles,
-    )  # fmt: skip
+        x,
+        lora_A,
+        plan.expert_ids,
+        _arrays(slots),
+        site,
+        plan.num_experts,
+        plan.path,
+        plan.tokens_per_row,
+        slots.block if slots else 0,
+        plan.tiles,
+    )
     if plan.path == "dense":
         return (
             (h,)
@@ -97,7 +106,10 @@ def why_not(x: Tensor, weights: Tensor) -> str | None:
     if weights.dtype != torch.float32:
         return f"the weights are {weights.dtype}, expected torch.float32: pass them as .float()"
     if x.device.type == "cpu" and not interpreted():
-        return "x is on the CPU, expected a GPU or Triton's interpreter: move it, or pass backend='eager'"
+        return (
+            "x is on the CPU, expected a GPU or Triton's interpreter: move it, or pass"
+            " backend='eager'"
+        )
     return None
 
 
@@ -107,9 +119,14 @@ def interpreted() -> bool:
 
 
 def fused_mixture(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, rank_offsets: Offsets, scaling: tuple[float, ...], plan: Plan,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    plan: Plan,
     out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y = out + Σ_e w_e · s_e · (x A_eᵀ) B_e of one linear in a single launch, on a plan of the
     dense path.
 
@@ -118,15 +135,24 @@ def fused_mixture(
     largest = FUSED_RANKS_FP32 if x.dtype == torch.float32 else FUSED_RANKS
     if plan.path != "dense" or rank_offsets[-1] > largest:
         raise ValueError(
-            f"fused_mixture got path={plan.path!r} and R={rank_offsets[-1]}, expected path='dense' and at most"
-            f" {largest} ranks in {x.dtype}: use lora_mixture"
+            f"fused_mixture got path={plan.path!r} and R={rank_offsets[-1]}, expected"
+            f" path='dense' and at most {largest} ranks in {x.dtype}: use lora_mixture"
         )
     rows = x.reshape(plan.num_tokens, x.shape[-1])
     flat = None if out is None else out.reshape(plan.num_tokens, out.shape[-1])
     y, _ = op.fused(
-        rows, lora_A, lora_B, plan.weights, flat, plan.expert_ids, rank_offsets, scaling,
-        plan.tokens_per_row, plan.tiles, x.dtype if out is None else out.dtype,
-    )  # fmt: skip
+        rows,
+        lora_A,
+        lora_B,
+        plan.weights,
+        flat,
+        plan.expert_ids,
+        rank_offsets,
+        scaling,
+        plan.tokens_per_row,
+        plan.tiles,
+        x.dtype if out is None else out.dtype,
+    )
     return y if out is None else y.view(out.shape)
 
 
@@ -139,8 +165,9 @@ def _decode_shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: P
             Shape(plan.rows, 1, plan.num_experts, plan.num_slots, offsets[-1], x.dtype)
         ):
             raise ValueError(
-                f"path='decode' got T={plan.rows}, E={plan.num_experts}, R={offsets[-1]} in {x.dtype}, expected at most"
-                f" 64 tokens, 64 experts and {DECODE_RANKS} ranks: route, and use build_plan"
+                f"path='decode' got T={plan.rows}, E={plan.num_experts}, R={offsets[-1]} in"
+                f" {x.dtype}, expected at most 64 tokens, 64 experts and {DECODE_RANKS} ranks:"
+                " route, and use build_plan"
             )
     bytes_read = x.shape[1] * (4 * plan.num_experts + x.element_size() * len(lora_A))
     if len(site) == 1 and bytes_read <= FUSED_BYTES and len(lora_A) <= FUSED_RANKS_FP32:
@@ -151,9 +178,16 @@ def _decode_shrink(x: Tensor, lora_A: Tensor, site: tuple[Offsets, ...], plan: P
 
 
 def _decode_expand(
-    h: Tensor, lora_B: Tensor, rank_offsets: Offsets, scaling: tuple[float, ...], plan: Plan, router: TopK,
-    out: Tensor | None, inplace: bool, dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
+    h: Tensor,
+    lora_B: Tensor,
+    rank_offsets: Offsets,
+    scaling: tuple[float, ...],
+    plan: Plan,
+    router: TopK,
+    out: Tensor | None,
+    inplace: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
     """`expand` of the decode path; out None needs the dtype, as h is fp32 there."""
     _refuse_gradients(lora_B=lora_B, out=out)
     if out is None:
@@ -188,8 +222,8 @@ def _refuse_gradients(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"{name} requires a gradient, which path='decode' has not: run it under torch.no_grad(), or route and"
-                " use build_plan"
+                f"{name} requires a gradient, which path='decode' does not give: run it under"
+                " torch.no_grad(), or route and use build_plan"
             )
 
 

@@ -68,7 +68,8 @@ def decode_expand_kernel(
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = token < num_tokens
-    expert, rank = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R)
+    expert = tl.arange(0, BLOCK_E)
+    rank = tl.arange(0, BLOCK_R)
     place = token.to(tl.int64)[:, None] * E + expert[None, :]
     scores = sum_planes(
         logits, place, there[:, None] & (expert < E)[None, :], splits, logits_stride
@@ -88,22 +89,25 @@ def decode_expand_kernel(
 
 def decode_shrink(x: Tensor, router: Tensor, lora_A: Tensor, tiles: str) -> tuple[Tensor, Tensor]:
     """(logits [splits, T, E], h [splits, T, Σ_l R_l]), fp32 planes to be summed in order."""
-    (num_tokens, d), total_rank, num_experts = x.shape, lora_A.shape[0], router.shape[0]
+    num_tokens, d = x.shape
+    total_rank = lora_A.shape[0]
+    num_experts = router.shape[0]
     tile, grid, splits, part = decode_splits(x, lora_A, tiles)
     logits = router.new_empty((splits, num_tokens, num_experts))
     planes = router.new_empty((splits, num_tokens, total_rank))
     if num_tokens:
         decode_shrink_kernel[(*grid, splits)](
             x, router, lora_A, logits, planes,
-            num_tokens, total_rank, d, part, num_experts, x.stride(0), logits.stride(0), planes.stride(0),
-            BLOCK_E=fitting(num_experts, 64), **launch_options(tile),
+            num_tokens, total_rank, d, part, num_experts, x.stride(0), logits.stride(0),
+            planes.stride(0), BLOCK_E=fitting(num_experts, 64), **launch_options(tile),
         )  # fmt: skip
     return logits, planes
 
 
 def decode_splits(x: Tensor, lora_A: Tensor, tiles: str) -> tuple[Tile, tuple[int, int], int, int]:
     """(tile, grid over tokens and blocks, splits of d, a split's part) of `decode_shrink`."""
-    (num_tokens, d), total_rank = x.shape, lora_A.shape[0]
+    num_tokens, d = x.shape
+    total_rank = lora_A.shape[0]
     tile = tile_for("decode_shrink", int(num_tokens), total_rank, x.dtype, tiles)
     grid = ceil_div(int(num_tokens), tile.BLOCK_T), 1 + ceil_div(total_rank, tile.BLOCK_R)
     return tile, grid, *split_count(grid[0] * grid[1], d, tile.BLOCK_D, x.device)

@@ -26,8 +26,8 @@ def gate_of_ranks(weights, row_ids, row, there, expert, scale, K: tl.constexpr):
 
 @triton.jit
 def _dense_h(
-    h, weights, row_ids, experts, scaling, token, there, first, total_rank, tokens_per_row, h_stride,
-    K: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
+    h, weights, row_ids, experts, scaling, token, there, first, total_rank, tokens_per_row,
+    h_stride, K: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h [tokens, ranks first …] times its gate, fp32."""
     rank = first + tl.arange(0, BLOCK_R)
@@ -51,8 +51,8 @@ def multiply_rows(acc, h_tile, factor, row, used, column, inside, d, dtype: tl.c
 
 @triton.jit
 def _add_slot(
-    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column, inside,
-    d, K, E, h_stride_t, h_stride_k, h_stride_l,
+    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column,
+    inside, d, K, E, h_stride_t, h_stride_k, h_stride_l,
     L: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """acc + (w·s·h)[slot] F of the rows of one expert, in each linear of the site."""
@@ -95,8 +95,8 @@ def expand_dense_kernel(
     dtype = y.dtype.element_ty
     if RESIDENT:
         h_tile = _dense_h(
-            h, weights, row_ids, experts, scaling, token, there, 0, total_rank, tokens_per_row, h_stride,
-            K, GATED, BLOCK_R,
+            h, weights, row_ids, experts, scaling, token, there, 0, total_rank, tokens_per_row,
+            h_stride, K, GATED, BLOCK_R,
         ).to(dtype)  # fmt: skip
     for tile_d in range(TILES_D):
         column = (tl.program_id(1) * TILES_D + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -109,8 +109,8 @@ def expand_dense_kernel(
         else:
             for first in range(0, total_rank, BLOCK_R):
                 gated = _dense_h(
-                    h, weights, row_ids, experts, scaling, token, there, first, total_rank, tokens_per_row,
-                    h_stride, K, GATED, BLOCK_R,
+                    h, weights, row_ids, experts, scaling, token, there, first, total_rank,
+                    tokens_per_row, h_stride, K, GATED, BLOCK_R,
                 )  # fmt: skip
                 rank = first + lane_r
                 acc = multiply_rows(
@@ -147,8 +147,8 @@ def expand_slots_kernel(
     """
     tile = tl.program_id(0)
     token, there, expert = tokens_of_tile(
-        tile, pass_slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity, K, E, PATH,
-        BLOCK_T,
+        tile, pass_slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity, K, E,
+        PATH, BLOCK_T,
     )  # fmt: skip
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
@@ -157,8 +157,8 @@ def expand_slots_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     if PATH == "grouped":
         acc = _add_slot(
-            acc, h, factor, weights, scaling, starts, ranks, token, there, row, pass_slot, expert, column, inside,
-            d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
+            acc, h, factor, weights, scaling, starts, ranks, token, there, row, pass_slot, expert,
+            column, inside, d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
         )  # fmt: skip
     else:
         for slot in range(K):
@@ -166,7 +166,8 @@ def expand_slots_kernel(
                 tl.int32
             )
             acc = _add_slot(
-                acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column, inside,
+                acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert,
+                column, inside,
                 d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
             )  # fmt: skip
     store_rows(y, out, acc, token, there, column, inside, d, out_stride)
@@ -191,7 +192,8 @@ def expand(
 
     h of `shrink`'s form, of any strides but that of the last axis; y may be out itself.
     """
-    num_tokens, d = h.shape[0], factor.shape[1]
+    num_tokens = h.shape[0]
+    d = factor.shape[1]
     y = h.new_empty((num_tokens, d), dtype=dtype) if y is None else y
     if 0 in y.shape:
         return y
@@ -210,11 +212,13 @@ def _launch_dense(
     """One launch."""
     num_tokens, d = y.shape
     tile = tile_for("expand", num_tokens, site.total_rank, y.dtype, tiles)
-    grid_t, grid_d = ceil_div(num_tokens, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D)
+    grid_t = ceil_div(num_tokens, tile.BLOCK_T)
+    grid_d = ceil_div(d, tile.BLOCK_D)
     tiles_d = out_tiles(grid_t * grid_d, y.device)
     expand_dense_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
         h, factor, out, y, *(gate or (None, None)), expert_ids, site.experts,
-        num_tokens, tokens_per_row, site.total_rank, d, h.stride(0), 0 if out is None else out.stride(0),
+        num_tokens, tokens_per_row, site.total_rank, d, h.stride(0),
+        0 if out is None else out.stride(0),
         K=expert_ids.shape[1], GATED=gate is not None, RESIDENT=site.total_rank <= tile.BLOCK_R,
         TILES_D=tiles_d, **launch_options(tile),
     )  # fmt: skip
@@ -245,9 +249,10 @@ def _launch_slots(
     )
     for slot in range(num_slots if path == "grouped" else 1):
         expand_slots_kernel[grid](
-            h, factor, out, y, *(gate or (None, None)), expert_ids, *table(slots), site.starts, site.ranks,
-            tokens_per_row, slots.groups.shape[1] if slots else 0, slot, num_slots, site.num_experts, d,
-            *h.stride()[:3], 0 if out is None else out.stride(0),
+            h, factor, out, y, *(gate or (None, None)), expert_ids, *table(slots),
+            site.starts, site.ranks, tokens_per_row, slots.groups.shape[1] if slots else 0,
+            slot, num_slots, site.num_experts, d, *h.stride()[:3],
+            0 if out is None else out.stride(0),
             PATH=path, L=site.num_linears, GATED=gate is not None, **launch_options(tile),
         )  # fmt: skip
         out = y

@@ -32,8 +32,8 @@ def fused_kernel(
     used = rank < total_rank
     dtype = y.dtype.element_ty
     hidden = multiply_columns(
-        x, lora_A, token, there, rank, used, 0, d_in, x_stride, d_in, x.dtype.element_ty, BLOCK_T, BLOCK_R,
-        BLOCK_D,
+        x, lora_A, token, there, rank, used, 0, d_in, x_stride, d_in, x.dtype.element_ty, BLOCK_T,
+        BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if h is not None:  # noqa: SIM102 -- known when compiling, the other is not
         if tl.program_id(1) == 0:
@@ -42,8 +42,8 @@ def fused_kernel(
     if router is not None:
         lane = tl.arange(0, BLOCK_E)
         logits = multiply_columns(
-            x, router, token, there, lane, lane < E, 0, d_in, x_stride, d_in, tl.float32, BLOCK_T, BLOCK_E,
-            BLOCK_D,
+            x, router, token, there, lane, lane < E, 0, d_in, x_stride, d_in, tl.float32, BLOCK_T,
+            BLOCK_E, BLOCK_D,
         )  # fmt: skip
         first = tl.program_id(1) == 0
         by_expert = select_experts(
@@ -89,8 +89,8 @@ def fused(
     tiles_d = ceil_div(ceil_div(d_out, tile.BLOCK_D), parts)
     router_weight, bias, norm = router or (None, None, False)
     fused_kernel[(ceil_div(num_tokens, tile.BLOCK_T), parts)](
-        x, lora_A, lora_B, router_weight, bias, scaling, site.experts, expert_ids, weights, out, y, h,
-        num_tokens, tokens_per_row, site.total_rank, x.shape[1], d_out, site.num_experts,
+        x, lora_A, lora_B, router_weight, bias, scaling, site.experts, expert_ids, weights, out, y,
+        h, num_tokens, tokens_per_row, site.total_rank, x.shape[1], d_out, site.num_experts,
         x.stride(0), 0 if out is None else out.stride(0),
         K=expert_ids.shape[1], NORM=norm, BLOCK_E=fitting(site.num_experts, 1024), TILES_D=tiles_d,
         **launch_options(tile),

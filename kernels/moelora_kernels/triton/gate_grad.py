@@ -96,8 +96,10 @@ def gate_grad(
     """(dh of h's shape and dtype, g·s·h in dtype, dweights [rows, K] fp32) of u's planes, for one
     linear.
     """
-    num_tokens, num_slots = h.shape[0], expert_ids.shape[1]
-    dh, gated = h.new_empty(h.shape), h.new_empty(h.shape, dtype=dtype)
+    num_tokens = h.shape[0]
+    num_slots = expert_ids.shape[1]
+    dh = h.new_empty(h.shape)
+    gated = h.new_empty(h.shape, dtype=dtype)
     dweights = weights.new_zeros((num_tokens, num_slots))
     if h.numel() and num_slots:
         width = site.total_rank if path == "dense" else site.max_rank

@@ -30,7 +30,7 @@ def sizes(offsets: tuple[int, ...], num_experts: int) -> tuple[int, int, int]:
     """(L, R, largest rank) of the E + 1 offsets of each of L linears, one after another."""
     linears = len(offsets) // (num_experts + 1)
     last = [offsets[(linear + 1) * (num_experts + 1) - 1] for linear in range(linears)]
-    # Between two linears the offsets fall back to 0, which is no rank.
+    # Between two linears the offsets fall back to 0, which is not a rank.
     return linears, sum(last), max((b - a for a, b in pairwise(offsets)), default=0)
 
 
@@ -38,7 +38,10 @@ def sizes(offsets: tuple[int, ...], num_experts: int) -> tuple[int, int, int]:
 def layout(offsets: tuple[int, ...], num_experts: int, device: torch.device) -> Layout:
     """The tables of a site; kept, since copying them from the host would make each launch wait."""
     linears, total, largest = sizes(offsets, num_experts)
-    starts, ranks, experts, first = [], [], [], 0
+    starts = []
+    ranks = []
+    experts = []
+    first = 0
     for linear in range(linears):
         own = offsets[linear * (num_experts + 1) : (linear + 1) * (num_experts + 1)]
         for expert, (begin, end) in enumerate(pairwise(own)):

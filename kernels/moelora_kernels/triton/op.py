@@ -31,7 +31,9 @@ def shrink(
 ) -> Tensor:  # fmt: skip
     """h = x Fᵀ fp32 of all linears of a site: dense [T, R], else [T, K, L, max rank]."""
     place = layout(tuple(site), num_experts, x.device)
-    x, factor, ids = dense_rows(x), factor.contiguous(), ids.contiguous()
+    x = dense_rows(x)
+    factor = factor.contiguous()
+    ids = ids.contiguous()
     planes = shrink_planes(x, factor, ids, _map(slots, block), place, path, tokens_per_row, tiles)
     return planes[0] if planes.shape[0] == 1 else planes.sum(0)
 
@@ -49,7 +51,9 @@ def input_grad(
 ) -> Tensor:  # fmt: skip
     """dx = Σ_l dh_l A_l [T, d_in] of dtype."""
     place = layout(tuple(site), num_experts, dh.device)
-    dh, factor, slot_map = dense_rows(dh), factor.contiguous(), _map(slots, block)
+    dh = dense_rows(dh)
+    factor = factor.contiguous()
+    slot_map = _map(slots, block)
     return run_expand(
         dh,
         factor,
@@ -77,7 +81,8 @@ def weight_grad(
 ) -> Tensor:  # fmt: skip
     """hᵀ x, stacked as the factor, [R, d] of dtype."""
     place = layout(tuple(site), num_experts, x.device)
-    h, x = dense_rows(h), dense_rows(x)
+    h = dense_rows(h)
+    x = dense_rows(x)
     return run_weight_grad(h, x, _map(slots, block), place, path, dtype, tiles)
 
 
@@ -88,9 +93,9 @@ def _(h, x, slots, site, num_experts, path, block, tiles, dtype):
 
 @custom_op("moelora::expand", mutates_args=())
 def expand(
-    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
-    dtype: torch.dtype,
+    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor,
+    slots: Sequence[Tensor], site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype."""
     return _expand_into(
@@ -120,7 +125,8 @@ def _(
 @custom_op("moelora::expand_", mutates_args=("out",))
 def expand_(
     h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
+    site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str,
 ) -> None:  # fmt: skip
     """`expand` into out; without gradients."""
     _expand_into(
@@ -144,7 +150,8 @@ def expand_(
 @custom_op("moelora::fused", mutates_args=())
 def fused(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, ids: Tensor,
-    site: Sequence[int], scaling: Sequence[float], tokens_per_row: int, tiles: str, dtype: torch.dtype,
+    site: Sequence[int], scaling: Sequence[float],
+    tokens_per_row: int, tiles: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [T, d_out] of dtype, h [T, R] fp32) of one linear on the dense path, in one launch; R ≤
     256.
@@ -153,8 +160,8 @@ def fused(
     y, h = _empty_fused(x, lora_A, lora_B, dtype)
     out = None if out is None else dense_rows(out)
     run_fused(
-        dense_rows(x), lora_A.contiguous(), lora_B.contiguous(), scales(tuple(scaling), x.device), place,
-        ids.contiguous(), weights.contiguous(), out, y, h, tokens_per_row, tiles,
+        dense_rows(x), lora_A.contiguous(), lora_B.contiguous(), scales(tuple(scaling), x.device),
+        place, ids.contiguous(), weights.contiguous(), out, y, h, tokens_per_row, tiles,
     )  # fmt: skip
     return y, h
 
@@ -174,11 +181,15 @@ def _empty_fused(
 @custom_op("moelora::expand_backward", mutates_args=())
 def expand_backward(
     dy: Tensor, h: Tensor, lora_B: Tensor, weights: Tensor, ids: Tensor, slots: Sequence[Tensor],
-    site: Sequence[int], scaling: Sequence[float], path: str, tokens_per_row: int, block: int, tiles: str,
+    site: Sequence[int], scaling: Sequence[float], path: str,
+    tokens_per_row: int, block: int, tiles: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dh, g·s·h in the dtype of dy, dweights) of u = dy Bᵀ."""
     place = layout(tuple(site), len(scaling), dy.device)
-    dy, h, weights, ids = dense_rows(dy), dense_rows(h), weights.contiguous(), ids.contiguous()
+    dy = dense_rows(dy)
+    h = dense_rows(h)
+    weights = weights.contiguous()
+    ids = ids.contiguous()
     planes = shrink_planes(
         dy, lora_B.contiguous(), ids, _map(slots, block), place, path, tokens_per_row, tiles
     )
@@ -220,7 +231,7 @@ def _expand_into(
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis side by side, as the kernels read it; other strides are free."""
+    """The tensor with its last axis side by side, as the kernels read it; other strides stay."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -280,7 +291,8 @@ def _backward_of_fused(ctx: Any, dy: Tensor, dh: Tensor) -> tuple:
     """The backward passes of expand and shrink on the dense path; h is there for them alone."""
     x, lora_A, lora_B, weights, ids, h = ctx.saved_tensors
     site, scaling, tokens_per_row, tiles = ctx.fixed
-    experts, where = len(scaling), ("dense", tokens_per_row, 0, tiles)
+    experts = len(scaling)
+    where = ("dense", tokens_per_row, 0, tiles)
     dh, gated, dweights = expand_backward(dy, h, lora_B, weights, ids, [], site, scaling, *where)
     dx = dA = dB = None
     if ctx.needs_input_grad[0]:

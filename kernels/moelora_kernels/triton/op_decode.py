@@ -30,9 +30,19 @@ def _(x, router, lora_A, tiles):
 
 @custom_op("moelora::decode_expand_", mutates_args=("ids", "weights", "y"))
 def decode_expand_(
-    logits: Tensor, h: Tensor, lora_B: Tensor, bias: Tensor | None, norm: bool, scaling: Sequence[float],
-    site: Sequence[int], ids: Tensor, weights: Tensor, y: Tensor, add: bool, tiles: str,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    norm: bool,
+    scaling: Sequence[float],
+    site: Sequence[int],
+    ids: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    add: bool,
+    tiles: str,
+) -> None:
     """y (+)= (g·s·h) B for one linear; the routing is written to ids and weights [T, K]."""
     place = layout(tuple(site), len(scaling), y.device)
     scale = scales(tuple(scaling), y.device)
@@ -44,18 +54,40 @@ def decode_expand_(
 
 @custom_op("moelora::fused_", mutates_args=("ids", "weights", "y"))
 def fused_(
-    x: Tensor, router: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, norm: bool,
-    scaling: Sequence[float], site: Sequence[int], ids: Tensor, weights: Tensor, y: Tensor, add: bool, tiles: str,
-) -> None:  # fmt: skip
+    x: Tensor,
+    router: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    norm: bool,
+    scaling: Sequence[float],
+    site: Sequence[int],
+    ids: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    add: bool,
+    tiles: str,
+) -> None:
     """y (+)= the mixture of x, router and all, in one launch; the routing is written to ids and
     weights.
     """
     place = layout(tuple(site), len(scaling), y.device)
     scale = scales(tuple(scaling), y.device)
     run_fused(
-        dense_rows(x), lora_A.contiguous(), lora_B.contiguous(), scale, place, ids, weights,
-        y if add else None, y, None, 1, tiles, (router.contiguous(), bias, norm),
-    )  # fmt: skip
+        dense_rows(x),
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        scale,
+        place,
+        ids,
+        weights,
+        y if add else None,
+        y,
+        None,
+        1,
+        tiles,
+        (router.contiguous(), bias, norm),
+    )
 
 
 OPERATORS: tuple[Callable, ...] = (decode_shrink, decode_expand_, fused_)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import op
+from .op import input_grad, shrink, weight_grad
 
 # Significant bits of a 16-bit float: each part holds that many more of the fp32 number's 24.
 BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -41,11 +41,12 @@ class _Logits(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # In 16 bits, of which dx keeps no more: the first parts do.
             ids = x.new_empty((len(x), 0), dtype=torch.int64)
-            site, plan = [0, len(weight)], (1, "dense", 1, 0, "")
-            dx = op.input_grad(dlogits, weight, ids, [], site, *plan, x.dtype)
+            site = [0, len(weight)]
+            plan = (1, "dense", 1, 0, "")
+            dx = input_grad(dlogits, weight, ids, [], site, *plan, x.dtype)
         if ctx.needs_input_grad[1]:
             site = [0, by_token.shape[1]]
-            grads = op.weight_grad(by_token, x, [], site, 1, "dense", 0, "", torch.float32)
+            grads = weight_grad(by_token, x, [], site, 1, "dense", 0, "", torch.float32)
             dweight = torch.einsum("ped,p->ed", grads.view(len(scales), *weight.shape), scales)
         return dx, dweight
 
@@ -53,7 +54,7 @@ class _Logits(torch.autograd.Function):
 def _shrink(x: Tensor, factor: Tensor) -> Tensor:
     """x Fᵀ [T, rows] fp32, as one expert of that rank on the dense path."""
     ids = x.new_empty((len(x), 0), dtype=torch.int64)
-    return op.shrink(x, factor, ids, [], [0, len(factor)], 1, "dense", 1, 0, "")
+    return shrink(x, factor, ids, [], [0, len(factor)], 1, "dense", 1, 0, "")
 
 
 def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,9 @@ def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.float32:
         return values.unsqueeze(0), values.new_ones(1)
     largest = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    rest, parts, step = values / largest, [], 2.0 ** BITS[dtype]
+    rest = values / largest
+    parts = []
+    step = 2.0 ** BITS[dtype]
     for _ in range(3):
         parts.append(rest.to(dtype))
         rest = (rest - parts[-1].float()) * step

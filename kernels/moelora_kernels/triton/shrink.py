@@ -26,7 +26,8 @@ def shrink_kernel(
     token. Grouped, sequence: h [T, K, L, max rank], the rows of the slot's expert in each of the
     site's L linears; what is past its rank, and an empty slot, becomes 0.
     """
-    block, split = tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
     begin = split * d_per_split
     end = tl.minimum(begin + d_per_split, d)
     if PATH == "dense":
@@ -38,23 +39,14 @@ def shrink_kernel(
         place = token.to(tl.int64)[:, None] * total_rank + row[None, :]
     else:
         # Slots side by side read the same tokens, while those are in cache.
-        slot, tile = tl.program_id(0) % K, tl.program_id(0) // K
+        slot = tl.program_id(0) % K
+        tile = tl.program_id(0) // K
         token, there, expert = tokens_of_tile(
-            tile,
-            slot,
-            row_ids,
-            tokens,
-            bounds,
-            groups,
-            firsts,
-            tokens_per_row,
-            capacity,
-            K,
-            E,
-            PATH,
-            BLOCK_T,
-        )
-        linear, column = block % L, (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
+            tile, slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity,
+            K, E, PATH, BLOCK_T,
+        )  # fmt: skip
+        linear = block % L
+        column = (block // L) * BLOCK_R + tl.arange(0, BLOCK_R)
         which = linear * E + tl.maximum(expert, 0)
         used = column < tl.where(expert >= 0, tl.load(ranks + which), 0)
         stored = column < MAX_RANK
@@ -63,8 +55,8 @@ def shrink_kernel(
         place = ((token.to(tl.int64) * K + slot) * L + linear)[:, None] * MAX_RANK + column[None, :]
 
     acc = multiply_columns(
-        x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T, BLOCK_R,
-        BLOCK_D,
+        x, factor, token, there, row, used, begin, end, x_stride, d, x.dtype.element_ty, BLOCK_T,
+        BLOCK_R, BLOCK_D,
     )  # fmt: skip
     tl.store(
         planes + split.to(tl.int64) * plane_stride + place,

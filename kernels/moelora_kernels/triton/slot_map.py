@@ -28,9 +28,10 @@ class SlotMap(NamedTuple):
 
 
 def slot_map(expert_ids: Tensor, tokens_per_row: int, num_experts: int, block: int) -> SlotMap:
-    """expert_ids [rows, K] int64, -1 = no expert; tiles of `block` tokens. Sorts rows, not tokens."""
+    """expert_ids [rows, K] int64, -1 = no expert; tiles of `block` tokens; sorts rows."""
     rows, slots = expert_ids.shape
-    device, groups_per_slot = expert_ids.device, num_experts + 1
+    device = expert_ids.device
+    groups_per_slot = num_experts + 1
     slot_firsts = torch.arange(0, slots * groups_per_slot, groups_per_slot, device=device)
     keys = torch.where(expert_ids < 0, num_experts, expert_ids) + slot_firsts
     keys, order = keys.view(-1).sort(stable=True)

@@ -13,8 +13,15 @@ import torch
 
 TUNED = Path(__file__).parent / "tuned"
 KERNELS = (
-    "shrink", "expand", "expand_slots", "weight_grad", "gate_grad", "fused", "decode_shrink", "decode_expand",
-)  # fmt: skip
+    "shrink",
+    "expand",
+    "expand_slots",
+    "weight_grad",
+    "gate_grad",
+    "fused",
+    "decode_shrink",
+    "decode_expand",
+)
 MIN_DOT = 16  # tl.dot takes no smaller side
 
 
@@ -87,7 +94,7 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
 
 
 def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
-    """Half the depth of 16 bits: the tiles are twice as large, and multiplied without tensor cores."""
+    """Half the depth of 16 bits: tiles are twice as large, and no tensor core multiplies them."""
     tokens = fitting(num_tokens, 32)
     if kernel == "shrink":
         return Tile(tokens, fitting(width, 64), 32, 4)
@@ -119,7 +126,8 @@ def with_block_t(tile: Tile, block: int | None) -> Tile:
 
 def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> str:
     """The row of a tuned table, tokens and ranks rounded up to a power of two."""
-    tokens, ranks = fitting(num_tokens, 8192), fitting(width, 4096)
+    tokens = fitting(num_tokens, 8192)
+    ranks = fitting(width, 4096)
     return f"{kernel} T={tokens} R={ranks} {str(dtype).removeprefix('torch.')}"
 
 
@@ -128,14 +136,14 @@ def load_tuned(name: str) -> dict[str, Tile]:
     """The table that `python -m moelora_kernels.triton.tune` wrote: a name of this package's, or a
     path.
 
-    Raises: ValueError for a table that is not there or is no table.
+    Raises: ValueError for a table that is not there or is not a table.
     """
     path = Path(name) if name.endswith(".json") else TUNED / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in TUNED.glob("*.json"))) or "none yet"
         raise ValueError(
-            f"tiles={name!r}: there is no {path.name}: name one of the package's tables ({known}), give the"
-            " path of a .json, or write one with python -m moelora_kernels.triton.tune"
+            f"tiles={name!r}: there is no {path.name}: name one of the package's tables ({known}),"
+            " give the path of a .json, or write one with python -m moelora_kernels.triton.tune"
         )
     try:
         return {
@@ -144,7 +152,7 @@ def load_tuned(name: str) -> dict[str, Tile]:
         }
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"tiles={name!r}: {path.name} is no table of tiles ({error}): tune again"
+            f"tiles={name!r}: {path.name} is not a table of tiles ({error}): tune again"
         ) from error
 
 
@@ -167,7 +175,7 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
 def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts of d a sum is split so that the chip is busy, and d a part.
 
-    clamp(2 · SMs / programs, 1, min(16, d / 256)) (KERNELS.md).
+    clamp(2 · SMs / programs, 1, min(16, d / 256)): calculated, not measured.
     """
     splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
     part = ceil_div(ceil_div(d, splits), block_d) * block_d

@@ -37,7 +37,9 @@ from .tiles import (
 )  # fmt: skip
 from .weight_grad import weight_grad
 
-SLOTS, EXPERTS, D = 2, 8, 4096
+SLOTS = 2
+EXPERTS = 8
+D = 4096
 CASES = [
     *product(("shrink", "expand", "weight_grad", "gate_grad"), (64, 2048, 8192), (128, 384, 512)),
     *product(("expand_slots",), (64, 8192), (16, 64)),
@@ -80,14 +82,14 @@ def launcher(
     x = torch.randn(tokens, D, dtype=dtype, device=device)
     factor = torch.randn(EXPERTS * rank, D, dtype=dtype, device=device)
     ids = torch.rand(tokens, EXPERTS, device=device).topk(SLOTS).indices
-    weights, router = (
-        torch.rand(tokens, SLOTS, device=device),
-        torch.randn(EXPERTS, D, device=device),
-    )
+    weights = torch.rand(tokens, SLOTS, device=device)
+    router = torch.randn(EXPERTS, D, device=device)
     path = "grouped" if kernel == "expand_slots" else "dense"
     slots = slot_map(ids, 1, EXPERTS, group_block(tokens, EXPERTS)) if path == "grouped" else None
     planes = shrink_planes(x, factor, ids, slots, site, path, 1, "")
-    h, y, gate = planes.sum(0), torch.empty_like(x), (weights, scaling)
+    h = planes.sum(0)
+    y = torch.empty_like(x)
+    gate = (weights, scaling)
     own = h if path == "dense" else h[:, :, 0]
     logits = torch.randn(1, tokens, EXPERTS, device=device)
     return {
@@ -123,10 +125,8 @@ def tune(
             # Of expand_slots the tile holds the tokens that the slots were cut into, and not
             # another number.
             held = group_block(tokens, EXPERTS) if kernel == "expand_slots" else tokens
-            key, default = (
-                tile_key(kernel, held, width, dtype),
-                default_tile(kernel, held, width, dtype.itemsize),
-            )
+            key = tile_key(kernel, held, width, dtype)
+            default = default_tile(kernel, held, width, dtype.itemsize)
             times: dict[Tile, float] = {}
             for nth, tile in enumerate(neighbours(default)):
                 path = Path(folder) / f"{len(table)}-{nth}-{key.replace(' ', '-')}.json"
@@ -136,9 +136,8 @@ def tune(
                 except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
                     report(f"{key}: {tile} does not run: {type(error).__name__}")
             table[key] = min(times, key=lambda tile: times[tile])
-            report(
-                f"{key}: {table[key]}, {times[table[key]] / times[default]:.2f} of the default's time"
-            )
+            share = times[table[key]] / times[default]
+            report(f"{key}: {table[key]}, {share:.2f} of the default's time")
     return table
 
 

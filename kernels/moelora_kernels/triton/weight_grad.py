@@ -34,7 +34,8 @@ def weight_grad_dense_kernel(
     split = tl.program_id(2)
     rank = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    used, inside = rank < total_rank, column < d
+    used = rank < total_rank
+    inside = column < d
     end = tl.minimum((split + 1) * tokens_per_split, num_tokens)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for first in range(split * tokens_per_split, end, BLOCK_T):
@@ -69,11 +70,14 @@ def weight_grad_slots_kernel(
     Grid (linears · experts · blocks of rank, tiles of d): every row of grad is written by one
     program.
     """
-    which, block = tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r
-    linear, expert = which // E, which % E
+    which = tl.program_id(0) // blocks_r
+    block = tl.program_id(0) % blocks_r
+    linear = which // E
+    expert = which % E
     rank = block * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    used, inside = rank < tl.load(ranks + which), column < d
+    used = rank < tl.load(ranks + which)
+    inside = column < d
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for slot in range(K):
         group = slot * (E + 1) + expert
@@ -122,16 +126,19 @@ def weight_grad(
     grad = x.new_empty((site.total_rank, d), dtype=dtype)
     weight_grad_slots_kernel[(len(site.ranks) * blocks_r, ceil_div(d, tile.BLOCK_D))](
         h, x, grad, slots.tokens, slots.bounds, site.starts, site.ranks,
-        h.shape[1], site.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r, **launch_options(tile),
+        h.shape[1], site.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r,
+        **launch_options(tile),
     )  # fmt: skip
     return grad
 
 
 def _dense(h: Tensor, x: Tensor, site: Layout, dtype: torch.dtype, tiles: str) -> Tensor:
     """One launch; and where T was split, the sum of the splits' planes in order."""
-    (num_tokens, d), total_rank = x.shape, site.total_rank
+    num_tokens, d = x.shape
+    total_rank = site.total_rank
     tile = tile_for("weight_grad", num_tokens, total_rank, x.dtype, tiles)
-    grid_r, grid_d = ceil_div(total_rank, tile.BLOCK_R), ceil_div(d, tile.BLOCK_D)
+    grid_r = ceil_div(total_rank, tile.BLOCK_R)
+    grid_d = ceil_div(d, tile.BLOCK_D)
     splits, part = split_count(grid_r * grid_d, num_tokens, tile.BLOCK_T, x.device)
     planes = x.new_empty((splits, total_rank, d), dtype=torch.float32 if splits > 1 else dtype)
     weight_grad_dense_kernel[(grid_r, grid_d, splits)](
