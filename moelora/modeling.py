@@ -28,7 +28,7 @@ from .core.report import RoutingReport
 from .expert_pool.changes import ExpertPool
 from .injection.sites import eject, inject, undone_on_error
 from .injection.targets import has_peft_layers
-from .routers.base import Routing
+from .routers import Routing
 from .training.router_init import ExpertDescriptions
 
 

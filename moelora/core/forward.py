@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from ..routers.base import Routing
+from ..routers import Routing
 from .forward_pass import ForwardState, RoutingDone
 from .losses import check_expert_targets, probe_loss, sole_loss
 from .overrides import Forcing, forcing_of

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..routers.base import Routing
+from ..routers import Routing
 from .losses import IGNORE
 from .overrides import Forcing
 

@@ -23,7 +23,7 @@ from moelora_kernels import (
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from ..routers.base import ROUTERS, Router, Routing, TopKRouter
+from ..routers import ROUTERS, Router, Routing, TopKRouter
 from .experts import Factor, LoraFactors
 from .forward_pass import ForwardState, RoutingDone
 from .linear import Site

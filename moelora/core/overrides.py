@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoeLoraConfig
-from ..routers.base import Routing
+from ..routers import Routing
 from ..validation import check_number
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..routers.base import Routing
+from ..routers import Routing
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig

@@ -13,7 +13,7 @@ from torch import nn
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.config import NO_EXPERT
 from moelora.expert_pool import resume_optimizer
-from moelora.routers.base import TopKRouter
+from moelora.routers import TopKRouter
 from moelora.training.router_init import initialise
 
 EXPERTS = 4
