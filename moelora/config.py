@@ -175,20 +175,19 @@ class MoeLoraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name in (vars(self).keys() | kwargs.keys()) - set(self.field_names()):
             check_depth(name, kwargs.get(name, vars(self).get(name)))
+        # First, since a newer format may have fields that are not known here.
+        self._check_format()
         if unknown := sorted(set(kwargs) - _INHERITED_KEYWORDS):
             raise ValueError(
-                f"MoeLoraConfig has no field {unknown}. "
+                f"MoeLoraConfig has no field {shown(unknown)}. "
                 f"Its fields are: {', '.join(self.field_names())}."
             )
-        self._check_format()
         kwargs.pop("model_type", None)
         try:
             super().__post_init__(**kwargs)
         except AttributeError as error:
             # What transformers says of wrong types in its own fields, such as id2label or dtype.
-            raise TypeError(
-                f"A field that all configurations have is of a wrong type: {error}."
-            ) from error
+            raise TypeError(f"A field of every configuration has a wrong type: {error}.") from error
         if self.expert_names is None:
             check_integer("num_experts", self.num_experts, *_COUNTS["num_experts"])
             self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
