@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from .config import MoeLoraConfig
 from .core.report import RoutingReport
 from .modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from .routers.base import ROUTERS, Router, Routing, register_router
+from .routers import ROUTERS, Router, Routing, register_router
 
 __version__ = "0.1.0"
 

@@ -6,30 +6,59 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .backtracking import check_regex
 from .validation import (
+    MAX_EXPERTS,
+    MAX_RANK,
+    MAX_TOTAL_RANK,
     check_by_linear,
     check_choice,
+    check_depth,
+    check_expert_names,
     check_flag,
     check_integer,
     check_number,
-    check_regex,
+    shown,
     string_list,
 )
 
 FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
 ROUTER_SCOPES = ("projection", "site", "layer", "model")
-# What routers, reports and label mappings call the choice of no expert.
-NO_EXPERT = "(base)"
 ROUTER_POOLINGS = ("mean", "last", "attention")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
+# What reports and label mappings call the null expert.
+NO_EXPERT = "(base)"
 
+# The checks of single fields, as data: (smallest, largest), then names or choices.
+_COUNTS = {
+    "num_experts": (1, MAX_EXPERTS),
+    "num_experts_per_tok": (1, MAX_EXPERTS),
+    "router_layer": (0, sys.maxsize),
+    "router_prefix_tokens": (1, sys.maxsize),
+    "format_version": (0, FORMAT_VERSION),
+}
+_SHARES = ("lora_dropout", "router_jitter_noise")
+_COEFFICIENTS = (
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_bias_update_rate",
+    "expert_target_loss_coef",
+)
+_FLAGS = ("use_rslora", "norm_topk_prob", "router_input_norm", "null_expert")
+_CHOICES = {
+    "routing_level": ROUTING_LEVELS,
+    "router_scope": ROUTER_SCOPES,
+    "router_pooling": ROUTER_POOLINGS,
+    "router_aux_loss_window": AUX_LOSS_WINDOWS,
+}
 # What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
 _INHERITED_KEYWORDS = {
     "name_or_path",
@@ -48,39 +77,57 @@ _INHERITED_KEYWORDS = {
 
 
 class MoeLoraConfig(PreTrainedConfig):
-    """Configuration of a mixture of LoRA experts; the fields are the ones of PEFT's LoRA and
-    Mixtral's MoE.
+    """Configuration of a mixture of LoRA experts; the fields are those of PEFT's LoRA and Mixtral.
 
-    Experts: `num_experts`, `r` and `lora_alpha` (one number, or one for each expert),
-    `lora_dropout`, `use_rslora`, `expert_names` (default expert_0 …).
-    `expert_ranks` and `expert_scaling` give every expert's rank (0: it is not there) and scaling
-    for single linears, by their names; `from_adapters` fills them in.
-    Where: `target_modules`, `layers_to_transform` and `modules_to_save`, matched as PEFT's
-    `LoraConfig` does; `target_modules=None` takes PEFT's table, else all linears minus what PEFT
-    refuses.
-    Routing: `router` (a name in `ROUTERS`), `num_experts_per_tok`, `routing_level` ("token": each
-    token its own experts; "sequence": one choice a sequence, from its prompt), `router_scope`
-    ("projection": a router for each linear; "site": for the linears that read one tensor; "layer":
-    for each decoder layer; "model": one, on the input of decoder layer `router_layer`, with experts
-    in that layer and after), `router_prefix_tokens` (what a sequence router reads where every token
-    is a label), `norm_topk_prob` (without effect at one expert a token, where the weight would be
-    the constant 1), `router_jitter_noise`. `router_pooling`: how a sequence router makes one vector
-    of the prompt ("mean"; "last": its last token; "attention": weighted by a learned query).
-    `router_input_norm`: routers read each token divided by its root mean square.
-    `router_hidden_size`: the width inside router="mlp" and "descriptor". `null_expert`: routers may
-    choose "no expert" too, the base alone: one output more, after the experts'.
-    Router losses: `router_aux_loss_coef` (load balancing, arXiv:2101.03961), `router_z_loss_coef`
-    (arXiv:2202.08906), `expert_target_loss_coef` (cross-entropy on `expert_targets`), and
-    `router_aux_loss_window`: whose tokens give the expert fractions of the balancing loss:
-    "previous_step" (those of the previous optimizer step over all processes: additive over
-    micro-batches) or "micro_batch" (the classic form: its gradient depends on how a batch is cut).
-    `router_bias_update_rate` balances by a selection bias instead (arXiv:2408.15664).
-
-    The fields that begin with `base_`, and `sites`, are filled in by `save_pretrained`.
+    Args:
+        num_experts: the number of experts.
+        r: the rank: one for all experts, or a list with one for each.
+        lora_alpha: scaling is lora_alpha / r: one for all experts, or a list with one for each.
+        lora_dropout: the share of an adapted linear's input that is dropped in training.
+        use_rslora: scale by lora_alpha / √r instead (arXiv:2312.03732).
+        expert_names: the experts' names, fit for folders; by default expert_0, expert_1 …
+        expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`.
+        expert_scaling: single linears' scalings, one an expert; set by `from_adapters`.
+        target_modules: the linears to adapt, as in PEFT: names, a regex, "all-linear"; None: PEFT's
+            table for the architecture, else all linears but those that PEFT refuses.
+        layers_to_transform: the numbers of the layers to adapt, as in PEFT; None for all.
+        modules_to_save: modules of the base that train and are saved too, as in PEFT.
+        router: the kind of router, a name in `moelora.ROUTERS`.
+        router_options: settings of this kind of router, by name; see its class's `Options`.
+        num_experts_per_tok: how many experts each token (or sequence) uses.
+        routing_level: "token": each token its own experts; "sequence": one choice from the prompt.
+        router_scope: where routers are: "projection": for each linear; "site": for the linears that
+            read one tensor; "layer": for each decoder layer; "model": one, at `router_layer`.
+        router_layer: the decoder layer whose input the one router of "model" reads; experts are in
+            that layer and after.
+        router_prefix_tokens: how many tokens a sequence router reads where all tokens have labels.
+        router_pooling: how a sequence router makes one vector of a prompt: its "mean", its "last"
+            token, or "attention" with a learned query.
+        router_input_norm: routers read each token divided by its root mean square.
+        null_expert: routers may also choose the null expert: the base alone, after the experts.
+        norm_topk_prob: divide the chosen experts' weights by their sum. It does nothing with one
+            expert a token, whose weight would always be 1.
+        router_jitter_noise: in training, multiply routers' inputs by noise in 1 ± this.
+        router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961).
+        router_z_loss_coef: weight of the z-loss, the squared logsumexp (arXiv:2202.08906).
+        router_aux_loss_window: whose tokens give the balancing loss its expert fractions:
+            "previous_step": those of the last optimizer step over all processes, so that the loss
+            adds up over micro-batches; "micro_batch": the batch's own, the classic form, whose
+            gradient depends on how a batch is cut.
+        router_bias_update_rate: step of the bias that balances experts (arXiv:2408.15664).
+        expert_target_loss_coef: weight of the cross-entropy on `expert_targets`.
+        format_version: of the checkpoint; set by `save_pretrained`, as are all that follow.
+        base_config: the base's own configuration.
+        base_architecture: the name of the base's class.
+        base_model_name_or_path: where the base is.
+        base_revision: its revision on the hub.
+        base_folder: where the base is inside the checkpoint, if it was saved too.
+        base_subfolder: the folder of the base inside its repository.
+        sites: the adapted linears that read one tensor, site by site.
 
     Raises:
-        ValueError, TypeError: a field that does not exist, or a value out of range, with the valid
-        ones.
+        ValueError, TypeError: a field that does not exist, or a value of another type or out of
+            range, with the valid ones.
     """
 
     model_type = "moelora"
@@ -99,6 +146,7 @@ class MoeLoraConfig(PreTrainedConfig):
     modules_to_save: list[str] | None = None
 
     router: str = "top_k"
+    router_options: dict[str, Any] | None = None
     num_experts_per_tok: int = 2
     routing_level: str = "token"
     router_scope: str = "site"
@@ -106,7 +154,6 @@ class MoeLoraConfig(PreTrainedConfig):
     router_prefix_tokens: int = 32
     router_pooling: str = "mean"
     router_input_norm: bool = False
-    router_hidden_size: int = 64
     null_expert: bool = False
     norm_topk_prob: bool = True
     router_jitter_noise: float = 0.0
@@ -126,21 +173,23 @@ class MoeLoraConfig(PreTrainedConfig):
     sites: list[list[str]] | None = None
 
     def __post_init__(self, **kwargs):
-        own = self.field_names()
-        unknown = sorted(set(kwargs) - _INHERITED_KEYWORDS)
-        if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
+        for name in (vars(self).keys() | kwargs.keys()) - set(self.field_names()):
+            check_depth(name, kwargs.get(name, vars(self).get(name)))
+        # First, since a newer format may have fields that are not known here.
+        self._check_format()
+        if unknown := sorted(set(kwargs) - _INHERITED_KEYWORDS):
             raise ValueError(
-                f"This configuration has format version {self.format_version}; this moelora reads up to "
-                f"{FORMAT_VERSION}: upgrade moelora."
-            )
-        if unknown:
-            raise ValueError(
-                f"MoeLoraConfig has no field {unknown}. Its fields are: {', '.join(own)}."
+                f"MoeLoraConfig has no field {shown(unknown)}. "
+                f"Its fields are: {', '.join(self.field_names())}."
             )
         kwargs.pop("model_type", None)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except AttributeError as error:
+            # What transformers says of wrong types in its own fields, such as id2label or dtype.
+            raise TypeError(f"A field of every configuration has a wrong type: {error}.") from error
         if self.expert_names is None:
-            check_integer("num_experts", self.num_experts, 1)
+            check_integer("num_experts", self.num_experts, *_COUNTS["num_experts"])
             self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
         self.validate()
 
@@ -148,45 +197,29 @@ class MoeLoraConfig(PreTrainedConfig):
         """Check every field; called at construction and again after keywords changed a loaded
         config.
         """
-        for name, low in (
-            ("num_experts", 1),
-            ("num_experts_per_tok", 1),
-            ("router_layer", 0),
-            ("router_prefix_tokens", 1),
-            ("router_hidden_size", 1),
-            ("format_version", 0),
-        ):
-            check_integer(name, getattr(self, name), low)
+        for name in self.field_names():
+            check_depth(name, getattr(self, name))
+        for name, (low, high) in _COUNTS.items():
+            check_integer(name, getattr(self, name), low, high)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: "
-                "a token cannot choose more experts than there are. Lower num_experts_per_tok."
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
+                f"{self.num_experts}: a token cannot choose more experts than there are. Lower "
+                "num_experts_per_tok."
             )
-        for rank in self._per_expert("r"):
-            check_integer("r", rank, 1)
-        for alpha in self._per_expert("lora_alpha"):
-            check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-        experts, inf = self.num_experts, math.inf
-        check_by_linear("expert_ranks", self.expert_ranks, experts, check_integer, 0)
-        check_by_linear("expert_scaling", self.expert_scaling, experts, check_number, -inf, inf)
-        check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, open_high=True)
-        check_number("router_jitter_noise", self.router_jitter_noise, 0.0, 1.0, open_high=True)
-        for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "router_bias_update_rate",
-            "expert_target_loss_coef",
-        ):
+        for name in _SHARES:
+            check_number(name, getattr(self, name), 0.0, 1.0, open_high=True)
+        for name in _COEFFICIENTS:
             check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("use_rslora", "norm_topk_prob", "router_input_norm", "null_expert"):
+        for name in _FLAGS:
             check_flag(name, getattr(self, name))
-        check_choice("routing_level", self.routing_level, ROUTING_LEVELS)
-        check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
-        check_choice("router_pooling", self.router_pooling, ROUTER_POOLINGS)
-        check_choice("router_aux_loss_window", self.router_aux_loss_window, AUX_LOSS_WINDOWS)
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        self._check_experts()
         self._check_router()
         self._check_names()
         self._check_targets()
+        self._check_base()
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -203,11 +236,11 @@ class MoeLoraConfig(PreTrainedConfig):
 
     def without_base(self) -> MoeLoraConfig:
         """A copy that says nothing about a base, for use with any."""
-        made = copy.deepcopy(self)
+        config = copy.deepcopy(self)
         for name in self.field_names():
             if name.startswith("base_") or name == "sites":
-                setattr(made, name, None)
-        return made
+                setattr(config, name, None)
+        return config
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -224,7 +257,7 @@ class MoeLoraConfig(PreTrainedConfig):
 
     @property
     def choice_names(self) -> list[str]:
-        """What a router chooses among: the experts, and with `null_expert` after them `NO_EXPERT`."""
+        """What a router chooses among: the experts, and after them perhaps the null expert."""
         return [*(self.expert_names or []), *([NO_EXPERT] if self.null_expert else [])]
 
     @property
@@ -233,20 +266,37 @@ class MoeLoraConfig(PreTrainedConfig):
         return self.num_experts + int(self.null_expert)
 
     def ranks_of(self, linear: str) -> tuple[int, ...]:
-        """The rank of each expert in the linear of this name."""
+        """The rank of each expert in one linear.
+
+        Args:
+            linear: its full name.
+        """
         own = (self.expert_ranks or {}).get(linear)
         return self.ranks if own is None else tuple(own)
 
     def scaling_of(self, linear: str) -> tuple[float, ...]:
-        """s_e of each expert in the linear of this name."""
+        """s_e of each expert in one linear.
+
+        Args:
+            linear: its full name.
+        """
         own = (self.expert_scaling or {}).get(linear)
         return self.scaling if own is None else tuple(own)
 
     def expert_index(self, name: str) -> int:
-        """The number of the expert called `name`; raises ValueError that lists the names there are."""
+        """The number of an expert.
+
+        Args:
+            name: the expert's name.
+
+        Raises:
+            ValueError: there is no such expert, with the names that there are.
+        """
         names = self.expert_names or []
         if name not in names:
-            raise ValueError(f"There is no expert {name!r}. The experts are: {', '.join(names)}.")
+            raise ValueError(
+                f"There is no expert {shown(name)}. The experts are: {', '.join(names)}."
+            )
         return names.index(name)
 
     def _per_expert(self, name: str) -> Sequence:
@@ -255,40 +305,63 @@ class MoeLoraConfig(PreTrainedConfig):
             return [value] * self.num_experts
         if len(value) != self.num_experts:
             raise ValueError(
-                f"{name} lists {len(value)} values for num_experts={self.num_experts}: give one number for "
-                "all experts, or a list with one for each."
+                f"{name} lists {len(value)} values for num_experts={self.num_experts}: give one "
+                "number for all experts, or a list with one for each."
             )
         return value
 
-    def _check_router(self) -> None:
-        from .routers.base import ROUTERS
-
-        if not isinstance(self.router, str) or self.router not in ROUTERS:
+    def _check_format(self) -> None:
+        version = self.format_version
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise ValueError(
-                f"router={self.router!r} is not registered. The routers are: {', '.join(sorted(ROUTERS))}. "
-                "A new one is a class with @register_router(name)."
+                f"This configuration has format version {shown(version)}; this moelora reads up to "
+                f"{FORMAT_VERSION}: upgrade moelora."
             )
+
+    def _check_experts(self) -> None:
+        """Ranks and scaling, of all linears and of single ones."""
+        for rank in self._per_expert("r"):
+            check_integer("r", rank, 1, MAX_RANK)
+        for alpha in self._per_expert("lora_alpha"):
+            check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
+        experts, inf = self.num_experts, math.inf
+        check_by_linear("expert_ranks", self.expert_ranks, experts, check_integer, 0, MAX_RANK)
+        check_by_linear("expert_scaling", self.expert_scaling, experts, check_number, -inf, inf)
+        for name, ranks in {"r": self.ranks, **(self.expert_ranks or {})}.items():
+            if sum(ranks) > MAX_TOTAL_RANK:
+                raise ValueError(
+                    f"The ranks of {name} add up to {sum(ranks)}; expected at most "
+                    f"{MAX_TOTAL_RANK}: lower r or num_experts."
+                )
+
+    def _check_router(self) -> None:
+        from .routers import router_class
+
+        options = router_class(self.router).read_options(self.router_options)
+        self.router_options = asdict(options)
         if self.router_pooling != "mean" and self.routing_level != "sequence":
             raise ValueError(
-                f"router_pooling={self.router_pooling!r} makes one vector of a prompt, and routing_level="
-                f"{self.routing_level!r} routes single tokens: leave it at 'mean', or use routing_level='sequence'."
+                f"router_pooling={self.router_pooling!r} makes one vector of a prompt, and "
+                f"routing_level={self.routing_level!r} routes single tokens: leave it at 'mean', "
+                "or use routing_level='sequence'."
             )
 
     def _check_names(self) -> None:
         names = string_list("expert_names", self.expert_names)
         if len(names) != self.num_experts or len(set(names)) != len(names):
             raise ValueError(
-                f"expert_names={names} must be {self.num_experts} different names "
+                f"expert_names={shown(names)} must be {self.num_experts} different names "
                 f"(num_experts={self.num_experts})."
             )
+        check_expert_names("expert_names", names)
         if NO_EXPERT in names:
             raise ValueError(
-                f"expert_names contains {NO_EXPERT!r}, which stands for no expert: rename it."
+                f"expert_names contains {NO_EXPERT!r}, which stands for the null expert: rename it."
             )
         self.expert_names = names
 
     def _check_targets(self) -> None:
-        """The fields that PEFT matches; what is a set or tuple becomes a list, which JSON can hold."""
+        """The fields that PEFT matches; sets and tuples become lists, which JSON can hold."""
         targets, layers = self.target_modules, self.layers_to_transform
         if isinstance(targets, str):
             check_regex("target_modules", targets)
@@ -307,11 +380,20 @@ class MoeLoraConfig(PreTrainedConfig):
             for number in numbers:
                 check_integer("layers_to_transform", number, 0)
             self.layers_to_transform = layers if isinstance(layers, int) else sorted(numbers)
+
+    def _check_base(self) -> None:
+        """What `save_pretrained` fills in, which a damaged file may hold in any form."""
+        for name in self.field_names():
+            value = getattr(self, name)
+            expected = dict if name == "base_config" else str
+            if name.startswith("base_") and not isinstance(value, (expected, type(None))):
+                raise TypeError(f"{name}={shown(value)}: expected a {expected.__name__} or None.")
         if self.sites is not None and not (
             isinstance(self.sites, list)
             and self.sites
             and all(isinstance(site, list) and string_list("sites", site) for site in self.sites)
         ):
             raise TypeError(
-                f"sites={self.sites!r}: expected lists of module names; leave it to save_pretrained."
+                f"sites={shown(self.sites)}: expected lists of module names; leave it to "
+                "save_pretrained."
             )

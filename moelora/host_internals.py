@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
+
+# The standard library's parser has had no public name since 3.11, and only the parsed form shows
+# repetitions inside of repetitions (moelora/backtracking.py).
+regex_parser: Any = re._parser  # type: ignore[attr-defined]
 
 
 def global_forward_hooks() -> bool:

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..config import FORMAT_VERSION, MoeLoraConfig
+from ..routers import changed_options
 from .fingerprint import differences
 from .save import PREFIX, trained_keys
 
@@ -31,6 +32,7 @@ CHANGEABLE = (
     "norm_topk_prob",
     "lora_alpha",
     "lora_dropout",
+    "router_options",
     "router_prefix_tokens",
     "router_jitter_noise",
     "router_aux_loss_coef",
@@ -188,6 +190,10 @@ def _changes(
                 kwargs.setdefault(name, getattr(given, name))
         if given._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", given._attn_implementation)
+    if "router_options" in asked:
+        asked["router_options"] = changed_options(
+            saved.router, saved.router_options, asked["router_options"]
+        )
     fixed = sorted(
         name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name)
     )

@@ -235,8 +235,8 @@ class ForwardPass:
         length = num_tokens // self.batch
         mask = self.prompt_mask
         mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
-        pooled = router.pool(x.reshape(self.batch, length, -1), mask)
-        return router(pooled, bias, *bans), length
+        prompts = x.reshape(self.batch, length, -1)
+        return router(prompts, bias, *bans, prompt_mask=mask), length
 
     def _carried(self, index: int, x: Tensor, banned: Tensor | None) -> tuple[Routing, int]:
         """The routing that was decided before, and how many tokens each of its rows stands for."""

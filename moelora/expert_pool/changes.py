@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.preflight import name_problem
 from ..config import MoeLoraConfig
 from ..core.experts import Factor
-from ..routers.base import Router
+from ..routers import Router
 from .newcomers import Newcomer, newcomer
 from .optimizer_state import PoolChange, TrainedRows
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.experts import Factor
-from ..routers.base import Router
+from ..routers import Router
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class PoolChange:
             old, rows = olds.pop(name, None), len(new) if new.dim() else 1
             if old is None or old.shape[1:] != new.shape[1:]:
                 pieces = [(None, rows)]
-            elif before.has_row_for_each_choice(name, old):
+            elif name in before.expert_rows:
                 pieces = [(former, 1) for former in before.with_null(keep)]
             else:
-                pieces = [(0 if old.shape == new.shape else None, rows)]
+                # What resize has left as it was keeps its state.
+                pieces = [(0 if torch.equal(old, new) else None, rows)]
             self.replaced(old, new, pieces)
         self.gone.extend(olds.values())
 

@@ -1,4 +1,21 @@
-"""Routers: from hidden states to the experts that act."""
+"""Routers: from hidden states to the experts that act. Importing it registers the built-in ones."""
 
-from .base import ROUTERS, ArrowRouter, MlpRouter, Router, Routing, TopKRouter, register_router
+from .arrow import ArrowRouter
+from .base import Router, Routing
 from .descriptor import DescriptorRouter
+from .mlp import MlpRouter
+from .registry import ROUTERS, changed_options, register_router, router_class
+from .top_k import TopKRouter
+
+__all__ = [
+    "ROUTERS",
+    "ArrowRouter",
+    "DescriptorRouter",
+    "MlpRouter",
+    "Router",
+    "Routing",
+    "TopKRouter",
+    "changed_options",
+    "register_router",
+    "router_class",
+]

@@ -1,15 +1,17 @@
-"""Routers: from hidden states to the experts that act, `[T, d] → Routing`, always in fp32."""
+"""What every router is: hidden states in, the experts that act out, always computed in fp32."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from moelora_kernels import router_logits
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
+from .options import read_options
 from .pooling import pool_attention, pool_last, pool_mean
 
 
@@ -27,64 +29,70 @@ class Routing(NamedTuple):
     expert_weights: Tensor
 
     def without(self, banned: Tensor) -> Routing:
-        """The same with every slot of an expert that is banned (`[E]` bool) left empty."""
-        empty = banned[self.expert_ids.clamp(min=0)] | (self.expert_ids < 0)
+        """The same with every slot of a banned expert left empty.
+
+        Args:
+            banned: which experts are banned, `[E]` bool.
+        """
+        return self._emptied((self.expert_ids < 0) | banned[self.expert_ids.clamp(min=0)])
+
+    def _emptied(self, slots: Tensor) -> Routing:
+        """The same with these slots (`[N, K]` bool) empty; the others keep their weights."""
         return self._replace(
-            expert_ids=self.expert_ids.masked_fill(empty, -1),
-            expert_weights=self.expert_weights.masked_fill(empty, 0.0),
+            expert_ids=self.expert_ids.masked_fill(slots, -1),
+            expert_weights=self.expert_weights.masked_fill(slots, 0.0),
         )
 
 
-ROUTERS: dict[str, type[Router]] = {}
+def _without_autocast(method: Callable) -> Callable:
+    """Let a method of x compute in the dtypes that it names, also inside autocast."""
 
+    @functools.wraps(method)
+    def run(self: Router, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return method(self, x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args, **kwargs)
 
-def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
-    """Class decorator that makes a `Router` available as `MoeLoraConfig(router=name)`.
-
-    Raises:
-        ValueError: the name is taken by another class.
-        TypeError: the class is no `Router`.
-    """
-
-    def register(cls: type[Router]) -> type[Router]:
-        if not (isinstance(cls, type) and issubclass(cls, Router)):
-            raise TypeError(f"@register_router({name!r}) takes a subclass of Router, not {cls!r}.")
-        taken = ROUTERS.get(name)
-        # A module that is imported twice (a notebook cell run again) may replace itself.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):
-            raise ValueError(
-                f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
-            )
-        ROUTERS[name] = cls
-        return cls
-
-    return register
+    return run
 
 
 class Router(nn.Module):
-    """Base class: `forward(x [N, d]) → Routing` among `config.num_choices` choices, the experts and
-    perhaps none.
+    """Base class: `router(x) → Routing` among `num_choices` choices, the experts and after them
+    perhaps the null expert.
 
-    A subclass implements `score`, `select` where it chooses otherwise, and `resize` where experts
-    that come and go change more than the rows of its parameters. Parameters are bare
-    `nn.Parameter`s (no `nn.Linear` inside, which PEFT's "all-linear" would adapt).
-    shared_parameters: the names of those that have no row for each choice.
-    fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, which
-    spares every plan to look. takes_any_dtype: `score` reads x as it comes, and computes in fp32
-    all the same.
+    A subclass implements `score`, and `select` where it chooses otherwise. Its parameters are bare
+    `nn.Parameter`s: PEFT's "all-linear" would adapt an `nn.Linear` inside.
+
+    Options: a dataclass of the router's own settings, each with a type and a default; its
+    `__post_init__` checks ranges. `MoeLoraConfig(router_options={…})` sets them, and the router
+    reads them from `self.options`.
+    changeable_options: those that may change when a checkpoint is loaded, because trained tensors
+    mean the same under any value.
+    expert_rows: the parameters and buffers that have one row a choice, by their names; `resize`
+    moves their rows when experts come and go.
+    shared_parameters: all other parameters and buffers, which `resize` leaves alone.
+    fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, so plans
+    need not check. takes_any_dtype: `score` takes x in any dtype, and computes in fp32 all the
+    same.
     backend: of `moelora_kernels`, as in `Mixture`.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        """The settings of a router that has none of its own."""
+
+    changeable_options: ClassVar[frozenset[str]] = frozenset()
+    expert_rows: ClassVar[frozenset[str]] = frozenset()
+    shared_parameters: ClassVar[frozenset[str]] = frozenset({"pool_query"})
     fills_every_slot = False
     takes_any_dtype = False
     backend: str | None = None
-    shared_parameters: ClassVar[frozenset[str]] = frozenset({"pool_query"})
+    options: Options
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__()
+        self.options = self.read_options(config.router_options)
         self.num_experts = config.num_experts
         self.null_expert = config.null_expert
         self.num_experts_per_tok = config.num_experts_per_tok
@@ -99,23 +107,41 @@ class Router(nn.Module):
             # Zeros: the mean over the prompt, from which it learns.
             self.pool_query = nn.Parameter(torch.zeros(in_features))
 
+    @classmethod
+    def read_options(cls, given: object) -> Any:
+        """This router's `Options`, checked.
+
+        Args:
+            given: a dict of options, all or some; None for all defaults.
+
+        Raises:
+            ValueError, TypeError: an unknown option, with the valid ones, or a value not valid.
+        """
+        return read_options(cls.Options, given, cls.__name__)
+
     @property
     def num_choices(self) -> int:
         """The number of logits of a row."""
         return self.num_experts + int(self.null_expert)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """x `[…, d]` in fp32 (float64 stays), with router_input_norm over its root mean square: x /
-        √mean(x²).
+        """x in fp32 (float64 stays); with router_input_norm x / √mean(x²).
+
+        Args:
+            x: hidden states `[…, d]` of any dtype.
         """
         x = x if x.dtype == torch.float64 else x.float()
         if not self.input_norm:
             return x
         return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).tiny).rsqrt()
 
+    @_without_autocast
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The prompts x `[B, S, d]`, with their tokens in mask `[B, S]`, as vectors `[B, d]`, by
-        router_pooling.
+        """One vector for each prompt, `[B, d]`, made as router_pooling says.
+
+        Args:
+            x: prompts `[B, S, d]` of any dtype.
+            mask: which tokens belong to the prompts, `[B, S]` bool; None for all.
         """
         # Norms first: the first token of many models is a hundred times as large as the others.
         x = self.normalised(x)
@@ -124,15 +150,21 @@ class Router(nn.Module):
         return pool_last(x, mask) if self.pooling == "last" else pool_mean(x, mask)
 
     def score(self, x: Tensor) -> Tensor:
-        """Logits `[N, num_choices]` fp32 of x `[N, d]` fp32 (of any dtype, with takes_any_dtype)."""
+        """The logits `[N, num_choices]` in fp32.
+
+        Args:
+            x: rows `[N, d]` in fp32 (in any dtype, with takes_any_dtype).
+        """
         raise NotImplementedError
 
     def select(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
-        """The `num_experts_per_tok` experts of the largest probability, with those probabilities as
+        """The `num_experts_per_tok` choices of the largest probability, with those probabilities as
         weights.
 
-        `selection_bias` `[E]` shifts which experts are chosen, never their weights
-        (arXiv:2408.15664).
+        Args:
+            logits: `[N, num_choices]` fp32.
+            selection_bias: `[num_choices]`, shifts which are chosen, never their weights
+                (arXiv:2408.15664).
         """
         if self.norm_topk_prob and selection_bias is None:
             # The same numbers as below with fewer operations: the softmax's own denominator
@@ -147,58 +179,34 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(logits, ids, weights)
 
-    @torch.no_grad()
-    def resize(self, keep: Sequence[int | None]) -> None:
-        """Become a router of `len(keep)` experts: number i is the former number `keep[i]`, or None,
-        a new one.
-
-        Every parameter and buffer with a row for each choice is re-indexed; a new expert's row is
-        the mean of the experts' rows that are kept. A router that keeps its experts otherwise
-        overrides this.
-        """
-        kept = [i for i in keep if i is not None]
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if not self.has_row_for_each_choice(name, tensor):
-                continue
-            new = (
-                tensor[kept].mean(0)
-                if tensor.is_floating_point() and kept
-                else torch.zeros_like(tensor[0])
-            )
-            made = torch.stack([new if i is None else tensor[i] for i in self.with_null(keep)])
-            owner, _, leaf = name.rpartition(".")
-            if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            setattr(self.get_submodule(owner), leaf, made)
-        self.num_experts = len(keep)
-
-    def has_row_for_each_choice(self, name: str, tensor: Tensor) -> bool:
-        """Whether the parameter or buffer of this name is one of those that `resize` re-indexes."""
-        return (
-            name not in self.shared_parameters
-            and tensor.dim() > 0
-            and len(tensor) == self.num_choices
-        )
-
-    def with_null(self, keep: Sequence[int | None]) -> list[int | None]:
-        """`keep` for rows: after the experts' the one of no expert, where there is one."""
-        return [*keep, *([self.num_experts] if self.null_expert else [])]
-
+    @_without_autocast
     def forward(
-        self, x: Tensor, selection_bias: Tensor | None = None, banned: Tensor | None = None
+        self,
+        x: Tensor,
+        selection_bias: Tensor | None = None,
+        banned: Tensor | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
     ) -> Routing:
-        """Route x `[N, d]` of any dtype; under autocast too in fp32. banned: `[E]` bool, who may
-        not be chosen.
+        """Route rows, or prompts that are pooled to one row each; under autocast too in fp32.
+
+        Args:
+            x: rows `[N, d]`, or prompts `[B, S, d]` (then N = B), of any dtype.
+            selection_bias: `[num_choices]`, added to the probabilities when choosing.
+            banned: who may not be chosen, `[E]` bool.
+            prompt_mask: which tokens of the prompts count, `[B, S]` bool; None for all.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, selection_bias, banned)
+        if x.dim() == 3:
+            x = self.pool(x, prompt_mask)
+        elif prompt_mask is not None:
+            raise ValueError(
+                f"prompt_mask is for prompts x [B, S, d]; x has the shape {tuple(x.shape)}."
+            )
         jitters = self.training and self.jitter_noise > 0
         if jitters or self.input_norm or not self.takes_any_dtype:
             x = self.normalised(x)
         if jitters:
-            noise = torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            x = x * noise
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         logits = self.score(x)
         if banned is None:
             return self._chosen(logits, selection_bias)
@@ -209,79 +217,63 @@ class Router(nn.Module):
         return self._chosen(logits, bias.masked_fill(choices, -torch.inf)).without(banned)
 
     def _chosen(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
-        """What `select` chooses; where that is no expert, the slot is empty and the others keep
-        their weights.
-        """
+        """What `select` chooses, with the null expert's slots empty."""
         routing = self.select(logits, selection_bias)
         if not self.null_expert:
             return routing
-        null = routing.expert_ids == self.num_experts
-        return routing._replace(
-            expert_ids=routing.expert_ids.masked_fill(null, -1),
-            expert_weights=routing.expert_weights.masked_fill(null, 0.0),
-        )
+        return routing._emptied(routing.expert_ids == self.num_experts)
 
+    @torch.no_grad()
+    def resize(self, keep: Sequence[int | None]) -> None:
+        """Become a router of `len(keep)` experts.
 
-@register_router("top_k")
-class TopKRouter(Router):
-    """Linear scores, softmax over all experts, the top k renormalised (Mixtral, arXiv:2401.04088).
+        The rows of `expert_rows` move with their experts; a new expert's row is the mean of the
+        kept experts' rows. A router that keeps its experts in another form overrides this.
 
-    logits = x Wᵀ, W `[num_choices, d]`.
-    """
+        Args:
+            keep: expert i is the former expert `keep[i]`, or a new one where that is None.
 
-    fills_every_slot = True
-    takes_any_dtype = True
-
-    def __init__(self, config: MoeLoraConfig, in_features: int):
-        super().__init__(config, in_features)
-        self.weight = nn.Parameter(torch.empty(config.num_choices, in_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Small random rows: equal ones would send every token to the first experts by the tie rule
-        of top-k.
+        Raises:
+            ValueError: the class does not say of each parameter and buffer whether it has one row
+                a choice.
         """
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        kept = [former for former in keep if former is not None]
+        for name, tensor in self._tensors_with_expert_rows().items():
+            new = torch.zeros_like(tensor[0])
+            if tensor.is_floating_point() and kept:
+                new = tensor[kept].mean(0)
+            rows = [new if i is None else tensor[i] for i in self.with_null(keep)]
+            resized = torch.stack(rows)
+            if isinstance(tensor, nn.Parameter):
+                resized = nn.Parameter(resized, requires_grad=tensor.requires_grad)
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, resized)
+        self.num_experts = len(keep)
 
-    def score(self, x: Tensor) -> Tensor:
-        """x Wᵀ: x `[N, d]` → `[N, E]`."""
-        weight = self.weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if x.dtype == weight.dtype and x.device.type == "cpu":
-            return nn.functional.linear(x, weight)  # the same, with less around it
-        return router_logits(x, weight, backend=self.backend)
+    def with_null(self, keep: Sequence[int | None]) -> list[int | None]:
+        """`keep` for rows: with `null_expert` the null expert's row follows the experts'.
 
+        Args:
+            keep: as in `resize`.
+        """
+        return [*keep, *([self.num_experts] if self.null_expert else [])]
 
-@register_router("arrow")
-class ArrowRouter(TopKRouter):
-    """|x Wᵀ|: rows are directions without a sign, as singular vectors are (arXiv:2405.11157)."""
-
-    def score(self, x: Tensor) -> Tensor:
-        """|x Wᵀ|: x `[N, d]` → `[N, E]`."""
-        return super().score(x).abs()
-
-
-@register_router("mlp")
-class MlpRouter(Router):
-    """W₂ gelu(W₁ x + b): one hidden layer of `router_hidden_size` under the scores of `top_k`.
-
-    W₁ `[H, d]`, b `[H]`, W₂ `[num_choices, H]`.
-    """
-
-    fills_every_slot = True
-    shared_parameters = Router.shared_parameters | {"hidden_weight", "hidden_bias"}
-
-    def __init__(self, config: MoeLoraConfig, in_features: int):
-        super().__init__(config, in_features)
-        width = config.router_hidden_size
-        self.hidden_weight = nn.Parameter(torch.empty(width, in_features))
-        self.hidden_bias = nn.Parameter(torch.zeros(width))
-        self.weight = nn.Parameter(torch.empty(config.num_choices, width))
-        nn.init.normal_(self.hidden_weight, std=in_features**-0.5)
-        nn.init.normal_(self.weight, std=width**-0.5)
-
-    def score(self, x: Tensor) -> Tensor:
-        """W₂ gelu(W₁ x + b): x `[N, d]` → `[N, num_choices]`."""
-        first, bias, second = (
-            p.to(x.dtype) for p in (self.hidden_weight, self.hidden_bias, self.weight)
+    def _tensors_with_expert_rows(self) -> dict[str, Tensor]:
+        """The parameters and buffers in `expert_rows`; ValueError unless each is declared."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        remedy = (
+            f"{type(self).__name__} cannot be resized: {{}}. Name what has one row a choice in "
+            "expert_rows, everything else in shared_parameters, or override resize."
         )
-        return nn.functional.gelu(x @ first.T + bias) @ second.T
+        if undeclared := sorted(tensors.keys() - self.expert_rows - self.shared_parameters):
+            raise ValueError(
+                remedy.format(f"it declares nothing about its {', '.join(undeclared)}")
+            )
+        for name in sorted(self.expert_rows):
+            shape = tuple(tensors[name].shape) if name in tensors else None
+            if shape is None or shape[:1] != (self.num_choices,):
+                was = "does not exist" if shape is None else f"has the shape {shape}"
+                raise ValueError(
+                    remedy.format(f"{name} of expert_rows {was}, for {self.num_choices} choices")
+                )
+        return {name: tensors[name] for name in sorted(self.expert_rows)}

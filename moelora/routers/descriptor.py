@@ -1,40 +1,62 @@
-"""A router by description: it compares what it reads with a descriptor of each expert, made of a
-few texts of it.
+"""A router by description: it compares its input with a descriptor of each expert, which is made
+from a few of the expert's texts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from .base import Router, register_router
+from ..validation import MAX_WIDTH, check_integer
+from .base import Router
+from .registry import register_router
 
-# What the covariance of the few texts at hand is mixed with of a multiple of the identity.
+# The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
+# identity instead.
 SHRINKAGE = 0.5
 TEMPERATURE = 10.0
 MAX_TEMPERATURE = 100.0
-# Vectors shorter than a hundredth of the descriptors' mean length count as short, not as
-# directions.
+# The squared length, as a share of the descriptors' mean one, under which a descriptor has hardly a
+# direction: what is left of it is rounding.
 SOFTNESS = 1e-4
 
 
 @register_router("descriptor")
 class DescriptorRouter(Router):
-    """τ cos(P (x − c), P (D_e − c)) of the input x and each expert's descriptor D_e, c the mean of
-    those given.
+    """τ cos(P (x − c), P (D_e − c)) of the input x and each expert's descriptor D_e, where c is the
+    mean of the descriptors that were given.
 
     A model is scored by a representation of itself together with the instruction, as in Model-SAT
-    (arXiv:2502.17282) and EmbedLLM (arXiv:2410.02223). The descriptor is what the router reads of
-    the expert's texts, on average, and both sides share one projection, so a new expert is chosen
-    by its descriptor alone, without training. Descriptors D `[num_choices, d]` are buffers, random
-    until `describe` sets them; P `[router_hidden_size, d]` and log τ `[1]` train. A choice without
-    a descriptor among others that have one scores 0 and is hardly ever chosen. With
-    router_pooling="attention" descriptors belong to the query of their time: describe again after
-    training it.
+    (arXiv:2502.17282) and EmbedLLM (arXiv:2410.02223). An expert's descriptor is the mean of what
+    the router reads of the expert's texts. Both sides of the cosine pass through one projection P,
+    so a new expert is chosen by its descriptor alone, without training.
+
+    Descriptors D `[num_choices, d]` are buffers, random until `describe` sets them;
+    P `[hidden_size, d]` and log τ `[1]` train. A choice without a descriptor, among others that
+    have one, scores 0 and is hardly ever chosen. With router_pooling="attention" a descriptor
+    depends on the query as it was then: describe again after training it.
     """
 
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """Settings of router="descriptor".
+
+        Args:
+            hidden_size: the number of rows of the projection.
+        """
+
+        hidden_size: int = 64
+
+        def __post_init__(self) -> None:
+            check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
+
+    options: Options
     fills_every_slot = True
+    expert_rows: ClassVar[frozenset[str]] = frozenset({"descriptors", "described"})
     shared_parameters = Router.shared_parameters | {"projection", "log_temperature"}
     descriptors: Tensor
     described: Tensor
@@ -42,20 +64,21 @@ class DescriptorRouter(Router):
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__(config, in_features)
         choices = config.num_choices
-        # Entries of size 1, the cosine being indifferent to it: at usual learning rates training
-        # then turns the projection little, and what it knows beyond the trained experts, which a
-        # newcomer needs, stays.
-        self.projection = nn.Parameter(torch.randn(config.router_hidden_size, in_features))
+        # The cosine does not depend on the size of the entries. With entries of size 1, training at
+        # usual learning rates turns the projection only a little, so that it goes on telling apart
+        # what the experts trained so far do not need, but a new one may.
+        self.projection = nn.Parameter(torch.randn(self.options.hidden_size, in_features))
         self.log_temperature = nn.Parameter(torch.tensor([TEMPERATURE]).log())
         self.register_buffer("descriptors", torch.randn(choices, in_features))
         self.register_buffer("described", torch.zeros(choices, dtype=torch.bool))
 
     def score(self, x: Tensor) -> Tensor:
         """τ cos(P (x − c), P (D − c)): x `[N, d]` → `[N, num_choices]`."""
-        projection, descriptors = self.projection.to(x.dtype), self.descriptors.to(x.dtype)
-        # No branches, which would wait for the device. While none is described all count, from 0:
-        # inputs may be much smaller than random descriptors, and would be lost beside the mean of
-        # those.
+        projection = self.projection.to(x.dtype)
+        descriptors = self.descriptors.to(x.dtype)
+        # No branches, which would wait for the device. While nothing is described, all (random)
+        # descriptors count, and c is 0: inputs may be much smaller than the descriptors, whose mean
+        # would drown them.
         described = self.described.to(x.dtype)[:, None]
         centre = (descriptors * described).sum(0) / described.sum().clamp(min=1)
         counted = (self.described | ~self.described.any()).to(x.dtype)[:, None]
@@ -66,36 +89,40 @@ class DescriptorRouter(Router):
 
     @torch.no_grad()
     def describe(self, inputs: dict[int, Tensor], fit: bool | None = None) -> None:
-        """Set the descriptors of these choices to the means of their inputs `[n, d]`; other rows
-        keep their bits.
+        """Set the descriptors of these choices to the means of their inputs; other rows keep their
+        bits.
 
-        fit: begin with a new projection, made for these inputs (see `fitted_projection`); by
-        default where no choice has a descriptor yet.
+        Args:
+            inputs: what the router reads of each choice's texts, `[n, d]`, by the choice's number.
+            fit: begin with a new projection, made for these inputs (see `fitted_projection`); by
+                default where no choice has a descriptor yet.
         """
         fit = not bool(self.described.any()) if fit is None else fit
         for choice, x in inputs.items():
             self.descriptors[choice] = x.mean(0).to(self.descriptors)
             self.described[choice] = True
         if fit:
-            made = fitted_projection(list(inputs.values()), len(self.projection))
-            self.projection.copy_(made.to(self.projection))
+            projection = fitted_projection(list(inputs.values()), len(self.projection))
+            self.projection.copy_(projection.to(self.projection))
             self.log_temperature.fill_(torch.tensor(TEMPERATURE).log())
 
 
 def _direction(x: Tensor, shortest: Tensor | float = 0.0) -> Tensor:
-    """x `[N, p]` over its length, which counts as at least √shortest: what is 0 but for rounding
-    has no direction.
-    """
+    """x `[N, p]` over √(its squared length + shortest): what is nearly 0 stays nearly 0."""
     return x * (x.square().sum(1, keepdim=True) + shortest + 1e-12).rsqrt()
 
 
 def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
-    """P `[width, d]` with entries of size 1 such that PᵀP ∝ Σ⁻¹ as nearly as its width allows;
-    classes: `[n_e, d]`.
+    """P `[width, d]` with entries of size 1 such that PᵀP ∝ Σ⁻¹ as nearly as its width allows, Σ
+    the covariance within the classes.
 
-    Σ is the covariance within the classes. First come the directions Σ^(−1/2)(μ_e − μ), in which
-    the classes at hand differ, so their scores are those of the full Σ⁻¹; the other rows are random
-    in the rest of the space (Johnson–Lindenstrauss), where descriptors that come later differ.
+    The first rows span the directions Σ^(−1/2)(μ_e − μ), in which these classes differ: their
+    scores are those of the full Σ⁻¹. The other rows are random in the rest of the space
+    (Johnson–Lindenstrauss), in which descriptors that come later may differ.
+
+    Args:
+        classes: the inputs of each class, `[n_e, d]`.
+        width: the number of rows of P.
     """
     means = torch.stack([x.mean(0) for x in classes])
     spread = torch.cat([x - mean for x, mean in zip(classes, means, strict=True)])
@@ -103,12 +130,12 @@ def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
     _, sizes, directions = torch.linalg.svd(apart, full_matrices=False)
     count = min(int((sizes > 1e-4 * sizes[0].clamp(min=1e-12)).sum()), width // 2)
     directions = directions[:count]
-    # Of its own: one description gives the same bits at any time.
+    # A generator of its own: the same texts give the same bits at any time.
     generator = torch.Generator().manual_seed(0)
     rest = torch.randn(width - count, means.shape[1], generator=generator) / (width - count) ** 0.5
     rest = rest - rest @ directions.T @ directions
-    made = _whitened(torch.cat([directions, rest]), spread)
-    return made / made.square().mean().sqrt().clamp(min=1e-12)
+    projection = _whitened(torch.cat([directions, rest]), spread)
+    return projection / projection.square().mean().sqrt().clamp(min=1e-12)
 
 
 def _whitened(rows: Tensor, spread: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..config import NO_EXPERT, MoeLoraConfig
 from ..core.experts import Factor
-from ..routers.base import ArrowRouter, TopKRouter
-from ..routers.descriptor import DescriptorRouter
+from ..routers import ArrowRouter, DescriptorRouter, TopKRouter
 
 ROUTER_INITS = ("random", "arrow", "prototype")
 # What the covariance of the few tokens at hand is mixed with of a multiple of the identity.

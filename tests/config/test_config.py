@@ -25,7 +25,6 @@ COUNTS = {
     "r": 1,
     "router_layer": 0,
     "router_prefix_tokens": 1,
-    "router_hidden_size": 1,
     "layers_to_transform": 0,
 }
 NOT_NEGATIVE = [
@@ -45,7 +44,8 @@ CHOICES = {
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
-FREE = {"format_version", "sites", "expert_ranks", "expert_scaling"}
+# Checked by tests of their own; router_options in tests/routers/test_options.py.
+FREE = {"format_version", "sites", "expert_ranks", "expert_scaling", "router_options"}
 
 
 def test_every_field_is_in_one_of_these_tests():
@@ -133,7 +133,7 @@ def test_expert_names_are_as_many_as_experts_and_all_different():
 def test_targets_are_names_or_a_regex():
     refused(ValueError, "target_modules is empty", target_modules=[])
     refused(ValueError, "target_modules is empty", target_modules="")
-    refused(ValueError, "no valid regular expression", target_modules="(q_proj")
+    refused(ValueError, "not a valid regular expression", target_modules="(q_proj")
     assert MoeLoraConfig(target_modules={"v", "q"}).target_modules == ["q", "v"]
     assert MoeLoraConfig(target_modules=r".*\.[qv]_proj").target_modules == r".*\.[qv]_proj"
 
@@ -228,12 +228,13 @@ FULL = dict(
     modules_to_save=["lm_head"],
     num_experts_per_tok=1,
     routing_level="sequence",
+    router="mlp",
+    router_options={"hidden_size": 7},
     router_scope="model",
     router_layer=1,
     router_prefix_tokens=5,
     router_pooling="attention",
     router_input_norm=True,
-    router_hidden_size=7,
     null_expert=True,
     norm_topk_prob=False,
     router_jitter_noise=0.1,

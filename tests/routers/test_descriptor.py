@@ -63,7 +63,8 @@ def accuracy(model: Any, names: str = "abc") -> float:
 
 
 def test_scores_are_the_cosines_of_what_is_projected():
-    router = DescriptorRouter(MoeLoraConfig(num_experts=4, router_hidden_size=5), 7).double()
+    fields = {"router": "descriptor", "router_options": {"hidden_size": 5}}
+    router = DescriptorRouter(MoeLoraConfig(num_experts=4, **fields), 7).double()
     x = torch.randn(6, 7, dtype=torch.float64)
     for described in ([], [0, 2, 3]):
         router.described[described] = True
@@ -225,7 +226,7 @@ def test_rows_come_and_go_with_the_experts():
 def test_rows_are_told_from_other_sizes_that_agree_with_them():
     # As many experts as the projection has rows and inputs: still only the descriptors belong to
     # experts.
-    config = MoeLoraConfig(num_experts=8, router_hidden_size=8)
+    config = MoeLoraConfig(num_experts=8, router="descriptor", router_options={"hidden_size": 8})
     router = DescriptorRouter(config, 8)
     projection = router.projection.clone()
     router.resize([0, 1, None])

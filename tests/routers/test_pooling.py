@@ -139,7 +139,11 @@ def test_what_all_experts_share_stays_when_experts_come_and_go():
     # As many inputs and hidden units as experts: a row for each by their shape, but not by what
     # they are.
     config = MoeLoraConfig(
-        num_experts=8, routing_level="sequence", router_pooling="attention", router_hidden_size=8
+        num_experts=8,
+        routing_level="sequence",
+        router_pooling="attention",
+        router="mlp",
+        router_options={"hidden_size": 8},
     )
     router = ROUTERS["mlp"](config, 8)
     before = {name: p.clone() for name, p in router.named_parameters()}
@@ -157,7 +161,7 @@ def test_what_all_experts_share_stays_when_experts_come_and_go():
 def test_a_checkpoint_has_all_of_it(pooling, tmp_path):
     fields = {
         "router": "mlp",
-        "router_hidden_size": 5,
+        "router_options": {"hidden_size": 5},
         "router_input_norm": True,
         "null_expert": True,
     }

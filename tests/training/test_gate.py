@@ -10,8 +10,7 @@ import torch
 from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal
 from training.tasks import GATE, choices, gate, share, task, tasks
 
-from moelora.routers.base import ROUTERS
-from moelora.routers.descriptor import DescriptorRouter
+from moelora.routers import ROUTERS, DescriptorRouter
 from moelora.training import Texts, prompt_features, train_gate
 
 KINDS: dict[str, dict[str, Any]] = {

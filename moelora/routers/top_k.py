@@ -1,0 +1,43 @@
+"""The router of Mixtral: linear scores, the experts of the largest ones."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from moelora_kernels import router_logits
+from torch import Tensor, nn
+
+from ..config import MoeLoraConfig
+from .base import Router
+from .registry import register_router
+
+
+@register_router("top_k")
+class TopKRouter(Router):
+    """Linear scores, softmax over all experts, the top k renormalised (Mixtral, arXiv:2401.04088).
+
+    logits = x Wᵀ, W `[num_choices, d]`.
+    """
+
+    fills_every_slot = True
+    takes_any_dtype = True
+    expert_rows: ClassVar[frozenset[str]] = frozenset({"weight"})
+
+    def __init__(self, config: MoeLoraConfig, in_features: int):
+        super().__init__(config, in_features)
+        self.weight = nn.Parameter(torch.empty(config.num_choices, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw small random rows: with equal ones every token would go to the first experts, since
+        top-k breaks ties so.
+        """
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def score(self, x: Tensor) -> Tensor:
+        """x Wᵀ: x `[N, d]` → `[N, num_choices]`."""
+        weight = self.weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if x.dtype == weight.dtype and x.device.type == "cpu":
+            return nn.functional.linear(x, weight)  # the same, with less around it
+        return router_logits(x, weight, backend=self.backend)

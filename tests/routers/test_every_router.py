@@ -1,0 +1,130 @@
+"""What every registered router must do: a new one is tested here without an edit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from bases import causal_base
+from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal, prompt_mask, tokens
+
+from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
+from moelora.config import ROUTER_POOLINGS
+
+D = 16
+every_router = pytest.mark.parametrize("router", sorted(ROUTERS))
+with_and_without_null = pytest.mark.parametrize("null_expert", [False, True])
+
+
+def made(router: str, **fields):
+    torch.manual_seed(0)
+    config = MoeLoraConfig(**{"num_experts": 5, "router": router, **fields})
+    return ROUTERS[router](config, D).eval()
+
+
+def assert_same(one, two):
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@with_and_without_null
+@pytest.mark.parametrize("per_tok", [1, 3])
+@every_router
+def test_a_routing_has_its_shapes_and_promises(router, per_tok, null_expert):
+    one = made(router, num_experts_per_tok=per_tok, null_expert=null_expert)
+    routing = one(torch.randn(40, D))
+    assert routing.logits.shape == (40, 5 + null_expert) == (40, one.num_choices)
+    assert routing.expert_ids.shape == routing.expert_weights.shape == (40, per_tok)
+    assert routing.logits.dtype == routing.expert_weights.dtype == torch.float32
+    empty = routing.expert_ids < 0
+    assert bool(((routing.expert_ids >= -1) & (routing.expert_ids < 5)).all())
+    assert not routing.expert_weights[empty].any()
+    if one.fills_every_slot:
+        assert not empty.any()
+        assert all(len(set(row)) == per_tok for row in routing.expert_ids.tolist())
+
+
+@with_and_without_null
+@every_router
+def test_who_is_banned_is_not_chosen(router, null_expert):
+    one = made(router, null_expert=null_expert)
+    banned = torch.tensor([True, False, True, True, False])
+    bias = torch.full((one.num_choices,), 5.0)
+    for selection_bias in (None, bias):
+        routing = one(torch.randn(40, D), selection_bias, banned)
+        chosen = routing.expert_ids[routing.expert_ids >= 0]
+        assert not banned[chosen].any()
+
+
+@pytest.mark.parametrize("pooling", ROUTER_POOLINGS)
+@pytest.mark.parametrize("masked", [False, True])
+@every_router
+def test_prompts_are_pooled_and_routed_in_one_call(router, masked, pooling):
+    one = made(router, routing_level="sequence", router_pooling=pooling, router_input_norm=True)
+    if pooling == "attention":
+        torch.nn.init.normal_(one.pool_query)
+    x = torch.randn(4, 9, D)
+    mask = prompt_mask(tokens(4, 9), 6) if masked else None
+    assert_same(one(x, prompt_mask=mask), one(one.pool(x, mask)))
+    bias = torch.randn(one.num_choices)
+    banned = torch.arange(5) == 2
+    assert_same(one(x, bias, banned, prompt_mask=mask), one(one.pool(x, mask), bias, banned))
+
+
+@every_router
+def test_a_mask_without_prompts_is_refused(router):
+    with pytest.raises(ValueError, match=r"prompt_mask is for prompts.*\(4, 16\)"):
+        made(router)(torch.randn(4, D), prompt_mask=torch.ones(4, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("pooling", ROUTER_POOLINGS)
+@every_router
+def test_autocast_changes_no_bit(router, pooling):
+    one = made(router, routing_level="sequence", router_pooling=pooling)
+    if pooling == "attention":
+        torch.nn.init.normal_(one.pool_query)
+    x = torch.randn(4, 9, D)
+    plain, pooled = one(x), one.pool(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(one(x), plain)
+        assert torch.equal(one.pool(x), pooled)
+
+
+@every_router
+def test_a_forward_pass_leaves_nothing_behind_and_copies_agree(router):
+    one = made(router)
+    before = dict(vars(one))
+    x = torch.randn(7, D)
+    routing = one(x)
+    assert vars(one) == before
+    for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert_same(other(x), routing)
+        assert other.options == one.options
+
+
+@with_and_without_null
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("scope", SCOPES)
+@every_router
+def test_it_learns_is_saved_and_changes_size_in_a_model(
+    router, scope, level, null_expert, tmp_path
+):
+    fields = {"router_scope": scope, "routing_level": level, "null_expert": null_expert}
+    model = causal(router=router, **fields, **NO_ROUTER_LOSS)
+    ids = tokens()
+    labels = ids.masked_fill(prompt_mask(ids, 4), -100)
+    model.train()(ids, labels=labels).loss.backward()
+    for name, parameter in model.moelora.routers.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+    model.eval()
+    model.add_expert("law")
+    model.remove_expert("expert_0")
+    model.replace_expert("expert_1", copy_of="expert_2")
+    logits = model(ids).logits
+    assert bool(logits.isfinite().all())
+    model.save_pretrained(tmp_path)
+    again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base()).eval()
+    assert torch.equal(again(ids).logits, logits)
+    assert again.moelora_config.router_options == model.moelora_config.router_options
