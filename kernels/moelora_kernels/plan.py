@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +51,8 @@ class Plan:
     tiles: str = ""
     router: TopK | None = None
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Not functools.cached_property, whose lock torch.compile cannot trace.
+    _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -63,12 +64,24 @@ class Plan:
         """K, the experts that a row may choose."""
         return self.expert_ids.shape[1]
 
-    @cached_property
+    @property
     def gate(self) -> Tensor:
         """[rows, E], differentiable: Σ_k weights[:, k] · [expert_ids[:, k] = e], slot after slot.
 
         A single scatter would add an expert's duplicates by atomics on a GPU, in no fixed order.
         """
+        if "gate" not in self._derived:
+            self._derived["gate"] = self._gate()
+        return self._derived["gate"]
+
+    @property
+    def sorted_slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The T * K slots stably sorted by expert, their experts, each expert's first [E + 1]."""
+        if "sorted_slots" not in self._derived:
+            self._derived["sorted_slots"] = self._sorted_slots()
+        return self._derived["sorted_slots"]
+
+    def _gate(self) -> Tensor:
         gate = self.weights.new_zeros(self.rows, self.num_experts)
         if self.distinct:
             return gate.scatter(1, self.slot_experts, self.weights)
@@ -77,9 +90,7 @@ class Plan:
             gate = gate.scatter_add(1, self.slot_experts[:, column], self.weights[:, column])
         return gate
 
-    @cached_property
-    def sorted_slots(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The T * K slots stably sorted by expert, their experts, each expert's first [E + 1]."""
+    def _sorted_slots(self) -> tuple[Tensor, Tensor, Tensor]:
         ids = self.slot_experts
         if self.tokens_per_row != 1:
             ids = ids.repeat_interleave(self.tokens_per_row, dim=0)

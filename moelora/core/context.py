@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import MoeLoraConfig
 from ..routers import Router
-from .losses import LoadWindow
+from .load_window import LoadWindow
 
 
 class MixtureContext:

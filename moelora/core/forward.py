@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -131,6 +130,8 @@ def _begin(
             targets=own.expert_targets,
             num_items=kwargs.get("num_items_in_batch"),
             sequences_are_items=is_classifier,
+            has_loss=learning
+            and (kwargs.get("labels") is not None or own.expert_targets is not None),
         )
     return running
 
@@ -197,10 +198,23 @@ def _extended(outputs: Any, running: ForwardPass, probe: bool) -> Any:
     return _output_class(type(outputs))(**{**outputs, **gained}) if gained else outputs
 
 
-@functools.cache
+# By the base's class of outputs. Not functools.cache, which torch.compile looks through.
+_OUTPUT_CLASSES: dict[type, type] = {}
+
+
 def _output_class(base: type) -> type:
     """`base` with two more fields: DDP rebuilds outputs by the fields of their class."""
-    fields = [(name, object, None) for name in OWN_OUTPUTS]
-    return make_dataclass(
-        f"MoeLora{base.__name__}", fields, bases=(base,), namespace={"__module__": __name__}
-    )
+    if base not in _OUTPUT_CLASSES:
+        fields = [(name, object, None) for name in OWN_OUTPUTS]
+        _OUTPUT_CLASSES[base] = make_dataclass(
+            f"MoeLora{base.__name__}", fields, bases=(base,), namespace={"__module__": __name__}
+        )
+    return _OUTPUT_CLASSES[base]
+
+
+def make_output_classes(base_forward: Callable) -> None:
+    """Make the classes of outputs that `base_forward` is annotated with, before any tracing."""
+    annotation = get_type_hints(base_forward).get("return")
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, ModelOutput):
+            _output_class(kind)

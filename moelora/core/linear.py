@@ -179,11 +179,14 @@ class ExpertHook:
         self.handle = linear.register_forward_hook(self)
 
     def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        inplace = not torch.compiler.is_compiling() and self._may_write(linear, output)
+        return self.site(args[0], output, self.index, inplace)
+
+    def _may_write(self, linear: nn.Module, output: Tensor) -> bool:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
         # writing into it would cost the backward pass a copy.
         alone = len(linear._forward_hooks) == 1 and not global_forward_hooks()
-        inplace = alone and not (torch.is_grad_enabled() and output._is_view())
-        return self.site(args[0], output, self.index, inplace)
+        return alone and not (torch.is_grad_enabled() and output._is_view())
 
 
 class LayerRoutingHook:

@@ -10,15 +10,14 @@ parallelism). A second node reads it there; the backward pass visits the loss be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..routers import Routing
+from .load_window import LoadWindow, as_fractions
 
 IGNORE = -100
 
@@ -92,126 +91,6 @@ UNKNOWN_SCALE = (
 )
 
 
-class LoadWindow(nn.Module):
-    """How many tokens each expert got, over the window that load balancing refers to.
-
-    Counts by router and expert of the optimizer step under way and of the one before, over all
-    processes. The fractions of the balancing loss come from the step before: a constant, so the
-    loss is a plain sum over tokens and does not depend on how a batch is cut into micro-batches or
-    spread over processes. The counts are in the checkpoint: a resumed run goes on with the same
-    bits.
-
-    Args:
-        config: the mixture's.
-        num_routers: the number of rows of each buffer.
-        device: of the buffers: current and previous `[num_routers, C]` int64, C the experts and,
-            where there is one, the null expert (a balancing loss without it would send all tokens
-            there, arXiv:2406.13233); bias, the same in fp32 (arXiv:2408.15664).
-    """
-
-    current: Tensor
-    previous: Tensor
-    bias: Tensor
-    last_seen: Tensor | None
-
-    def __init__(self, config: MoeLoraConfig, num_routers: int, device: torch.device):
-        super().__init__()
-        shape = (num_routers, config.num_choices)
-        self.null_expert = config.null_expert
-        self.update_rate = config.router_bias_update_rate
-        self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
-        self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
-        self.register_buffer("bias", torch.zeros(shape, device=device))
-        # A router's parameter at the last training forward; a buffer, so that it moves along.
-        self.register_buffer("last_seen", None, persistent=False)
-        # Whether a backward pass has gone through a router since the window began.
-        self.learned = False
-
-    def resize(self, keep: Sequence[int | None]) -> None:
-        """Expert i becomes the former `keep[i]`, or where None a new one without counts.
-
-        The next window begins.
-        """
-        if self.null_expert:
-            keep = [*keep, self.current.shape[1] - 1]
-        kept = [(i, e) for i, e in enumerate(keep) if e is not None]
-        for name in ("current", "previous", "bias"):
-            before = getattr(self, name)
-            after = before.new_zeros(len(before), len(keep))
-            after[:, [i for i, _ in kept]] = before[:, [e for _, e in kept]]
-            setattr(self, name, after)
-        self.last_seen = None
-
-    @torch.no_grad()
-    def begin_forward(self, parameter: nn.Parameter | None) -> None:
-        """Start a new window if an optimizer step lies between the last training forward and this
-        one.
-
-        It does where `parameter`, a router's, has other values than then, or was given a gradient
-        that the loop has cleared since (a step whose learning rate is 0 changes no value).
-        """
-        if parameter is None:
-            return
-        values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
-        unknown = self.last_seen is None or self.last_seen.shape != values.shape
-        if unknown or (parameter.grad is None and self.learned):
-            self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
-        else:
-            # Not by the tensor's version, which fused optimizers leave as it is; and without asking
-            # the device.
-            self._roll((values != self.last_seen).any().to(self.current.device))
-        if parameter.grad is None:
-            self.learned = False
-        self.last_seen = values.detach().clone()
-
-    def _roll(self, stepped: Tensor) -> None:
-        """Close the window where `stepped` (0-dim) is true."""
-        self.previous.copy_(torch.where(stepped, self.current, self.previous))
-        self.current.masked_fill_(stepped, 0)
-        if self.update_rate:
-            counts = self.previous.to(self.bias.dtype)
-            step = self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
-            self.bias += torch.where(stepped, step, 0.0)
-
-    def end_forward(self, counts: dict[int, Tensor]) -> None:
-        """Add one forward pass's counts `[C]` by router, summed over all processes."""
-        if not counts:
-            return
-        total = torch.zeros_like(self.current)
-        for index, count in counts.items():
-            total[index] = count.to(total.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        self.current += total
-
-    def count(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none),
-        `[C]`.
-        """
-        num_experts = self.current.shape[1] - int(self.null_expert)
-        present = (weights > 0).to(torch.int64).unsqueeze(1).expand_as(expert_ids)
-        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-        # Integer sums do not depend on their order, so this has the same bits on every run.
-        counts.scatter_add_(0, (expert_ids + 1).reshape(-1), present.reshape(-1))
-        return counts.roll(-1) if self.null_expert else counts[1:]
-
-    def fractions(self, index: int) -> Tensor:
-        """Each expert's share of the slots of the previous step, `[C]`; equal shares before the
-        first.
-        """
-        return as_fractions(self.previous[index])
-
-    def selection_bias(self, index: int) -> Tensor | None:
-        """What is added to router `index`'s probabilities when it chooses, `[C]`, or None."""
-        return self.bias[index] if self.update_rate else None
-
-
-def as_fractions(counts: Tensor) -> Tensor:
-    """counts `[C]` over their sum; equal shares where it is 0."""
-    total = counts.sum()
-    return torch.where(total > 0, counts / total.clamp(min=1), 1.0 / counts.shape[0])
-
-
 @dataclass
 class RouterLosses:
     """The router losses of one forward pass over `batch` sequences of `length` tokens.
@@ -227,6 +106,8 @@ class RouterLosses:
         num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop
             gave one.
         sequences_are_items: `num_items` counts sequences (classification), not tokens.
+        has_loss: the model's output will have a loss that is meant to be learned from.
+        riding: under torch.compile, the router losses that get their gradient at that loss.
         values: what each router's losses came to, 0-dim, detached.
         counts: how many rows chose each expert, by router.
     """
@@ -241,6 +122,8 @@ class RouterLosses:
     targets: Tensor | None = None
     num_items: Tensor | int | None = None
     sequences_are_items: bool = False
+    has_loss: bool = False
+    riding: list[Tensor] = field(default_factory=list)
     values: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor] = field(default_factory=dict)
 
@@ -270,12 +153,15 @@ class RouterLosses:
             self.counts[index] = counts
         if not loss.requires_grad:
             return routing
+        if self.has_loss and torch.compiler.is_compiling():
+            self.riding.append(loss)
+            return routing
         tied = _AttachLoss.apply(routing.expert_weights, loss, self.scale, self.load)
         return routing._replace(expert_weights=tied)
 
     def probe(self, loss: Tensor) -> Tensor:
         """`loss` unchanged; a backward pass through it shows by how much the loop scales it."""
-        return _ProbeLoss.apply(loss, self.scale)
+        return self._ride(_ProbeLoss.apply(loss, self.scale))
 
     def alone(self, logits: Tensor) -> Tensor:
         """The router losses as a loss of their own (0-dim): backward reaches what is tied, and no
@@ -284,12 +170,17 @@ class RouterLosses:
         It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed
         layers too).
         """
-        return _RoutersAlone.apply(logits, self.total(), self.scale)
+        return self._ride(_RoutersAlone.apply(logits, self.total(), self.scale))
 
     def total(self) -> Tensor:
         """What all of them came to, 0-dim fp32."""
         values = [value.float() for value in self.values.values()]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+    def _ride(self, loss: Tensor) -> Tensor:
+        for router_loss in self.riding:
+            loss = _Ride.apply(loss, router_loss.to(loss))
+        return loss
 
     def row_weights(self, rows: int, device: torch.device) -> Tensor:
         """What each of `rows` routed rows counts for in a loss, `[rows]` fp32.
@@ -364,6 +255,22 @@ class _ProbeLoss(torch.autograd.Function):
     def backward(ctx, *grads):
         ctx.scale.show(grads[0])
         return grads[0], None
+
+
+class _Ride(torch.autograd.Function):
+    """`loss` unchanged; `router_loss` gets the same gradient.
+
+    Under torch.compile, where a graph cannot pass the scale on to one before it. It needs the
+    model's own loss to be used, and no reentrant checkpointing, which is never compiled.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, router_loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], grads[0]
 
 
 class _RoutersAlone(torch.autograd.Function):

@@ -12,7 +12,7 @@ from ..routers import ROUTERS, Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors
 from .linear import Site
-from .losses import LoadWindow
+from .load_window import LoadWindow
 from .overrides import entered_override
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import dispatched_forward, set_dispatched_forward
 from . import generation
-from .forward import OWN_OUTPUTS, run_forward
+from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .gradient_checkpointing import RoutedCheckpoint
 from .inputs import OWN_INPUTS
 from .mixture import Mixture
@@ -99,6 +99,7 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
         public: the class of ours that it is an instance of.
         base: the base's own class.
     """
+    make_output_classes(base.forward)
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())
     ours = [

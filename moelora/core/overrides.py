@@ -70,8 +70,8 @@ class Override:
             raise ValueError(
                 f"expert_weights has {rows} rows of weights ({batch} sequences), but an adapted "
                 f"linear reads an input of shape {tuple(x.shape)}, which is not made of these: "
-                f"give one row for each sequence [{batch}, E] or one for all [E], or leave that linear "
-                "out of target_modules."
+                f"give one row for each sequence [{batch}, E] or one for all [E], or leave that "
+                "linear out of target_modules."
             )
         return Routing(x.new_zeros(len(ids), 0), ids, weights), each
 

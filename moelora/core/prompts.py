@@ -114,8 +114,8 @@ def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
     if unmarked and in_training and not prompt.is_classifier:
         raise ValueError(
             "routing_level='sequence' must know where the prompt ends, and this training loop "
-            "takes the labels out (label smoothing or compute_loss_func do): pass router_mask [batch, "
-            "length], True on prompt tokens."
+            "takes the labels out (label smoothing or compute_loss_func do): pass router_mask "
+            "[batch, length], True on prompt tokens."
         )
     if cached_tokens(kwargs):
         raise ValueError(
