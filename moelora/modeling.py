@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
@@ -16,8 +15,10 @@ from transformers.models.auto.modeling_auto import (
 
 from .adapters.composing import FromAdapters
 from .adapters.export import ExpertExport
-from .checkpoint import load as restore
-from .checkpoint import save as saving
+from .checkpoint.load import load
+from .checkpoint.origin import commit_of, note_origin
+from .checkpoint.save import save
+from .checkpoint.state import load_state_dict
 from .config import MoeLoraConfig
 from .core.forward import ROUTING_ONLY
 from .core.generation import MoeLoraGeneration
@@ -77,9 +78,10 @@ class MoeLoraModel(
                     f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop them."
                 )
             model = base
+            note_origin(config, base)
         elif isinstance(base, str) or hasattr(base, "__fspath__"):
-            kwargs["revision"] = config.base_revision = restore.commit_of(base, kwargs)
-            config.base_subfolder = kwargs.get("subfolder")
+            kwargs["revision"] = commit_of(base, kwargs)
+            note_origin(config, base, kwargs.get("subfolder"), kwargs["revision"])
             model = cls.auto_class.from_pretrained(base, **kwargs)
         else:
             raise TypeError(
@@ -108,7 +110,11 @@ class MoeLoraModel(
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, *args, config: MoeLoraConfig | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str,
+        *args,
+        config: MoeLoraConfig | None = None,
+        **kwargs,
     ) -> Any:
         """Load a folder (or hub repository) written by `save_pretrained`: the base, then the
         experts.
@@ -123,7 +129,7 @@ class MoeLoraModel(
             ValueError: no such checkpoint, a damaged or newer one, or another base, with what
             differs.
         """
-        return restore.load(cls, folder, config, **kwargs)
+        return load(cls, pretrained_model_name_or_path, config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs) -> Any:
@@ -181,7 +187,7 @@ class MoeLoraModel(
 
     def save_pretrained(
         self,
-        folder: str,
+        save_directory: str,
         is_main_process: bool = True,
         state_dict=None,
         save_base: bool = False,
@@ -198,7 +204,7 @@ class MoeLoraModel(
             ValueError, TypeError: the folder is the base's own, or a keyword that does not exist.
         """
         if is_main_process:
-            saving.save(self, folder, state_dict=state_dict, save_base=save_base, **kwargs)
+            save(self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
@@ -208,20 +214,7 @@ class MoeLoraModel(
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
         """
-        trained = set(saving.trained_keys(self))
-        missing = sorted(trained - set(state_dict))
-        surplus = sorted(k for k in state_dict if k.startswith(saving.PREFIX) and k not in trained)
-        if missing or surplus:
-            raise RuntimeError(
-                f"The state dict does not fit this mixture: missing {missing[:5]} ({len(missing)} in all), "
-                f"unknown {surplus[:5]} ({len(surplus)} in all)."
-            )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)  # type: ignore[misc]
-        if strict and result.unexpected_keys:
-            raise RuntimeError(
-                f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}."
-            )
-        return _IncompatibleKeys([], result.unexpected_keys)
+        return load_state_dict(self, state_dict, strict, assign)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func=None, **kwargs

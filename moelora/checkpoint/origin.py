@@ -1,0 +1,108 @@
+"""Where things lie: the files of a checkpoint, and the base that it refers to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from ..config import MoeLoraConfig
+
+ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+BASE_FOLDER = re.compile(r"base-[0-9a-f]{16}")
+
+
+class Source:
+    """Where a checkpoint lies: a local folder, or a repository on the hub.
+
+    Args:
+        name: the folder, or the id of the repository.
+        kwargs: keywords of `from_pretrained`; those that say where and how to find it are taken out.
+    """
+
+    def __init__(self, name: str | PathLike[str], kwargs: dict[str, Any]):
+        self.name = str(name)
+        self.access = {k: kwargs.pop(k) for k in ACCESS if k in kwargs}
+        self.revision = kwargs.pop("revision", None)
+        self.subfolder = kwargs.pop("subfolder", None) or ""
+        self.folder = Path(name) / self.subfolder if Path(name).is_dir() else None
+
+    def file(self, name: str) -> Path | None:
+        """The path of a file of the checkpoint, downloaded if need be; None where it is not there."""
+        if self.folder is not None:
+            return self.folder / name if (self.folder / name).is_file() else None
+        where = {"revision": self.revision, "subfolder": self.subfolder, **self.access}
+        try:
+            path = cached_file(self.name, name, **where)
+        except OSError:
+            if name == SAFE_WEIGHTS_NAME:
+                raise
+            return None
+        return None if path is None else Path(path)
+
+    def base(self, folder: str) -> tuple[str, dict[str, Any]]:
+        """Where the base inside the checkpoint lies, and the keywords that find it."""
+        if self.folder is not None:
+            return str(self.folder / folder), {}
+        inside = f"{self.subfolder}/{folder}" if self.subfolder else folder
+        return self.name, {"subfolder": inside, "revision": self.revision}
+
+
+def commit_of(base: str | PathLike[str], kwargs: Mapping[str, Any]) -> str | None:
+    """The commit of the hub repository `base` that the keywords mean; what they say where it is not
+    known.
+    """
+    revision = kwargs.get("revision")
+    if Path(base).is_dir():
+        return revision
+    where = {k: kwargs[k] for k in (*ACCESS, "subfolder") if kwargs.get(k) is not None}
+    try:
+        config = cached_file(str(base), CONFIG_NAME, revision=revision, **where)
+    except OSError:
+        # Loading it says what is wrong, and better.
+        return revision
+    return extract_commit_hash(config, None) or revision
+
+
+def note_origin(
+    config: MoeLoraConfig,
+    base: str | PathLike[str] | PreTrainedModel,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write into `config` where its base came from; a folder by its whole path.
+
+    Now, not when the model is saved: by then the process may work in another folder.
+
+    Args:
+        config: the mixture's configuration; its fields `base_model_name_or_path`,
+            `base_subfolder` and `base_revision` are set.
+        base: a hub id, a folder, or a loaded model, which knows its id or folder or was made in
+            memory.
+        subfolder: where in `base` its files lie.
+        revision: the commit, for a hub id.
+    """
+    name = base.config._name_or_path if isinstance(base, PreTrainedModel) else str(base)
+    config.base_model_name_or_path = str(Path(name).resolve()) if _is_folder(name) else name or None
+    config.base_subfolder = subfolder
+    config.base_revision = revision
+
+
+def base_inside(config: MoeLoraConfig, folder: Path) -> str | None:
+    """The name of the folder in `folder` that the base of `config` came from, or None."""
+    name = config.base_model_name_or_path
+    if not _is_folder(name):
+        return None
+    origin = Path(name, config.base_subfolder or "").resolve()
+    inside = origin.parent == folder.resolve() and BASE_FOLDER.fullmatch(origin.name)
+    return origin.name if inside else None
+
+
+def _is_folder(name: str | None) -> bool:
+    return bool(name) and Path(name).is_dir()
