@@ -76,7 +76,7 @@ def differences(
 
 
 def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sampled tensors whose values changed by more than loading in another floating dtype explains."""
+    """Sampled tensors that changed by more than loading in another floating dtype explains."""
     exact = (torch.float32, torch.float64)
     changed = []
     for name, values in saved["sample"].items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
+from ..host_internals import AUTO_KEYWORDS, attention_of
 from .fingerprint import differences
 from .origin import ACCESS as ACCESS
 from .origin import Source, note_origin
@@ -66,7 +66,7 @@ def load(
         ValueError: not a checkpoint, a damaged or newer one, or another base, with what differs.
         OSError: the base that the checkpoint names cannot be loaded.
     """
-    for name in ("_from_auto", "adapter_kwargs"):
+    for name in AUTO_KEYWORDS:
         kwargs.pop(name, None)
     _join_dtypes(kwargs)
     source = Source(folder, kwargs)
@@ -87,19 +87,23 @@ def load(
     differing = [] if allow_base_mismatch else differences(base_print, model, tensors)
     if differing:
         raise ValueError(
-            f"The base ({model.config._name_or_path or type(model).__name__}) is not the one that "
+            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
             f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "
             "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
         )
 
     def restore(restored: MixtureModel) -> None:
-        _check(restored, tensors, path)
+        _check(restored, tensors)
         load_state_dict(restored, tensors)
 
     for name, value in changes.items():
         setattr(saved, name, value)
     saved.validate()
-    restored = cls.put_into(model, saved, then=restore)
+    try:
+        restored = cls.put_into(model, saved, then=restore)
+    except (ValueError, AttributeError) as error:
+        # AttributeError: it names a module that this base lacks.
+        raise ValueError(f"{path} does not fit: {error}") from error
     if generation is not None and restored.can_generate():
         restored.generation_config = generation
     restored.eval()
@@ -149,8 +153,8 @@ def _changes(
         for name in inherited - {*own, "transformers_version", "architectures"}:
             if getattr(given, name) != getattr(beside, name):
                 kwargs.setdefault(name, getattr(given, name))
-        if given._attn_implementation is not None:
-            kwargs.setdefault("attn_implementation", given._attn_implementation)
+        if attention_of(given) is not None:
+            kwargs.setdefault("attn_implementation", attention_of(given))
     fixed = sorted(
         name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name)
     )
@@ -240,7 +244,7 @@ def _check_architecture(model_type: str, where: str, source: Source, config: Moe
         )
 
 
-def _check(model: MixtureModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check(model: MixtureModel, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the tensors are those of `model`, each of its shape and kind; nothing
     is loaded before.
     """
@@ -257,6 +261,4 @@ def _check(model: MixtureModel, tensors: Mapping[str, Tensor], path: Path) -> No
         ):
             wrong.append(f"{key} has {tensor.dtype}, expected {own.dtype}")
     if wrong:
-        raise ValueError(
-            f"{path} does not fit: " + "; ".join(wrong[:6]) + f" ({len(wrong)} in all)."
-        )
+        raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")

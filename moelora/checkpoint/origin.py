@@ -23,7 +23,7 @@ class Source:
 
     Args:
         name: the folder, or the id of the repository.
-        kwargs: keywords of `from_pretrained`; those that say where and how to find it are taken out.
+        kwargs: keywords of `from_pretrained`; those that say how to find it are taken out.
     """
 
     def __init__(self, name: str | PathLike[str], kwargs: dict[str, Any]):
@@ -34,7 +34,7 @@ class Source:
         self.folder = Path(name) / self.subfolder if Path(name).is_dir() else None
 
     def file(self, name: str) -> Path | None:
-        """The path of a file of the checkpoint, downloaded if need be; None where it is not there."""
+        """The path of a file of the checkpoint, downloaded if need be; None if it is not there."""
         if self.folder is not None:
             return self.folder / name if (self.folder / name).is_file() else None
         where = {"revision": self.revision, "subfolder": self.subfolder, **self.access}
@@ -88,7 +88,7 @@ def note_origin(
         subfolder: where in `base` its files lie.
         revision: the commit, for a hub id.
     """
-    name = base.config._name_or_path if isinstance(base, PreTrainedModel) else str(base)
+    name = base.config.name_or_path if isinstance(base, PreTrainedModel) else str(base)
     config.base_model_name_or_path = str(Path(name).resolve()) if _is_folder(name) else name or None
     config.base_subfolder = subfolder
     config.base_revision = revision

@@ -25,11 +25,17 @@ from .state import is_finite
 
 # Largest seen in practice: the shapes of a base of ten thousand tensors, a megabyte.
 MAX_JSON_BYTES = 2**24
+ATTEMPTS = 100
 TEXTS = ("moelora_config", "base")
 
 
 def sealed(config: str, base: str) -> dict[str, str]:
-    """The metadata of a `model.safetensors`: two JSON texts and a hash that shows damage to them."""
+    """The metadata of a `model.safetensors`: two JSON texts, and a hash that shows damage.
+
+    Args:
+        config: the mixture's configuration.
+        base: the base's fingerprint.
+    """
     return {"format": "pt", "moelora_config": config, "base": base, "digest": _hash(config, base)}
 
 
@@ -39,6 +45,28 @@ def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
     Raises:
         ValueError: the file is damaged, was not written by this package, or is of a newer format.
     """
+    for _ in range(ATTEMPTS):
+        # safetensors opens a file twice, for its header and for its tensors: a save in between
+        # would mix two checkpoints.
+        before = _identity(path)
+        try:
+            contents = _read_once(path)
+        except Exception:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return contents
+    raise ValueError(f"{path} is replaced faster than it can be read: load it when saving is over.")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What differs between the file at `path` and one that takes its place."""
+    now = path.stat()
+    return now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def _read_once(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             config, base = _described(path, file.metadata() or {})
@@ -143,6 +171,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     )
     if surplus:
         raise ValueError(f"it has fields {surplus[:4]}, which a MoeLoraConfig does not have")
+    if fields.get("model_type") != MoeLoraConfig.model_type:
+        raise ValueError(f"it is not of model_type {MoeLoraConfig.model_type!r}")
     names = fields.get("expert_names")
     # Before anything is made for each of num_experts.
     if not isinstance(names, list) or fields.get("num_experts") != len(names):
@@ -156,7 +186,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError(
             f"base_folder={fields['base_folder']!r} is not the name of a base's folder"
         )
-    base = fields.get("base_config") or {"dtype": "float32"}
+    base = fields.get("base_config")
+    base = {"dtype": "float32"} if base is None else base
     if not isinstance(base, dict) or not isinstance(base.get("model_type", ""), str):
         raise ValueError("base_config is not the configuration of a model")
     if not isinstance(getattr(torch, str(base.get("dtype")), None), torch.dtype):
@@ -181,6 +212,6 @@ def _check_sizes(path: Path, config: MoeLoraConfig, shapes: Mapping[str, Iterabl
         asked |= {next(iter(tensor.shape), 1) for tensor in router.state_dict().values()}
     if asked - held:
         raise ValueError(
-            f"{path} does not fit: its configuration asks for tensors of {sorted(asked - held)[:6]} "
-            "rows, and the file does not hold them."
+            f"{path} does not fit: its configuration asks for tensors of {sorted(asked - held)[:6]}"
+            " rows, and the file does not hold them."
         )

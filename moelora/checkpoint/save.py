@@ -67,7 +67,8 @@ def save(
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
-            f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a folder."
+            f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a "
+            "folder."
         )
     folder = Path(folder)
     _check_keywords(kwargs)
@@ -158,7 +159,7 @@ def _check_nothing_foreign(folder: Path) -> None:
     others = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     if True not in ours.values():
         # Neither a config.json nor weights of ours: a damaged file may be anybody's.
-        ours |= {name: None for name in others}
+        ours |= dict.fromkeys(others)
         foreign = [name for name in ours if (folder / name).exists()]
     else:
         foreign = [name for name, is_own in ours.items() if is_own is False]

@@ -44,7 +44,7 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
 
 
 def trained_keys(model: MixtureModel) -> list[str]:
-    """The keys of a checkpoint of `model`: the mixture's, and those of the base's trained modules."""
+    """The keys of a checkpoint of `model`: the mixture's, and the base's trained modules'."""
     return list(layout(model))
 
 
