@@ -83,7 +83,7 @@ def load(
     changes = _changes(source, saved, config, kwargs)
     trained_on = saved.base_model_name_or_path
     model, info = _load_base(cls, source, saved, base, kwargs, allow_base_mismatch)
-    cls._check_base(model)
+    cls._check_base(model)  # type: ignore[attr-defined]
     differing = [] if allow_base_mismatch else differences(base_print, model, tensors)
     if differing:
         raise ValueError(
@@ -100,7 +100,7 @@ def load(
         setattr(saved, name, value)
     saved.validate()
     try:
-        restored = cls.put_into(model, saved, then=restore)
+        restored = cls.put_into(model, saved, then=restore)  # type: ignore[attr-defined]
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error

@@ -88,8 +88,10 @@ def note_origin(
         subfolder: where in `base` its files lie.
         revision: the commit, for a hub id.
     """
-    name = base.config.name_or_path if isinstance(base, PreTrainedModel) else str(base)
-    config.base_model_name_or_path = str(Path(name).resolve()) if _is_folder(name) else name or None
+    loaded = isinstance(base, PreTrainedModel)
+    name = base.config.name_or_path or "" if loaded else str(base)
+    is_folder = bool(name) and Path(name).is_dir()
+    config.base_model_name_or_path = str(Path(name).resolve()) if is_folder else name or None
     config.base_subfolder = subfolder
     config.base_revision = revision
 
@@ -97,12 +99,8 @@ def note_origin(
 def base_inside(config: MoeLoraConfig, folder: Path) -> str | None:
     """The name of the folder in `folder` that the base of `config` came from, or None."""
     name = config.base_model_name_or_path
-    if not _is_folder(name):
+    if not name:
         return None
     origin = Path(name, config.base_subfolder or "").resolve()
     inside = origin.parent == folder.resolve() and BASE_FOLDER.fullmatch(origin.name)
-    return origin.name if inside else None
-
-
-def _is_folder(name: str | None) -> bool:
-    return bool(name) and Path(name).is_dir()
+    return origin.name if inside and origin.is_dir() else None

@@ -29,6 +29,7 @@ from transformers.utils import (
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, base_class
+from ..host_internals import PEFT_ATTACHED, submodules
 from .atomic import atomic_files
 from .fingerprint import digest, fingerprint
 from .origin import base_inside
@@ -114,28 +115,28 @@ def describe(model: MixtureModel, folder: Path) -> MoeLoraConfig:
 def as_base(model: MixtureModel) -> Iterator[PreTrainedModel]:
     """`model` with its base's class and without the mixture's tensors, while inside; hooks stay."""
     cls = type(model)
-    holders = [
-        (module, dict(module._modules))
+    before = {
+        module: dict(submodules(module))
         for module in model.modules()
-        if "moelora" in module._modules
-    ]
-    for module, _ in holders:
-        del module._modules["moelora"]
+        if "moelora" in submodules(module)
+    }
+    for module in before:
+        del submodules(module)["moelora"]
     ignored = model.config.__dict__.pop("keys_to_ignore_at_inference", None)
-    attached = model.__dict__.pop("_hf_peft_config_loaded", None)
-    model.__class__ = base_class(cls)
+    attached = model.__dict__.pop(PEFT_ATTACHED, None)
+    model.__class__ = base_class(cls)  # type: ignore[assignment]
     try:
         yield model
     finally:
         model.__class__ = cls
-        for module, submodules in holders:
+        for module, children in before.items():
             # All of them, so that they keep their order.
-            module._modules.clear()
-            module._modules.update(submodules)
+            submodules(module).clear()
+            submodules(module).update(children)
         if ignored is not None:
             model.config.keys_to_ignore_at_inference = ignored
         if attached is not None:
-            model._hf_peft_config_loaded = attached
+            setattr(model, PEFT_ATTACHED, attached)
 
 
 def _check_keywords(kwargs: Mapping[str, Any]) -> None:

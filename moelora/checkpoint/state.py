@@ -43,11 +43,6 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
     return model.moelora.merged(held)
 
 
-def trained_keys(model: MixtureModel) -> list[str]:
-    """The keys of a checkpoint of `model`: the mixture's, and the base's trained modules'."""
-    return list(layout(model))
-
-
 def tensors_to_save(
     model: MixtureModel, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
