@@ -91,16 +91,11 @@ def load(
             f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "
             "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
         )
-
-    def restore(restored: MixtureModel) -> None:
-        _check(restored, tensors)
-        load_state_dict(restored, tensors)
-
     for name, value in changes.items():
         setattr(saved, name, value)
     saved.validate()
     try:
-        restored = cls.put_into(model, saved, then=restore)  # type: ignore[attr-defined]
+        restored = _put_into(cls, model, saved, tensors)
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error
@@ -242,6 +237,21 @@ def _check_architecture(model_type: str, where: str, source: Source, config: Moe
             f"{where} is a {model_type!r} model; the experts in {source.name} belong to a "
             f"{expected!r} ({config.base_architecture}). Pass base=… with the right one."
         )
+
+
+def _put_into(
+    cls: type[MixtureModel],
+    base: PreTrainedModel,
+    config: MoeLoraConfig,
+    tensors: Mapping[str, Tensor],
+) -> MixtureModel:
+    """`base` with the mixture that the tensors are; unchanged after an error."""
+
+    def restore(model: MixtureModel) -> None:
+        _check(model, tensors)
+        load_state_dict(model, tensors)
+
+    return cls.put_into(base, config, then=restore)  # type: ignore[attr-defined]
 
 
 def _check(model: MixtureModel, tensors: Mapping[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ def read_then_load(folder):
 
 
 @contextmanager
-def refused(path, match=""):
+def refused(path, match=None):
     began = time.process_time()
     with pytest.raises(ValueError, match=match) as caught:
         yield
