@@ -66,8 +66,7 @@ def load(
         ValueError: not a checkpoint, a damaged or newer one, or another base, with what differs.
         OSError: the base that the checkpoint names cannot be loaded.
     """
-    for name in AUTO_KEYWORDS:
-        kwargs.pop(name, None)
+    kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
     _join_dtypes(kwargs)
     source = Source(folder, kwargs)
     path = source.file(SAFE_WEIGHTS_NAME)
@@ -76,8 +75,7 @@ def load(
             f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
             "whole one."
         )
-    # The header's configuration belongs to these weights; the file beside it may be of another
-    # moment.
+    # The configuration of these weights; config.json may be of another moment.
     tensors, saved, base_print = read(path)
     generation = None if cls.is_classifier else _generation_config(source)
     changes = _changes(source, saved, config, kwargs)
@@ -95,13 +93,12 @@ def load(
         setattr(saved, name, value)
     saved.validate()
     try:
-        restored = _put_into(cls, model, saved, tensors)
+        restored = _put_into(cls, model, saved, tensors).eval()
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error
     if generation is not None and restored.can_generate():
         restored.generation_config = generation
-    restored.eval()
     return (restored, info) if output_loading_info else restored
 
 
