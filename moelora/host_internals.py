@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
+from transformers import PreTrainedConfig
+
+# transformers: Trainer looks for this attribute before it trains a quantised base; the base's own
+# save_pretrained must not see it, or it takes the model for one with PEFT adapters.
+PEFT_ATTACHED = "_hf_peft_config_loaded"
+# transformers: what the Auto classes add to the keywords of from_pretrained.
+AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
 # The standard library's parser has had no public name since 3.11, and only the parsed form shows
 # repetitions inside of repetitions (moelora/backtracking.py).
@@ -45,3 +52,20 @@ def dispatched_forward(model: nn.Module) -> Any:
 def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
     """Put another forward in the place of the one that accelerate keeps."""
     model.__dict__["_old_forward"] = forward
+
+
+def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The submodules of `module` themselves: taking one out and putting it back where it was in
+    their order has no public way.
+    """
+    return module._modules
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention implementation that was asked for; AutoConfig swallows the keyword."""
+    return config._attn_implementation
+
+
+def commit_of_config(config: PreTrainedConfig) -> str | None:
+    """The hub commit that a configuration was loaded from, or None; transformers notes it there."""
+    return getattr(config, "_commit_hash", None)

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core.mixture import Mixture
+
 SAMPLED_TENSORS = 32
 SAMPLED_VALUES = 8
 
 
 def fingerprint(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Any]:
-    """Shapes by name, and a few values of a few tensors, of the base inside `model`, without the
-    keys `excluded`.
+    """Shapes by name, and a few values of a few tensors, of the base inside `model`.
+
+    Args:
+        model: the base, with or without a mixture inside.
+        excluded: the keys that are not part of it, since they are trained.
     """
     tensors = _base_tensors(model, excluded)
     sample = _sample(tensors)
@@ -32,45 +37,57 @@ def digest(print_: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(print_, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_fingerprint(saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `saved`, read from a file, has the form that `fingerprint` gives."""
+    shapes, sample, dtypes = (saved.get(part) for part in ("shapes", "sample", "dtypes"))
+    if not (isinstance(shapes, dict) and isinstance(sample, dict) and isinstance(dtypes, dict)):
+        raise ValueError("the base's fingerprint lacks shapes, sample or dtypes")
+    for name, values in sample.items():
+        numbers = isinstance(values, list) and all(isinstance(v, float) for v in values)
+        dtype = getattr(torch, str(dtypes.get(name)), None)
+        if name not in shapes or not (numbers and values) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"the base's fingerprint is not valid at {name[:80]!r}")
+
+
 def differences(
     saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]
 ) -> list[str]:
-    """What differs between the base that was saved and the one in `model`, in words; empty where
-    nothing does.
+    """What differs between the base that was saved and the one in `model`, in words.
+
+    Args:
+        saved: the fingerprint of the base that was saved.
+        model: the base, with or without a mixture inside.
+        excluded: the keys that are not part of the base, since they were trained.
     """
     tensors = _base_tensors(model, excluded)
     shapes = _shapes(tensors)
-    found = []
+    differing = []
     for title, names in (
         ("weights it lacks", sorted(set(saved["shapes"]) - set(shapes))),
         ("weights it has in addition", sorted(set(shapes) - set(saved["shapes"]))),
     ):
         if names:
-            found.append(
-                f"{title}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
-            )
+            some = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+            differing.append(f"{title}: {some} ({len(names)} in all)")
     for name, shape in saved["shapes"].items():
         if name in shapes and None not in (shape, shapes[name]) and shapes[name] != shape:
-            found.append(f"{name} is {shapes[name]}, was {shape}")
-    return found[:8] or _value_differences(saved, tensors)
+            differing.append(f"{name} is {shapes[name]}, was {shape}")
+    return differing[:8] or _value_differences(saved, tensors)
 
 
 def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sampled tensors whose values changed by more than loading in another floating dtype explains."""
+    """Sampled tensors that changed by more than loading in another floating dtype explains."""
+    exact = (torch.float32, torch.float64)
     changed = []
     for name, values in saved["sample"].items():
         tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         now, then = torch.tensor(_values(tensor)), torch.tensor(values)
-        dtypes = (tensor.dtype, getattr(torch, saved["dtypes"][name]))
         # Through 16 bits, then or now, the same weights come out nearly the same.
-        tolerance = (
-            0.0 if all(dtype in (torch.float32, torch.float64) for dtype in dtypes) else 1e-2
-        )
-        if now.shape != then.shape or not torch.allclose(
-            now, then, rtol=tolerance, atol=tolerance * 1e-2
-        ):
+        same_bits = tensor.dtype in exact and getattr(torch, saved["dtypes"][name]) in exact
+        rtol, atol = (0.0, 0.0) if same_bits else (1e-2, 1e-4)
+        if now.shape != then.shape or not torch.allclose(now, then, rtol=rtol, atol=atol):
             changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
     return changed[:4]
 
@@ -78,7 +95,9 @@ def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Tensor]:
     skip = set(excluded)
     return {
-        n: p for n, p in model.named_parameters() if not n.startswith("moelora.") and n not in skip
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not Mixture.owns(name) and name not in skip
     }
 
 
@@ -88,10 +107,11 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The values of some of the tensors; one on the meta device has none."""
     names = [
-        n
-        for n, t in tensors.items()
-        if t.is_floating_point() and t.device.type != "meta" and t.numel()
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()
     ]
     step = max(1, len(names) // SAMPLED_TENSORS)
     return {name: _values(tensors[name]) for name in names[::step]}
@@ -100,7 +120,6 @@ def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _values(tensor: Tensor) -> list[float]:
     """A few values spread over the tensor, exactly representable in JSON."""
     flat = tensor.detach().reshape(-1)
-    where = torch.linspace(
-        0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64
-    ).long()
+    count = min(SAMPLED_VALUES, flat.numel())
+    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
     return [float(v) for v in flat[where.to(flat.device)].float().cpu()]

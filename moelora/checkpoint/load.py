@@ -4,28 +4,26 @@ nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..config import FORMAT_VERSION, MoeLoraConfig
+from ..config import MoeLoraConfig
+from ..core.model import MixtureModel
+from ..host_internals import AUTO_KEYWORDS, attention_of
+from ..injection.base import check_base, note_origin
+from ..injection.inject import put_into
 from ..routers import changed_options
 from .fingerprint import differences
-from .save import PREFIX, trained_keys
+from .origin import Source
+from .reading import read, read_json
+from .state import layout, load_state_dict
 
-if TYPE_CHECKING:
-    from ..modeling import MoeLoraModel
-
-ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What may be another at loading than it was at saving: the tensors mean the same.
 CHANGEABLE = (
     "num_experts_per_tok",
@@ -41,133 +39,95 @@ CHANGEABLE = (
     "router_bias_update_rate",
     "expert_target_loss_coef",
 )
-
-
-class Source:
-    """Where a checkpoint lies: a local folder, or a repository on the hub. Takes its keywords out
-    of `kwargs`.
-    """
-
-    def __init__(self, name: str | Path, kwargs: dict[str, Any]):
-        self.name = str(name)
-        self.access = {k: kwargs.pop(k) for k in ACCESS if k in kwargs}
-        self.revision = kwargs.pop("revision", None)
-        self.subfolder = kwargs.pop("subfolder", None) or ""
-        self.folder = Path(name) / self.subfolder if Path(name).is_dir() else None
-
-    def file(self, name: str) -> Path | None:
-        """The path of a file of the checkpoint, downloaded if need be, or None where there is none."""
-        if self.folder is not None:
-            return self.folder / name if (self.folder / name).is_file() else None
-        where = {"revision": self.revision, "subfolder": self.subfolder, **self.access}
-        try:
-            found = cached_file(self.name, name, **where)
-        except OSError:
-            if name == SAFE_WEIGHTS_NAME:
-                raise
-            return None
-        return None if found is None else Path(found)
-
-    def base(self, folder: str) -> tuple[str, dict[str, Any]]:
-        """Where the base inside the checkpoint lies, and the keywords that find it."""
-        if self.folder is not None:
-            return str(self.folder / folder), {}
-        inside = f"{self.subfolder}/{folder}" if self.subfolder else folder
-        return self.name, {"subfolder": inside, "revision": self.revision}
-
-
-def commit_of(base: str | Path, kwargs: Mapping[str, Any]) -> str | None:
-    """The commit of the hub repository `base` that the keywords mean; what they say where it is not
-    known.
-    """
-    revision = kwargs.get("revision")
-    if Path(base).is_dir():
-        return revision
-    where = {k: kwargs[k] for k in (*ACCESS, "subfolder") if kwargs.get(k) is not None}
-    try:
-        return (
-            extract_commit_hash(
-                cached_file(str(base), CONFIG_NAME, revision=revision, **where), None
-            )
-            or revision
-        )
-    except OSError:
-        # Loading it says what is wrong, and better.
-        return revision
+# What transformers' from_pretrained returns beside the model, empty for a base that was given.
+NOTHING_MISSING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def load(
-    cls: type[MoeLoraModel], folder: str | Path, config: MoeLoraConfig | None, **kwargs
-) -> Any:
-    """Load a checkpoint folder or hub repository; see `MoeLoraModel.from_pretrained`."""
-    base = kwargs.pop("base", None)
-    allow_mismatch = kwargs.pop("allow_base_mismatch", False)
-    for name in ("_from_auto", "adapter_kwargs"):
-        kwargs.pop(name, None)
+    cls: type[MixtureModel],
+    folder: str | PathLike[str],
+    config: MoeLoraConfig | None = None,
+    *,
+    base: str | PathLike[str] | PreTrainedModel | None = None,
+    allow_base_mismatch: bool = False,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> MixtureModel | tuple[MixtureModel, dict[str, Any]]:
+    """Load a checkpoint folder or hub repository; see `MoeLoraModel.from_pretrained`.
+
+    Args:
+        cls: the public class to load.
+        folder: the checkpoint's folder, or the id of its repository.
+        config: what the Auto class read from config.json and changed by the caller's keywords.
+        base: a folder, id or loaded model to use instead of the one that the checkpoint names.
+        allow_base_mismatch: take a base whose weights are not the ones that the experts were
+            trained on.
+        output_loading_info: return the model and what transformers says about the base's keys.
+        kwargs: fields in `CHANGEABLE`, and what goes to the base's `from_pretrained`.
+
+    Raises:
+        ValueError: not a checkpoint, a damaged or newer one, or another base, with what differs.
+        OSError: the base that the checkpoint names cannot be loaded.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
+    _join_dtypes(kwargs)
     source = Source(folder, kwargs)
     path = source.file(SAFE_WEIGHTS_NAME)
     if path is None:
         raise ValueError(
-            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is no moelora checkpoint, or not a whole one."
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
+            "whole one."
         )
-    tensors, saved, print_ = read(path)
-    # The header's configuration belongs to these weights; the file beside it may be of another
-    # moment.
+    # The configuration of these weights; config.json may be of another moment.
+    tensors, saved, base_print = read(path)
+    generation = None if cls.is_classifier else _generation_config(source)
     changes = _changes(source, saved, config, kwargs)
-    model = _load_base(cls, source, saved, base, kwargs, allow_mismatch)
-    cls._check_base(model)
-    found = differences(print_, model, [k for k in tensors if not k.startswith(PREFIX)])
-    if found and not allow_mismatch:
+    trained_on = saved.base_model_name_or_path
+    model, info = _load_base(cls, source, saved, base, kwargs, allow_base_mismatch)
+    check_base(cls, model)
+    differing = [] if allow_base_mismatch else differences(base_print, model, tensors)
+    if differing:
         raise ValueError(
-            f"The base ({model.config._name_or_path or type(model).__name__}) is not the one that {folder} "
-            f"was trained on ({saved.base_model_name_or_path}): {'; '.join(found)}. Pass base=… with the "
+            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
+            f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "
             "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
         )
-
-    def restore(restored: Any) -> None:
-        _check(restored, tensors, path)
-        restored.load_state_dict(tensors)
-
     for name, value in changes.items():
         setattr(saved, name, value)
     saved.validate()
-    restored = cls.put_into(model, saved, then=restore)
-    if restored.can_generate() and (generation := source.file(GENERATION_CONFIG_NAME)) is not None:
-        restored.generation_config = GenerationConfig.from_pretrained(generation.parent)
-    return restored.eval()
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], MoeLoraConfig, dict[str, Any]]:
-    """The tensors, configuration and base fingerprint of a checkpoint's `model.safetensors`.
-
-    Raises:
-        ValueError: the file is damaged, no checkpoint of this package, or of a newer format.
-    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - a file is no dict  # noqa: SIM118 (it is no dict)
-    except SafetensorError as error:
+        restored = _put_into(cls, model, saved, tensors).eval()
+    except (ValueError, AttributeError) as error:
+        # AttributeError: it names a module that this base lacks.
+        raise ValueError(f"{path} does not fit: {error}") from error
+    if generation is not None and restored.can_generate():
+        restored.generation_config = generation
+    return (restored, info) if output_loading_info else restored
+
+
+def _join_dtypes(kwargs: dict[str, Any]) -> None:
+    """`torch_dtype` is transformers' former name of `dtype`."""
+    if kwargs.get("torch_dtype") is None:
+        kwargs.pop("torch_dtype", None)
+        return
+    given = kwargs.pop("torch_dtype")
+    dtype = kwargs.setdefault("dtype", given)
+    if str(dtype).removeprefix("torch.") != str(given).removeprefix("torch."):
         raise ValueError(
-            f"{path} is damaged or cut short ({error}): copy it again, or use an older checkpoint."
-        ) from error
-    if "moelora_config" not in metadata or "base" not in metadata:
-        raise ValueError(
-            f"{path} was not written by moelora's save_pretrained: its header holds no moelora_config."
+            f"dtype={dtype} and torch_dtype={given} are two names of one thing: pass dtype alone."
         )
+
+
+def _generation_config(source: Source) -> GenerationConfig | None:
+    path = source.file(GENERATION_CONFIG_NAME)
+    if path is None:
+        return None
+    settings = read_json(path)
     try:
-        written, print_ = json.loads(metadata["moelora_config"]), json.loads(metadata["base"])
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is damaged: its header's moelora_config is no JSON ({error})."
-        ) from error
-    version = written.get("format_version", 0)
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}; this moelora reads up to {FORMAT_VERSION}: "
-            "upgrade moelora."
-        )
-    return tensors, MoeLoraConfig.from_dict(written), print_
+        return GenerationConfig.from_dict(settings)
+    except Exception as error:
+        # Its values are checked by transformers, with errors of many kinds.
+        raise ValueError(f"{path} is not a generation configuration: {error}") from error
 
 
 def _changes(
@@ -188,8 +148,8 @@ def _changes(
         for name in inherited - {*own, "transformers_version", "architectures"}:
             if getattr(given, name) != getattr(beside, name):
                 kwargs.setdefault(name, getattr(given, name))
-        if given._attn_implementation is not None:
-            kwargs.setdefault("attn_implementation", given._attn_implementation)
+        if attention_of(given) is not None:
+            kwargs.setdefault("attn_implementation", attention_of(given))
     if "router_options" in asked:
         asked["router_options"] = changed_options(
             saved.router, saved.router_options, asked["router_options"]
@@ -199,8 +159,9 @@ def _changes(
     )
     if fixed:
         raise ValueError(
-            f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and routers in it "
-            f"were trained with what it says. These can: {', '.join(CHANGEABLE)}."
+            f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and "
+            "routers in it were trained with what it says. These can: "
+            f"{', '.join(CHANGEABLE)}."
         )
     return {name: value for name, value in asked.items() if name in CHANGEABLE}
 
@@ -211,20 +172,22 @@ def _beside(source: Source, saved: MoeLoraConfig) -> MoeLoraConfig:
     """
     path = source.file(CONFIG_NAME)
     try:
-        return saved if path is None else MoeLoraConfig.from_json_file(path)
+        return saved if path is None else MoeLoraConfig.from_dict(read_json(path))
     except (ValueError, TypeError, OSError):
         return saved
 
 
 def _load_base(
-    cls: Any,
+    cls: type[MixtureModel],
     source: Source,
     config: MoeLoraConfig,
-    base: Any,
+    base: str | PathLike[str] | PreTrainedModel | None,
     kwargs: dict[str, Any],
     allow_mismatch: bool,
-) -> PreTrainedModel:
-    """The base: the given one, the one inside the checkpoint, or the one that it names."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base, given, inside the checkpoint or named by it, and transformers' loading info; its
+    origin is noted in `config`.
+    """
     if isinstance(base, PreTrainedModel):
         surplus = sorted(k for k, v in kwargs.items() if v is not None and k != "trust_remote_code")
         if surplus:
@@ -233,20 +196,9 @@ def _load_base(
             )
         if not allow_mismatch:
             _check_architecture(base.config.model_type, type(base).__name__, source, config)
-        return base
-    if base is not None:
-        where, found_by = str(base), {}
-    elif config.base_folder is not None:
-        where, found_by = source.base(config.base_folder)
-    elif config.base_model_name_or_path:
-        where = config.base_model_name_or_path
-        found_by = {"revision": config.base_revision, "subfolder": config.base_subfolder}
-    else:
-        raise ValueError(
-            f"{source.name} names no base: it was saved from a model that was made in memory. Pass base=… (a "
-            "folder, an id or a loaded model), or save with save_base=True."
-        )
-    found_by = {**source.access, **{k: v for k, v in found_by.items() if v is not None}}
+        note_origin(config, base)
+        return base, {name: [] for name in NOTHING_MISSING}
+    where, found_by = _where_base(source, config, base)
     trust = {k: kwargs[k] for k in ("trust_remote_code",) if k in kwargs}
     try:
         architecture = AutoConfig.from_pretrained(where, **found_by, **trust)
@@ -259,39 +211,68 @@ def _load_base(
         _check_architecture(architecture.model_type, where, source, config)
     if config.base_config is not None:
         kwargs.setdefault("dtype", config.base_config.get("dtype"))
-    config.base_revision, config.base_subfolder = (
-        found_by.get("revision"),
-        found_by.get("subfolder"),
-    )
-    return cls.auto_class.from_pretrained(where, **found_by, **kwargs)
+    note_origin(config, where, found_by.get("subfolder"), found_by.get("revision"))
+    return cls.auto_class.from_pretrained(where, output_loading_info=True, **found_by, **kwargs)
+
+
+def _where_base(
+    source: Source, config: MoeLoraConfig, base: str | PathLike[str] | None
+) -> tuple[str, dict[str, Any]]:
+    """The base's id or folder, and the keywords that find it."""
+    if base is not None:
+        return str(base), source.access
+    if config.base_folder is not None:
+        where, found_by = source.base(config.base_folder)
+    elif config.base_model_name_or_path:
+        where = config.base_model_name_or_path
+        found_by = {"revision": config.base_revision, "subfolder": config.base_subfolder}
+    else:
+        raise ValueError(
+            f"{source.name} names no base: it was saved from a model that was made in memory. Pass "
+            "base=… (a folder, an id or a loaded model), or save with save_base=True."
+        )
+    return where, {**source.access, **{k: v for k, v in found_by.items() if v is not None}}
 
 
 def _check_architecture(model_type: str, where: str, source: Source, config: MoeLoraConfig) -> None:
     expected = (config.base_config or {}).get("model_type", model_type)
     if model_type != expected:
         raise ValueError(
-            f"{where} is a {model_type!r} model; the experts in {source.name} belong to a {expected!r} "
-            f"({config.base_architecture}). Pass base=… with the right one."
+            f"{where} is a {model_type!r} model; the experts in {source.name} belong to a "
+            f"{expected!r} ({config.base_architecture}). Pass base=… with the right one."
         )
 
 
-def _check(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError unless every tensor has its shape and finite values; nothing is loaded
-    before.
+def _put_into(
+    cls: type[MixtureModel],
+    base: PreTrainedModel,
+    config: MoeLoraConfig,
+    tensors: Mapping[str, Tensor],
+) -> MixtureModel:
+    """`base` with the mixture that the tensors are; unchanged after an error."""
+
+    def restore(model: MixtureModel) -> None:
+        _check(model, tensors)
+        load_state_dict(model, tensors)
+
+    return put_into(base, config, cls, then=restore)
+
+
+def _check(model: MixtureModel, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors are those of `model`, each of its shape and kind; nothing
+    is loaded before.
     """
-    own = torch.nn.Module.state_dict(model)
-    wrong = []
-    for key in trained_keys(model):
-        if key not in tensors:
-            wrong.append(f"{key} is missing")
-        elif tensors[key].shape != own[key].shape:
-            wrong.append(f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}")
+    expected = layout(model)
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
     for key, tensor in tensors.items():
-        if key not in own:
+        own = expected.get(key)
+        if own is None:
             wrong.append(f"{key} is unknown")
-        elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            wrong.append(f"{key} contains NaN or Inf")
+        elif tensor.shape != own.shape:
+            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(own.shape)}")
+        elif tensor.dtype != own.dtype and not (
+            tensor.is_floating_point() and own.is_floating_point()
+        ):
+            wrong.append(f"{key} has {tensor.dtype}, expected {own.dtype}")
     if wrong:
-        raise ValueError(
-            f"{path} does not fit: " + "; ".join(wrong[:6]) + f" ({len(wrong)} in all)."
-        )
+        raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ def base_for(
                 f"{sorted(kwargs)} go to from_pretrained, but the base is loaded: drop them."
             )
         model = base
+        note_origin(config, base)
     elif isinstance(base, str) or hasattr(base, "__fspath__"):
-        kwargs["revision"] = config.base_revision = commit_of(base, kwargs)
-        config.base_subfolder = kwargs.get("subfolder")
+        kwargs["revision"] = commit_of(base, kwargs)
+        note_origin(config, base, kwargs.get("subfolder"), kwargs["revision"])
         model = public.auto_class.from_pretrained(base, **kwargs)
     else:
         raise TypeError(
@@ -51,10 +53,6 @@ def base_for(
             "(of a PeftModel, pass model.merge_and_unload() or model.unload())."
         )
     check_base(public, model)
-    # A relative path would mean another folder after a change of the working directory.
-    name = model.config._name_or_path
-    if name and Path(name).is_dir():
-        config.base_model_name_or_path = str(Path(name).resolve())
     return model
 
 
@@ -78,15 +76,43 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
         )
 
 
-def commit_of(base: str | Path, kwargs: Mapping[str, Any]) -> str | None:
-    """The commit of the hub repository `base` that the keywords mean, as far as it is known."""
+def commit_of(base: str | PathLike[str], kwargs: Mapping[str, Any]) -> str | None:
+    """The commit of the hub repository `base` that the keywords mean; what they say where it is not
+    known.
+    """
     revision = kwargs.get("revision")
     if Path(base).is_dir():
         return revision
     where = {k: kwargs[k] for k in (*ACCESS, "subfolder") if kwargs.get(k) is not None}
     try:
         config = cached_file(str(base), CONFIG_NAME, revision=revision, **where)
-        return extract_commit_hash(config, None) or revision
     except OSError:
         # Loading it says what is wrong, and better.
         return revision
+    return extract_commit_hash(config, None) or revision
+
+
+def note_origin(
+    config: MoeLoraConfig,
+    base: str | PathLike[str] | PreTrainedModel,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write into `config` where its base came from; a folder by its whole path.
+
+    Now, not when the model is saved: by then the process may work in another folder.
+
+    Args:
+        config: the mixture's configuration; its fields `base_model_name_or_path`,
+            `base_subfolder` and `base_revision` are set.
+        base: a hub id, a folder, or a loaded model, which knows its id or folder or was made in
+            memory.
+        subfolder: where in `base` its files lie.
+        revision: the commit, for a hub id.
+    """
+    loaded = isinstance(base, PreTrainedModel)
+    name = base.config.name_or_path or "" if loaded else str(base)
+    is_folder = bool(name) and Path(name).is_dir()
+    config.base_model_name_or_path = str(Path(name).resolve()) if is_folder else name or None
+    config.base_subfolder = subfolder
+    config.base_revision = revision

@@ -133,9 +133,15 @@ def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
     if config.router_scope == "model":
         stack = next(layer for layer in layers if layer is not None).rpartition(".")[0]
         layers = {f"{stack}.{config.router_layer}": None}
+    modules = dict(model.named_modules())
     for layer in layers:
         assert layer is not None
-        module = model.get_submodule(layer)
+        if layer not in modules:
+            raise ValueError(
+                f"router_layer={config.router_layer} is not a decoder layer of this "
+                f"{type(model).__name__}: {layer} does not exist. Choose a smaller number."
+            )
+        module = modules[layer]
         hidden = model.config.get_text_config().hidden_size
         index, router = mixture.new_router(layer, hidden, device=device_of(module))
         experts = _place(model, mixture, layer)

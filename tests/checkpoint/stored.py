@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora.checkpoint.reading import sealed
 
 WEIGHTS = "model.safetensors"
 
@@ -72,8 +73,8 @@ def rewrite(
     held = safetensors.torch.load_file(path)
     if tensors is not None:
         tensors(held)
-    metadata["moelora_config"] = json.dumps(json.loads(metadata["moelora_config"]) | (config or {}))
-    safetensors.torch.save_file(held, path, metadata=metadata)
+    fields = json.dumps(json.loads(metadata["moelora_config"]) | (config or {}))
+    safetensors.torch.save_file(held, path, metadata=sealed(fields, metadata["base"]))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ TIDY = {"config.json", "generation_config.json", WEIGHTS}
 
 
 def in_child(action) -> int:
-    """Run `action` in a fork of this process; its exit status, or minus the signal that killed it."""
+    """Run `action` in a fork of this process; its exit status, or minus what signal killed it."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -82,9 +82,32 @@ def test_a_kill_before_any_write_leaves_the_old_or_the_new_checkpoint(tmp_path, 
         assert status == -signal.SIGKILL
         new.save_pretrained(folder, save_base=save_base)
         left = {p.name for p in folder.iterdir() if not p.name.startswith("base-")}
-        assert left == TIDY and len(list(folder.glob("base-*"))) == save_base
+        # The old one's base stays: checkpoints elsewhere may refer to it.
+        assert left == TIDY and len(list(folder.glob("base-*"))) == 1 + save_base
     assert outcomes == sorted(outcomes, reverse=True), "once the new one loads, it stays"
     assert outcomes.count("old") > 5 and outcomes.count("new") > 2, outcomes
+
+
+def test_a_first_save_that_is_killed_leaves_a_whole_checkpoint_or_none(tmp_path):
+    model, folder = mixture_on(causal_base()), tmp_path / "experts"
+    whole = []
+    for number in range(1, 80):
+        shutil.rmtree(folder, ignore_errors=True)
+
+        def save(number=number):
+            kill_at_write(number, folder)
+            model.save_pretrained(folder)
+
+        status = in_child(save)
+        whole.append((folder / WEIGHTS).exists())
+        if whole[-1]:
+            assert (logits(load(folder, base=causal_base())) == logits(model)).all()
+        elif (folder / "config.json").exists():
+            with pytest.raises(ValueError, match=f"holds no {WEIGHTS}"):
+                load(folder)
+        if status == 0:
+            break
+    assert whole == sorted(whole) and whole.count(True) > 1 and whole.count(False) > 5
 
 
 def _is_new(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A damaged or foreign checkpoint is an error that says what is wrong, and nothing is half loaded."""
+"""A damaged or foreign checkpoint is an error that says what is wrong; nothing is half loaded."""
 
 import json
 
@@ -77,7 +77,7 @@ DAMAGES = {
     _extra: r"moelora\.surplus is unknown",
     _nan: "contains NaN or Inf",
     _inf: "contains NaN or Inf",
-    _newer: f"{WEIGHTS} has format version {FORMAT_VERSION + 1}; this moelora reads up to {FORMAT_VERSION}: upgrade",
+    _newer: f"{WEIGHTS} has format version {FORMAT_VERSION + 1}; .* {FORMAT_VERSION}: upgrade",
     _of_another_program: "not written by moelora",
     _gone: f"holds no {WEIGHTS}",
     _unknown_router: "'from_elsewhere' is not registered.*top_k",

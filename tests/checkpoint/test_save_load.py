@@ -101,27 +101,17 @@ def test_saving_a_self_contained_checkpoint_again_keeps_its_base(tmp_path):
     assert same(load(tmp_path / "whole"), model)
 
 
-def test_saving_another_base_into_the_folder_removes_the_old_one_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("save_base", [False, True])
+def test_saving_over_a_checkpoint_keeps_the_base_inside_which_others_use(tmp_path, save_base):
     folder = tmp_path / "whole"
-    mixture_on(causal_base()).save_pretrained(folder, save_base=True)
-    (old,) = folder.glob("base-*")
-    # Not ours, whatever it is called.
-    write_base(folder / "base-of-mine")
+    first = mixture_on(causal_base())
+    first.save_pretrained(folder, save_base=True)
+    load(folder).save_pretrained(tmp_path / "refers-to-its-base")
     model = mixture_on(causal_base(seed=7))
-    model.save_pretrained(folder, save_base=True)
-    assert same(load(folder), model)
-    assert not old.exists() and (folder / "base-of-mine" / WEIGHTS).is_file()
-    assert len(list(folder.glob("base-*"))) == 2
-
-
-def test_a_checkpoint_does_not_overwrite_the_base_that_it_refers_to(tmp_path):
-    model = mixture_on(write_base(tmp_path / "base"))
-    before = (tmp_path / "base" / WEIGHTS).read_bytes()
-    with pytest.raises(ValueError, match="holds the base itself"):
-        model.save_pretrained(tmp_path / "base")
-    assert (tmp_path / "base" / WEIGHTS).read_bytes() == before
-    model.save_pretrained(tmp_path / "base", save_base=True)
-    assert same(load(tmp_path / "base"), model)
+    model.save_pretrained(folder, save_base=save_base)
+    assert same(load(folder, **({} if save_base else {"base": causal_base(seed=7)})), model)
+    assert same(load(tmp_path / "refers-to-its-base"), first)
+    assert len(list(folder.glob("base-*"))) == 1 + save_base
 
 
 def test_frozen_experts_do_not_change_the_file(tmp_path):
