@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from .adapters.composing import FromAdapters
-from .adapters.export import ExpertExport
+from .adapters import composing, export
+from .adapters.merge_into_base import merge_into_base
+from .adapters.merging import MergeReport
+from .adapters.preflight import Sources
 from .checkpoint import load as restore
 from .checkpoint import save as saving
 from .config import MoeLoraConfig
@@ -25,22 +28,14 @@ from .core.gradient_checkpointing import RoutedCheckpoint
 from .core.model import MixtureModel, base_class, become, rebuild, revert
 from .core.overrides import ExpertForcing
 from .core.report import RoutingReport
-from .expert_pool.changes import ExpertPool
+from .expert_pool import PoolChange, changes
 from .injection.sites import eject, inject, undone_on_error
 from .injection.targets import has_peft_layers
 from .routers.base import Routing
 from .training.router_init import ExpertDescriptions
 
 
-class MoeLoraModel(
-    FromAdapters,
-    ExpertExport,
-    ExpertPool,
-    ExpertForcing,
-    ExpertDescriptions,
-    MoeLoraGeneration,
-    MixtureModel,
-):
+class MoeLoraModel(ExpertForcing, ExpertDescriptions, MoeLoraGeneration, MixtureModel):
     """What every model with a mixture inside can do, whatever its base; see `MoeLoraForCausalLM`."""
 
     config_class = MoeLoraConfig
@@ -156,6 +151,280 @@ class MoeLoraModel(
                 f"{type(model).__name__} has no language modelling head; expected a causal language model "
                 "(for a classifier use MoeLoraForSequenceClassification)."
             )
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: str | PathLike[str] | PreTrainedModel,
+        adapters: Sources,
+        config: MoeLoraConfig | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+        router_init: str = "random",
+        texts: Mapping[str, Any] | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Put trained PEFT LoRA adapters into their base as experts; all of them train unless they
+        are frozen.
+
+        Args:
+            base: a hub id, a folder, or a loaded model, which is changed in place.
+            adapters: by expert name a folder, a hub id (`id@revision` for a revision), a
+                `PeftModel` or a pair (`PeftModel`, adapter name); or the folder of an X-LoRA
+                checkpoint.
+            config: the routing; ranks, scalings, names and targets come from the adapters.
+            allow_base_mismatch: take adapters that name another base.
+            router_init: where the routers begin: "random", "arrow" (from the adapters' weights) or
+                "prototype" (from `texts`).
+            texts: of "prototype": texts, or token ids, by expert name.
+            tokenizer: of "prototype": what makes token ids of texts.
+            **kwargs: for the base's `from_pretrained`.
+
+        Raises:
+            ValueError: an adapter that does not fit, with all that is wrong in a table, or a
+                configuration that contradicts the adapters; the base is as it was.
+            TypeError: a base, a configuration or adapters of another kind.
+        """
+        return composing.from_adapters(
+            cls,
+            base,
+            adapters,
+            config,
+            allow_base_mismatch=allow_base_mismatch,
+            router_init=router_init,
+            texts=texts,
+            tokenizer=tokenizer,
+            **kwargs,
+        )
+
+    def export_expert(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write one expert as a LoRA folder that `PeftModel.from_pretrained(base, folder)` loads to
+        its logits.
+
+        A, B and a trained head keep their bits. The folder is there as a whole or not at all.
+
+        Args:
+            name: the expert.
+            folder: the folder to write, new or empty.
+            dtype: of A and B in the file; None keeps the mixture's.
+            overwrite: replace a folder that holds an adapter and nothing else.
+
+        Raises:
+            ValueError: no such expert, one without any rank, or one with NaN or Inf in `dtype`.
+            TypeError: a dtype that is not of floats.
+            FileExistsError: the folder is not empty.
+            OSError: the folder cannot be written.
+        """
+        export.export_expert(self, name, folder, dtype=dtype, overwrite=overwrite)
+
+    def export_merged(
+        self,
+        weights: Mapping[str, float],
+        folder: str | PathLike[str],
+        *,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        recipe: str = "linear",
+        overwrite: bool = False,
+        **options: Any,
+    ) -> MergeReport:
+        """Write a fixed mixture of experts as one LoRA folder for PEFT; with the default recipe it
+        does what `use_experts(weights)` does.
+
+        Args:
+            weights: the weight of each expert, by its name.
+            folder: the folder to write, new or empty.
+            rank: the rank of the LoRA, as the best approximation; None writes the recipe's own
+                result, which concatenates the experts along their ranks.
+            dtype: of A and B in the file; None keeps the mixture's.
+            recipe: one of `moelora.adapters.merging.RECIPES`: "linear" (Σ w·ΔW, also called
+                "concatenation"), "svd" (the same at a given rank), "ties", "dare_linear",
+                "dare_ties" or "breadcrumbs". The last four do not give a low rank: they need `rank`
+                and a full SVD for each linear.
+            overwrite: replace a folder that holds an adapter and nothing else.
+            **options: what the recipe takes: density, seed, gamma.
+
+        Returns:
+            What was written, and how far it is from what the recipe asks for.
+
+        Raises:
+            ValueError: no weights, an unknown expert, recipe or option, or a value out of range.
+            TypeError: an argument of the wrong type.
+            FileExistsError: the folder is not empty.
+            OSError: the folder cannot be written.
+        """
+        return export.export_merged(
+            self,
+            weights,
+            folder,
+            rank=rank,
+            dtype=dtype,
+            recipe=recipe,
+            overwrite=overwrite,
+            **options,
+        )
+
+    def merge_and_unload(
+        self, weights: Mapping[str, float], *, recipe: str = "linear", **options: Any
+    ) -> PreTrainedModel:
+        """Merge a fixed mixture into the base's weights, in place, and return the plain base.
+
+        Sums are in float64 and rounded once. The weights before are kept in host memory until the
+        last linear is merged, so that nothing is changed where one fails.
+
+        Args:
+            weights: the weight of each expert, by its name.
+            recipe: as for `export_merged`.
+            **options: as for `export_merged`; "svd" needs rank.
+
+        Raises:
+            ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or
+                tied, or whose merged weights the base's dtype cannot hold.
+        """
+        merge_into_base(self, weights, recipe, options)
+        return self.unload()
+
+    def add_expert(
+        self,
+        name: str,
+        *,
+        adapter: Any = None,
+        copy_of: str | None = None,
+        noise: float = 0.0,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        seed: int | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> PoolChange:
+        """Add a trainable expert: a fresh one (B = 0), a PEFT adapter, or a copy of another.
+
+        The other experts and their router rows keep their bits. A copy begins with the router row
+        of its original, any other expert with the mean of all rows.
+
+        Args:
+            name: the new expert's name.
+            adapter: a folder, a hub id or a `PeftModel` that becomes the expert.
+            copy_of: the expert to copy.
+            noise: Gaussian noise on the copy, in standard deviations of each of its factors.
+            r: the rank of a fresh expert; None takes the others' most common one.
+            lora_alpha: the alpha of a fresh expert; None takes the others' most common one.
+            seed: for the fresh A or the noise; None draws from torch's own random state.
+            allow_base_mismatch: the adapter may name another base.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError, TypeError: a name that is taken or unfit for a folder, an adapter that does
+                not fit, or arguments that contradict each other; the model is as it was.
+        """
+        return changes.add_expert(
+            self,
+            name,
+            adapter=adapter,
+            copy_of=copy_of,
+            noise=noise,
+            r=r,
+            lora_alpha=lora_alpha,
+            seed=seed,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+
+    def replace_expert(
+        self,
+        name: str,
+        *,
+        adapter: Any = None,
+        copy_of: str | None = None,
+        noise: float = 0.0,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        seed: int | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> PoolChange:
+        """Put a new trainable expert in the place of the one of this name.
+
+        Args:
+            name: the expert to replace, whose name the new one takes.
+            adapter: as for `add_expert`.
+            copy_of: as for `add_expert`.
+            noise: as for `add_expert`.
+            r: as for `add_expert`.
+            lora_alpha: as for `add_expert`.
+            seed: as for `add_expert`.
+            allow_base_mismatch: as for `add_expert`.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError, TypeError: as `add_expert`, or an unknown name; the model is as it was.
+        """
+        return changes.replace_expert(
+            self,
+            name,
+            adapter=adapter,
+            copy_of=copy_of,
+            noise=noise,
+            r=r,
+            lora_alpha=lora_alpha,
+            seed=seed,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+
+    def remove_expert(self, name: str) -> PoolChange:
+        """Remove an expert with its router rows; the others keep their bits.
+
+        Args:
+            name: the expert.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError: an unknown name, or fewer than num_experts_per_tok experts would remain.
+        """
+        return changes.remove_expert(self, name)
+
+    def freeze_experts(self, names: Iterable[str] | str) -> PoolChange:
+        """Freeze these experts: no gradient, no optimizer state, no weight decay.
+
+        Call it before making the optimizer, or hand what it returns to `resume_optimizer`.
+
+        Args:
+            names: an expert's name, or several.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError: an unknown name.
+            TypeError: something other than names.
+        """
+        return changes.freeze_experts(self, names)
+
+    def unfreeze_experts(self, names: Iterable[str] | str) -> PoolChange:
+        """Train these experts again; call it when `freeze_experts` may be called.
+
+        Args:
+            names: an expert's name, or several.
+
+        Returns:
+            What `resume_optimizer` needs to go on with an optimizer.
+
+        Raises:
+            ValueError: an unknown name.
+            TypeError: something other than names.
+        """
+        return changes.unfreeze_experts(self, names)
 
     def unload(self) -> PreTrainedModel:
         """Take the mixture out, in place, and return the base with its own class."""

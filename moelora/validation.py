@@ -5,6 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
+
+# What Windows keeps for devices: an expert's folder could not have this name there.
+RESERVED_NAMES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)),
+}
+MAX_NAME_LENGTH = 96
 
 
 def check_integer(name: str, value, low: int) -> None:
@@ -82,3 +93,26 @@ def check_by_linear(
             )
         for value in values:
             check(f"{name}[{linear!r}]", value, *bounds)
+
+
+def expert_name_problem(name: Any) -> str | None:
+    """Why an expert cannot have this name, which also names the folder that it is exported to.
+
+    Args:
+        name: what is to become the expert's name.
+
+    Returns:
+        The reason, to be put into a sentence, or None where nothing speaks against the name.
+    """
+    if not isinstance(name, str):
+        return f"the name {name!r} is a {type(name).__name__}; expected a string"
+    reason = None
+    if not name.strip() or len(name) > MAX_NAME_LENGTH:
+        reason = f"has {len(name)} letters; expected 1 to {MAX_NAME_LENGTH}"
+    elif name != name.strip() or name[0] == "." or name[-1] == ".":
+        reason = "begins or ends with a dot or a space"
+    elif any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+        reason = "holds a separator or a character that no folder may have"
+    elif name.partition(".")[0].lower() in RESERVED_NAMES:
+        reason = "is reserved by an operating system"
+    return None if reason is None else f"the name {name!r} {reason}: it must be fit for a folder"

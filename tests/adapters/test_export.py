@@ -92,8 +92,8 @@ def test_ranks_and_scalings_of_single_linears_go_out_exactly(expert, use_rslora,
         layer = made.base_model.model.get_submodule(linear)
         assert layer.scaling["default"] == delta.scaling, linear
         # Whatever had to be added to the rank adds nothing.
-        assert torch.equal(layer.lora_A["default"].weight[: delta.rank], delta.A)
-        assert not layer.lora_A["default"].weight[delta.rank :].any()
+        assert torch.equal(layer.lora_A["default"].weight[: len(delta.A)], delta.A)
+        assert not layer.lora_A["default"].weight[len(delta.A) :].any()
     adapted = {
         n.removeprefix("base_model.model.") for n, m in made.named_modules() if hasattr(m, "lora_A")
     }
@@ -245,8 +245,12 @@ def test_a_write_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
             failing()
         rename(source, target)
 
-    what, how = ("save_file", failing) if at == "writing" else ("os.rename", failing_once)
-    monkeypatch.setattr(f"moelora.adapters.writing.{what}", how)
+    what, how = (
+        ("writing.save_file", failing)
+        if at == "writing"
+        else ("atomic_folder.os.rename", failing_once)
+    )
+    monkeypatch.setattr(f"moelora.adapters.{what}", how)
     with pytest.raises(OSError, match="No space left") as error:
         model.export_expert("expert_1", folder, overwrite=True)
     assert error.value.errno == 28 and str(folder) in str(error.value)
@@ -314,5 +318,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
         if hasattr(m, "lora_A")
     }
     deltas = expert_deltas(model, "expert_1")
-    assert {n: m.r["default"] for n, m in adapted.items()} == {n: d.rank for n, d in deltas.items()}
+    assert {n: m.r["default"] for n, m in adapted.items()} == {
+        n: len(d.A) for n, d in deltas.items()
+    }
     close(logits(made), forced(model, "expert_1"))

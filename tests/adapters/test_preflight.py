@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.adapters.preflight import name_problem, preflight
+from moelora.adapters.preflight import preflight
+from moelora.validation import expert_name_problem
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_names_that_are_unfit_for_a_folder(good, name):
 
 @pytest.mark.parametrize("name", ["math", "de-DE_1.5", "Mathe für alle", "数学", "expert_0"])
 def test_names_that_are_fit(name):
-    assert name_problem(name) is None
+    assert expert_name_problem(name) is None
 
 
 def test_names_given_twice(good):
@@ -173,7 +174,7 @@ def test_what_is_no_set_of_adapters(good, tmp_path):
     for no_pairs in (3, [good, good], [3]):
         with pytest.raises(TypeError, match="expected"):
             preflight(causal_base(), no_pairs)
-    with pytest.raises(ValueError, match="no X-LoRA checkpoint"):
+    with pytest.raises(ValueError, match="not an X-LoRA checkpoint"):
         preflight(causal_base(), good)
     with pytest.raises(ValueError, match="holds no adapter_config"):
         preflight(causal_base(), tmp_path)
