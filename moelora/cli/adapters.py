@@ -67,8 +67,8 @@ def compose(
         str, typer.Option(help="random, or arrow (from the adapters' weights).")
     ] = "random",
     experts_per_token: Annotated[
-        int, typer.Option("--top-k", "-k", help="Experts that a token chooses.")
-    ] = 2,
+        int | None, typer.Option("--top-k", "-k", help="Experts that a token chooses; else 2.")
+    ] = None,
     routing_level: Annotated[str, typer.Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, typer.Option(help="projection, site, layer or model.")] = "site",
     allow_base_mismatch: Mismatch = False,
@@ -78,13 +78,15 @@ def compose(
     from ..config import MoeLoraConfig
 
     sources = pairs(adapter)
+    if experts_per_token is None:
+        experts_per_token = min(2, len(sources))
     fields: dict[str, Any] = {}
     if router_option:
         fields["router_options"] = {name: _value(text) for name, text in pairs(router_option)}
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
             num_experts=len(sources),
-            num_experts_per_tok=min(experts_per_token, len(sources)),
+            num_experts_per_tok=experts_per_token,
             router=router or ("arrow" if router_init == "arrow" else "top_k"),
             routing_level=routing_level,
             router_scope=router_scope,

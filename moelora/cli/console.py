@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
-# What users cause; the second kind is more often a mistake of this package.
-MISTAKES = (ValueError, TypeError, OSError, ImportError, SafetensorError)
-FAILURES = (RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError)
+# What users cause; other errors are more often a mistake of this package.
+MISTAKES = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
 
 # Names and paths are shown as they are, whatever brackets and colons they have.
 out, err = (
@@ -25,8 +25,17 @@ out, err = (
     for stderr in (False, True)
 )
 
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty, which would be this folder; expected a name.")
+    return Path(text)
+
+
 Checkpoint = Annotated[Path, typer.Argument(help="A folder written by save_pretrained or compose.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", parser=_folder, metavar="PATH", help="The folder to write.")
+]
 OtherBase = Annotated[
     str | None, typer.Option("--base", help="Where the base is, if not where the checkpoint says.")
 ]
@@ -46,11 +55,11 @@ class Commands(TyperGroup):
         """Run the command of this context."""
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            # A reader that has read enough closes the pipe: the command ends quietly.
-            raise
-        except (*MISTAKES, *FAILURES) as error:
-            if ctx.params["traceback"]:
+        except Exception as error:
+            # What typer raises shows itself. A reader that has read enough closes the pipe: the
+            # command ends quietly.
+            by_typer = isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show")
+            if by_typer or isinstance(error, BrokenPipeError) or ctx.params["traceback"]:
                 raise
             err.print(Text.assemble(("error: ", "bold red"), type(error).__name__))
             err.print(str(error))
