@@ -50,7 +50,7 @@ def export_merged(
     overwrite: bool = False,
     **options: Any,
 ) -> MergeReport:
-    """Write a fixed mixture of experts as one LoRA folder; see `MoeLoraForCausalLM.export_merged`."""
+    """Write a fixed mixture of experts as a LoRA folder; see `MoeLoraForCausalLM.export_merged`."""
     weights = check_weights(model, weights)
     _check_dtype(dtype)
     if recipe == "svd":
@@ -81,7 +81,7 @@ def export_merged(
 
 
 def check_rank(model: MixtureModel, rank: int | None, recipe: str) -> None:
-    """Raise unless some linear can have a LoRA of this rank, or None where the recipe needs none."""
+    """Raise unless a linear can have a LoRA of this rank, or None where the recipe needs none."""
     if rank is None:
         if "rank" in inspect.signature(RECIPES[recipe]).parameters:
             raise ValueError(f"The recipe {recipe!r} needs rank=…, the rank of its result.")

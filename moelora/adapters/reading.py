@@ -42,7 +42,16 @@ Header = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted linear: A `[r, d_in]` and B `[d_out, r]` add s·B·A; dtypes by safetensors' names."""
+    """One adapted linear: A `[r, d_in]` and B `[d_out, r]` add s·B·A.
+
+    Attributes:
+        r: the rank.
+        scaling: s.
+        a_shape: the shape of A.
+        b_shape: the shape of B.
+        a_dtype: the dtype of A, by safetensors' name for it.
+        b_dtype: the dtype of B, by safetensors' name for it.
+    """
 
     r: int
     scaling: float
@@ -188,7 +197,8 @@ def _open(adapter: Adapter, path: Path) -> Header:
     except Exception as error:
         # A SafetensorError, or for some damaged headers whatever their reader stumbles on.
         raise ValueError(
-            f"{path} is damaged, cut short or not a safetensors file ({error}): copy or save it again."
+            f"{path} is damaged, cut short or not a safetensors file ({error}): copy or save it "
+            "again."
         ) from error
     # Kept open: to open it anew for every linear would parse the header each time.
     adapter._read = lambda keys: [file.get_tensor(key) for key in keys]

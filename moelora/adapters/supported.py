@@ -1,4 +1,4 @@
-"""What of a PEFT LoRA's configuration a mixture can hold exactly; the rest is refused with a reason."""
+"""What of a PEFT LoRA's configuration a mixture can hold exactly; the rest is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ REASONS = {
     "lora_bias": "its B has a bias, which an expert does not have",
     "use_dora": "DoRA rescales the base's own output by a learned magnitude: not a delta that can "
     "be weighted and added. Train it without use_dora",
-    "trainable_token_indices": "it trained token embeddings, which are looked up before any router has run",
+    "trainable_token_indices": "it trained token embeddings, which are looked up before any router "
+    "has run",
     "layer_replication": "it adds layers to the base",
     "megatron_config": "its layers are Megatron's parallel ones",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",

@@ -13,16 +13,15 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.atomic import atomic_folder
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel, base_class
 from ..host_internals import commit_of_config
 from ..injection.targets import modules_to_save
-from .atomic_folder import replaced_at_once
 
 KEY = "base_model.model."
 # What a folder may hold that `overwrite` replaces: an adapter as PEFT or this package writes it,
@@ -67,17 +66,11 @@ def write_adapter(
                     "written. Check the expert, or export with a dtype of larger range."
                 )
             tensors[f"{KEY}{linear}.{part}.weight"] = tensor
-    try:
-        with replaced_at_once(Path(folder)) as staging:
-            config.save_pretrained(str(staging), auto_mapping_dict=_auto_mapping(model, config))
-            save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            check_folder(folder, overwrite)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError) and error.errno is None:
-            raise
-        message = f"The adapter in {folder} could not be written: {error}"
-        number = getattr(error, "errno", None)
-        raise (OSError(message) if number is None else OSError(number, message)) from error
+    with atomic_folder(folder, replace=True, what="adapter") as staging:
+        config.save_pretrained(str(staging), auto_mapping_dict=_auto_mapping(model, config))
+        save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        # Again, since another process may have written it meanwhile.
+        check_folder(folder, overwrite)
 
 
 def check_folder(folder: str | PathLike[str], overwrite: bool) -> None:
@@ -186,8 +179,9 @@ def _targets(model: MixtureModel, linears: list[str], config: LoraConfig) -> str
         if {n for n in modules if check_target_module_exists(config, n)} == set(linears):
             return targets
     raise ValueError(
-        f"PEFT would not adapt exactly the linears {linears[:4]} ({len(linears)} in all): one of them lies in a module "
-        f"that is saved whole ({config.modules_to_save}). Use merge_and_unload."
+        f"PEFT would not adapt exactly the linears {linears[:4]} ({len(linears)} in all): one of "
+        f"them lies in a module that is saved whole ({config.modules_to_save}). Use "
+        "merge_and_unload."
     )
 
 
@@ -211,8 +205,8 @@ def _saved_tensors(model: MixtureModel, config: LoraConfig) -> dict[str, Tensor]
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in owned and key not in tensors:
             raise ValueError(
-                f"{key} is the same weight as one in {', '.join(modules)}, which is trained and saved whole: PEFT "
-                "would replace only the one. Use merge_and_unload."
+                f"{key} is the same weight as one in {', '.join(modules)}, which is trained and "
+                "saved whole: PEFT would replace only that one. Use merge_and_unload."
             )
     return {
         KEY + key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()

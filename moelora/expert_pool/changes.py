@@ -137,7 +137,7 @@ def _rebuild(
 def _config(
     mixture: Mixture, keep: Sequence[int | None], names: Sequence[str], new: Newcomer | None
 ) -> MoeLoraConfig:
-    """The configuration of the changed mixture, checked; what single linears have stays as it is."""
+    """The configuration of the changed mixture, checked; what single linears have stays."""
     old = mixture.config
     changed = copy.deepcopy(old)
     changed.num_experts = len(keep)

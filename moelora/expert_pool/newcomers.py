@@ -75,7 +75,8 @@ def newcomer(
         )
     if (r, lora_alpha) != (None, None) and (adapter is not None or copy_of is not None):
         raise ValueError(
-            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop them."
+            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop "
+            "them."
         )
     generator = seeded(seed)
     if adapter is not None:

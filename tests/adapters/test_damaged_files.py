@@ -82,9 +82,9 @@ def nested(depth: int) -> Any:
 
 
 WRONG = [
-    None, True, -1, 0, 2.5, 10**9, 10**4000, float("nan"), float("inf"), "", "x", "\0", "(", "x" * 5000,
-    [], [3], ["x"], [["x"]], [{}], {}, {"x": 1}, {"x": "y"}, {"(": 1}, {"q_proj": 10**9}, nested(20),
-    nested(500), {"x": nested(300)},
+    None, True, -1, 0, 2.5, 10**9, 10**4000, float("nan"), float("inf"), "", "x", "\0", "(",
+    "x" * 5000, [], [3], ["x"], [["x"]], [{}], {}, {"x": 1}, {"x": "y"}, {"(": 1},
+    {"q_proj": 10**9}, nested(20), nested(500), {"x": nested(300)},
 ]  # fmt: skip
 
 
@@ -137,7 +137,10 @@ def write_header(folder: Path, header: Any, data: int = 4096) -> None:
     (folder / WEIGHTS).write_bytes(content)
 
 
-DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I8", "U16", "U64", "BOOL", "C64", "X9", "", 3)  # fmt: skip
+DTYPES = (
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3",
+    "I64", "I8", "U16", "U64", "BOOL", "C64", "X9", "", 3,
+)  # fmt: skip
 SHAPES = ([10**9, 0], [0, 10**9], [0], [], [8, 32, 1], [-1, 4], [2**63, 2], "x", [[8]], None)
 
 
@@ -222,7 +225,8 @@ def test_patterns_match_as_peft_matches_them():
 
 
 def test_a_pattern_for_each_of_many_linears_is_within_the_limits():
-    names = [f"model.layers.{i}.{part}" for i in range(80) for part in ("a.q", "a.k", "a.v", "a.o", "m.x", "m.y", "m.z")]  # fmt: skip
+    parts = ("a.q", "a.k", "a.v", "a.o", "m.x", "m.y", "m.z")
+    names = [f"model.layers.{i}.{part}" for i in range(80) for part in parts]
     patterns = Patterns(len(names))
     keys = ["^" + name.replace(".", r"\.") for name in names]
     assert [patterns.first(keys, name) for name in names] == keys

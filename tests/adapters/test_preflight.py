@@ -57,12 +57,14 @@ def bad_set(folder):
 
 
 TOLD = {
-    "shapes": "wrong shapes: model.layers.0.self_attn.q_proj (A [8, 64], B [64, 8]; expected [8, 32] and [32, 8])",
+    "shapes": "wrong shapes: model.layers.0.self_attn.q_proj (A [8, 64], B [64, 8]; "
+    "expected [8, 32] and [32, 8])",
     "nan": "contains NaN or Inf: model.layers.0.self_attn.v_proj",
     "dora": "use_dora=True: DoRA rescales",
     "missing": "the base has no module: transformer.h.0.attn.c_attn, transformer.h.1.attn.c_attn",
     "pickle": "pickles can run code",
-    "layers": "the base has no module: model.layers.2.self_attn.q_proj, model.layers.2.self_attn.v_proj (nearest: ",
+    "layers": "the base has no module: model.layers.2.self_attn.q_proj, "
+    "model.layers.2.self_attn.v_proj (nearest: ",
     "dtype": "F64 cannot be held exactly; save it in F32: model.layers.0.self_attn.q_proj",
     "../up": "must be fit for a folder",
 }

@@ -154,7 +154,8 @@ def test_places_that_cannot_be_written(root: Path) -> None:
 def test_wrong_usage_is_status_2(root: Path) -> None:
     for words in (
         (), ("bogus",), ("info",), ("route", "-m", root / "mix", "--batch-size", 0),
-        ("route", "-m", root / "mix", "--top", 0), ("compose", root / "base", "-o", "x", "-k", "two"),
+        ("route", "-m", root / "mix", "--top", 0),
+        ("compose", root / "base", "-o", "x", "-k", "two"),
         ("merge", root / "mix", "-w", "a=1", "-o", "x", "--rank", "two"), ("info", "--bogus"),
     ):  # fmt: skip
         run(*words, status=2)
