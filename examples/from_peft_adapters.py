@@ -139,7 +139,8 @@ def export_and_check(model: Any, base: str, corpus: Corpus, folder: Path, name: 
         ours, theirs = model(ids).logits, peft(ids).logits
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     reporting.line(
-        f"expert {name} in stock PEFT from {folder}: largest relative difference of logits {error:.1e}"
+        f"expert {name} in stock PEFT from {folder}: largest relative difference of logits "
+        f"{error:.1e}"
     )
     if error > 1e-5:
         raise RuntimeError(f"{folder} gives other logits in PEFT")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
 from ..training.router_init import initialise
 from .preflight import Sources, preflight
-from .reading import Adapter, Target
+from .reading import Adapter
 from .supported import short
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
@@ -35,8 +36,23 @@ FROM_ADAPTERS = (
 )
 
 
+@dataclass
+class ExpertShape:
+    """An expert's ranks and scalings.
+
+    Attributes:
+        r: its usual rank.
+        lora_alpha: its usual alpha.
+        linears: its rank and scaling by the linear's full name, where it is there.
+    """
+
+    r: int
+    lora_alpha: float
+    linears: dict[str, tuple[int, float]]
+
+
 def from_adapters(
-    cls: type[MixtureModel],
+    cls: Any,
     base: str | PathLike[str] | PreTrainedModel,
     adapters: Sources,
     config: MoeLoraConfig | None = None,
@@ -90,23 +106,12 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         ValueError: the configuration contradicts the adapters.
     """
     composed = config.without_base()
-    experts = list(adapters.values())
-    composed.num_experts = len(experts)
-    composed.expert_names = list(adapters)
-    composed.use_rslora = all(bool(adapter.config.get("use_rslora")) for adapter in experts)
-    usual = [_usual(adapter, composed.use_rslora) for adapter in experts]
-    composed.r = _one_or_list([rank for rank, _ in usual])
-    composed.lora_alpha = _one_or_list([alpha for _, alpha in usual])
-    linears = list(dict.fromkeys(linear for adapter in experts for linear in adapter.targets))
+    composed.use_rslora = all(bool(a.config.get("use_rslora")) for a in adapters.values())
+    experts = [_shape_of(adapter, composed.use_rslora) for adapter in adapters.values()]
+    linears = list(dict.fromkeys(linear for expert in experts for linear in expert.linears))
     composed.target_modules = linears
     composed.layers_to_transform = None
-    ranks = {}
-    scaling = {}
-    for linear in linears:
-        targets = [adapter.targets.get(linear) for adapter in experts]
-        ranks[linear] = [0 if t is None else t.r for t in targets]
-        scaling[linear] = [s if t is None else t.scaling for t, s in zip(targets, composed.scaling)]
-    list_exceptions(composed, ranks, scaling)
+    set_experts(composed, list(adapters), experts, linears)
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
     for name in FROM_ADAPTERS:
@@ -124,19 +129,41 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     return composed
 
 
-def list_exceptions(
-    config: MoeLoraConfig, ranks: Mapping[str, list[int]], scaling: Mapping[str, list[float]]
+def set_experts(
+    config: MoeLoraConfig,
+    names: Sequence[str],
+    experts: Sequence[ExpertShape],
+    linears: Iterable[str],
 ) -> None:
-    """Set `expert_ranks` and `expert_scaling` to the linears that differ from `r` and `lora_alpha`.
+    """Give a configuration other experts.
+
+    A linear where an expert's rank or scaling is not the one that `r` and `lora_alpha` say is
+    listed in `expert_ranks` or `expert_scaling`.
 
     Args:
-        config: the configuration, whose `r` and `lora_alpha` are set.
-        ranks: each expert's rank by the linear's full name.
-        scaling: each expert's scaling by the linear's full name.
+        config: the configuration to change, in place; it is not validated.
+        names: the experts' names.
+        experts: the experts' ranks and scalings.
+        linears: the full names of all adapted linears.
     """
-    usual = (config.ranks, config.scaling)
-    config.expert_ranks = {n: r for n, r in ranks.items() if tuple(r) != usual[0]} or None
-    config.expert_scaling = {n: s for n, s in scaling.items() if tuple(s) != usual[1]} or None
+    config.num_experts = len(experts)
+    config.expert_names = list(names)
+    config.r = _one_or_list([expert.r for expert in experts])
+    config.lora_alpha = _one_or_list([expert.lora_alpha for expert in experts])
+    usual_ranks = list(config.ranks)
+    usual_scaling = list(config.scaling)
+    expert_ranks = {}
+    expert_scaling = {}
+    for linear in linears:
+        own = [e.linears.get(linear, (0, s)) for e, s in zip(experts, usual_scaling)]
+        ranks = [rank for rank, _ in own]
+        scaling = [s for _, s in own]
+        if ranks != usual_ranks:
+            expert_ranks[linear] = ranks
+        if scaling != usual_scaling:
+            expert_scaling[linear] = scaling
+    config.expert_ranks = expert_ranks or None
+    config.expert_scaling = expert_scaling or None
 
 
 @torch.no_grad()
@@ -197,17 +224,18 @@ def exact_targets(linears: Sequence[str], model: nn.Module) -> str | list[str]:
     return list(linears)
 
 
-def _usual(adapter: Adapter, use_rslora: bool) -> tuple[int, float]:
+def _shape_of(adapter: Adapter, use_rslora: bool) -> ExpertShape:
     """The adapter's most common rank, and the alpha of its most common scaling at that rank."""
-    rank = _most_common([target.r for target in adapter.targets.values()])
-    alike: list[Target] = [target for target in adapter.targets.values() if target.r == rank]
-    scaling = _most_common([target.scaling for target in alike])
-    norm = math.sqrt(rank) if use_rslora else rank
+    linears = {name: (target.r, target.scaling) for name, target in adapter.targets.items()}
+    r = _most_common([rank for rank, _ in linears.values()])
+    scaling = _most_common([s for rank, s in linears.values() if rank == r])
+    norm = math.sqrt(r) if use_rslora else r
+    # A negative or zero scaling has no alpha; its linears are listed one by one.
+    alpha = scaling * norm if scaling > 0 else r
     stated = adapter.config.get("lora_alpha")
     if isinstance(stated, (int, float)) and stated > 0 and stated / norm == scaling:
-        return rank, stated
-    # A negative or zero scaling has no alpha; its linears are listed one by one.
-    return rank, scaling * norm if scaling > 0 else rank
+        alpha = stated
+    return ExpertShape(r, alpha, linears)
 
 
 def _most_common(values: list[Any]) -> Any:

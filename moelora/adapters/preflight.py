@@ -184,9 +184,8 @@ def misfits(
         more = len(adapter.problems) - 2 * SHOWN
         return adapter.problems[: 2 * SHOWN] + ([f"and {more} more like these"] if more > 0 else [])
     modules = dict(model.named_modules()) if modules is None else modules
-    storable = set(STORABLE)
-    if next(model.parameters()).dtype == torch.float64:
-        storable.add("F64")
+    double = next(model.parameters()).dtype == torch.float64
+    storable = {*STORABLE, "F64"} if double else {*STORABLE}
     wrong: dict[str, list[str]] = {}
     for linear, target in adapter.targets.items():
         size = features(modules[linear]) if linear in modules else None
@@ -322,7 +321,7 @@ def _skeleton(base: Any, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTr
                 f"This {type(base).__name__} has PEFT adapters inside, which changes its modules: "
                 "unload them first."
             )
-        return base, base.config.name_or_path
+        return base, base.config.name_or_path or ""
     if not isinstance(base, (str, PathLike)):
         raise TypeError(
             f"base is a {type(base).__name__}; expected a hub id, a folder or a PreTrainedModel."

@@ -133,7 +133,7 @@ def untargeted(
         if isinstance(excluded, str) and patterns.matches(excluded, linear):
             return False
         if isinstance(targets, str):
-            lora.target_modules = {linear} if patterns.matches(targets, linear) else set()
+            lora.target_modules = [linear] if patterns.matches(targets, linear) else []
         return bool(check_target_module_exists(lora, linear))
 
     return [linear for linear in linears if not is_target(linear)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.composing import list_exceptions
+from ..adapters.composing import ExpertShape, set_experts
 from ..config import MoeLoraConfig
 from ..core.experts import Factor
 from ..core.mixture import Mixture
@@ -117,17 +117,18 @@ def _rebuild(
     """
     change = PoolChange()
     config = _config(mixture, keep, names, new)
-    routers = {name: _resized(router, keep, new) for name, router in mixture.routers.items()}
-    load = copy.deepcopy(mixture.load)
+    olds: Any = dict(mixture.routers.items())
+    routers = {name: _resized(router, keep, new) for name, router in olds.items()}
+    load: Any = copy.deepcopy(mixture.load)
     load.resize(keep)
-    sites = [(site, *_restacked(site, keep, new, change)) for site in mixture.sites.values()]
+    sites = [(site, _restacked(site, keep, new, change)) for site in mixture.sites.values()]
     for name, router in routers.items():
-        change.replaced_router(mixture.routers[name], router, keep)
+        change.replaced_router(olds[name], router, keep)
     # From here on nothing fails.
     for name, router in routers.items():
         mixture.routers[name] = router
-    for site, A, Bs in sites:
-        site.put_factors(config, A, Bs)
+    for site, (A, Bs) in sites:
+        site.put_factors(config, A, Bs)  # type: ignore[operator]
     mixture.config = config
     mixture.load = load
     mixture.refresh()
@@ -139,26 +140,18 @@ def _config(
 ) -> MoeLoraConfig:
     """The configuration of the changed mixture, checked; what single linears have stays."""
     old = mixture.config
+    linears = mixture.expert(0)
+
+    def shape(expert: int | None) -> ExpertShape:
+        if expert is not None:
+            own = {n: (old.ranks_of(n)[expert], old.scaling_of(n)[expert]) for n in linears}
+            return ExpertShape(old.ranks[expert], old._per_expert("lora_alpha")[expert], own)
+        assert new is not None
+        own = {n: (len(factors.A), factors.scaling) for n, factors in new.factors.items()}
+        return ExpertShape(new.r, new.lora_alpha, own)
+
     changed = copy.deepcopy(old)
-    changed.num_experts = len(keep)
-    changed.expert_names = list(names)
-    for field in ("r", "lora_alpha"):
-        each = [getattr(new, field) if e is None else old._per_expert(field)[e] for e in keep]
-        setattr(changed, field, each if len(set(each)) > 1 else each[0])
-    usual = changed.scaling
-    ranks = {}
-    scaling = {}
-    for linear in mixture.expert(0):
-        own = None if new is None else new.factors.get(linear)
-        new_rank = 0 if own is None else len(own.A)
-        new_scaling = usual if own is None else [own.scaling] * len(keep)
-        former_ranks = old.ranks_of(linear)
-        former_scaling = old.scaling_of(linear)
-        ranks[linear] = [new_rank if e is None else former_ranks[e] for e in keep]
-        scaling[linear] = [
-            new_scaling[i] if e is None else former_scaling[e] for i, e in enumerate(keep)
-        ]
-    list_exceptions(changed, ranks, scaling)
+    set_experts(changed, names, [shape(expert) for expert in keep], linears)
     changed.validate()
     return changed
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters.peft_folders import peft_model, save_adapter
 from bases import causal_base
-from core.mixtures import LEVELS, SCOPES, adapted, causal, factors, into, tokens
+from core.mixtures import LEVELS, SCOPES, causal, into, tokens
 from training.runs import assert_bits, bits, open_window
 
 from moelora import MoeLoraForCausalLM
