@@ -250,7 +250,7 @@ def _trained(adapter: Adapter) -> list[str]:
     """Which of the tensors beside A and B the adapter says it trained; PEFT compares the ends of
     modules' names.
     """
-    ends = tuple(adapter.config.get("modules_to_save") or ())
+    ends = tuple(map(str, adapter.config.get("modules_to_save") or ()))
     trained = []
     for name in adapter.saved:
         parts = name.split(".")

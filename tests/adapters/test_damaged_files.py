@@ -25,12 +25,17 @@ SECONDS = 1.0
 
 @pytest.fixture(scope="module")
 def base():
-    return causal_base()
+    base = causal_base()
+    base.config._name_or_path = "someone/llama-tiny"
+    return base
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return Path(save_adapter(tmp_path / "adapter"))
+    """An adapter that names its base, with a copy of one of the base's own weights beside it."""
+    fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["model.norm"]}
+    folder = save_adapter(tmp_path / "adapter", **fields)
+    return Path(edit_config(folder, base_model_name_or_path="someone/llama-tiny"))
 
 
 def problems(base: Any, folder: Path) -> list[str]:
@@ -96,6 +101,10 @@ def test_every_field_with_every_wrong_type_is_told_or_harmless(base, folder):
         for value in WRONG:
             path.write_text(json.dumps({**good, field: value}))
             problems(base, folder)
+    for depth in range(700, 980, 4):
+        # As deep as the parser goes, what shows the value may not.
+        path.write_text('{"peft_type": "LORA", "future": ' + "[" * depth + "]" * depth + "}")
+        assert "JSON" in problems(base, folder)[0]
 
 
 def test_a_rank_that_would_take_terabytes_is_told_before_anything_is_made(base, folder):
