@@ -110,16 +110,22 @@ def measured(name: str, model: Any, corpus: Corpus, recipe: Recipe, seconds: flo
 def train_router(model: Any, corpus: Corpus, recipe: Recipe, labelled: bool) -> float:
     """Train the routers alone; raises RuntimeError where an expert's bit changed."""
     model.freeze_experts(model.moelora_config.expert_names)
-    before = {name: p.clone() for name, p in model.moelora.sites.named_parameters()}
+    before = _expert_bits(model)
     if labelled:
         corpus = {
             d: (Labelled(b.tokens, b.domains, b.sources), held_out)
             for d, (b, held_out) in corpus.items()
         }
     seconds = train(model, corpus, replace(recipe, learning_rate=ROUTER_LEARNING_RATE))
-    if not all(torch.equal(p, before[name]) for name, p in model.moelora.sites.named_parameters()):
+    if not all(torch.equal(now, then) for now, then in zip(_expert_bits(model), before)):
         raise RuntimeError("an expert changed while the router trained")
     return seconds
+
+
+def _expert_bits(model: Any) -> list[torch.Tensor]:
+    """A copy of every expert's A and B."""
+    experts = [model.moelora.expert(e).values() for e in range(len(RANKS))]
+    return [t.clone() for linears in experts for own in linears for t in (own.A, own.B)]
 
 
 def export_and_check(model: Any, base: str, corpus: Corpus, folder: Path, name: str) -> None:
@@ -133,7 +139,8 @@ def export_and_check(model: Any, base: str, corpus: Corpus, folder: Path, name: 
         ours, theirs = model(ids).logits, peft(ids).logits
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     reporting.line(
-        f"expert {name} in stock PEFT from {folder}: largest relative difference of logits {error:.1e}"
+        f"expert {name} in stock PEFT from {folder}: largest relative difference of logits "
+        f"{error:.1e}"
     )
     if error > 1e-5:
         raise RuntimeError(f"{folder} gives other logits in PEFT")

@@ -1,9 +1,8 @@
-"""Merging experts: recipes over their deltas, linear by linear, and the best approximation of a low
-rank.
+"""Merging experts: recipes over what they add, linear by linear.
 
-A recipe is a function `(deltas, weights, **options)` in `RECIPES`. It gets the deltas of one linear
-and answers with a `Delta` where what it makes has a low rank, else with the whole ΔW `[d_out,
-d_in]`.
+A recipe is a function `(factors, weights, **options)` in `RECIPES`. It gets what each expert adds
+to one linear, and answers with `LoraFactors` where the result has a low rank, else with the whole
+ΔW `[d_out, d_in]`.
 """
 
 from __future__ import annotations
@@ -19,19 +18,28 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..validation import check_integer, check_number
-from .deltas import Delta, adapted, compress, delta_of, wide
+from ..core.experts import LoraFactors
+from ..core.model import MixtureModel
+from ..validation import check_number
+from .deltas import compress, product, wide
+from .randomness import seeded
 
-Recipe = Callable[..., Delta | Tensor]
+Recipe = Callable[..., LoraFactors | Tensor]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `export_merged` wrote: each linear's rank, and how far its ΔW is from the recipe's, ‖ΔW'
-    - ΔW‖ / ‖ΔW‖.
+    """What `export_merged` wrote, and how far each linear's ΔW' is from the recipe's ΔW.
 
-    The error is measured on what was written, so it holds the rounding to the written dtype too
-    (about 1e-8 in fp32). error: the same ratio of Frobenius norms over all linears together.
+    An error is ‖ΔW' - ΔW‖ / ‖ΔW‖ in Frobenius norms, measured on what was written: it includes the
+    rounding to the written dtype (about 1e-8 in fp32).
+
+    Attributes:
+        recipe: the recipe's name.
+        weights: the weight of each expert, by its name.
+        ranks: the rank that was written, by the linear's name.
+        errors: the error by the linear's name.
+        error: the error over all linears together.
     """
 
     recipe: str
@@ -50,21 +58,26 @@ class MergeReport:
         )
 
 
-def concatenation(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """Σ w·s·B·A exactly, as one LoRA: A rows one expert after another, B columns times w·s, scaling
-    1.
+def concatenation(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+    """Σ w·s·Bᵀ·A exactly, as one LoRA of scaling 1: rows of A one expert after another, rows of B
+    times w·s.
     """
-    used = [(d, w) for d, w in zip(deltas, weights) if w != 0] or [(_nothing(deltas[0]), 0.0)]
-    A = torch.cat([wide(d.A) for d, _ in used])
-    return Delta(A, torch.cat([wide(d.B) * (w * d.scaling) for d, w in used], dim=1))
+    used = [(f, w) for f, w in zip(factors, weights) if w != 0]
+    if not used:
+        # Weights of 0 leave the zero delta, of rank 1.
+        A, B = (torch.zeros_like(t[:1]) for t in (factors[0].A, factors[0].B))
+        return LoraFactors(A, B, 1.0)
+    A = torch.cat([wide(f.A) for f, _ in used])
+    B = torch.cat([wide(f.B) * (w * f.scaling) for f, w in used])
+    return LoraFactors(A, B, 1.0)
 
 
-def svd(deltas: Sequence[Delta], weights: Sequence[float], *, rank: int) -> Delta:
-    """The best approximation of Σ w·s·B·A that has this rank, in Frobenius norm."""
-    return compress(concatenation(deltas, weights), rank)
+def svd(factors: Sequence[LoraFactors], weights: Sequence[float], *, rank: int) -> LoraFactors:
+    """The best approximation of Σ w·s·Bᵀ·A that has this rank, in Frobenius norm."""
+    return compress(concatenation(factors, weights), rank)
 
 
-def ties(deltas: Sequence[Delta], weights: Sequence[float], *, density: float) -> Tensor:
+def ties(factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float) -> Tensor:
     """TIES (arXiv:2306.01708): keep each ΔW's `density` largest values, elect signs, average what
     agrees.
 
@@ -73,31 +86,33 @@ def ties(deltas: Sequence[Delta], weights: Sequence[float], *, density: float) -
     """
     _check_density(density)
     with _no_warning_at_one():
-        return merge_utils.ties(*_full(deltas, weights), density)
+        return merge_utils.ties(*_products(factors, weights), density)
 
 
 def dare_linear(
-    deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float, seed: int
 ) -> Tensor:
-    """DARE (arXiv:2311.03099): keep each value with probability `density`, divided by it, and add.
-    PEFT's.
+    """DARE (arXiv:2311.03099): keep each value with probability `density`, divided by it, and add
+    (PEFT's implementation).
     """
     _check_density(density)
-    with _drawing(deltas[0].A.device, seed), _no_warning_at_one():
-        return merge_utils.dare_linear(*_full(deltas, weights), density)
+    with _drawing(factors[0].A.device, seed), _no_warning_at_one():
+        return merge_utils.dare_linear(*_products(factors, weights), density)
 
 
 def dare_ties(
-    deltas: Sequence[Delta], weights: Sequence[float], *, density: float, seed: int
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float, seed: int
 ) -> Tensor:
-    """DARE's random values (arXiv:2311.03099), merged by TIES' signs (arXiv:2306.01708). PEFT's."""
+    """DARE's random values (arXiv:2311.03099), merged by TIES' signs (arXiv:2306.01708; PEFT's
+    implementation).
+    """
     _check_density(density)
-    with _drawing(deltas[0].A.device, seed), _no_warning_at_one():
-        return merge_utils.dare_ties(*_full(deltas, weights), density)
+    with _drawing(factors[0].A.device, seed), _no_warning_at_one():
+        return merge_utils.dare_ties(*_products(factors, weights), density)
 
 
 def breadcrumbs(
-    deltas: Sequence[Delta], weights: Sequence[float], *, density: float, gamma: float = 0.01
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float, gamma: float = 0.01
 ) -> Tensor:
     """Model Breadcrumbs (arXiv:2312.06795): drop both tails of each ΔW's magnitudes, and add.
 
@@ -108,11 +123,12 @@ def breadcrumbs(
     check_number("gamma", gamma, 0.0, 1.0, open_high=True)
     if density + gamma > 1 + 1e-9:
         raise ValueError(
-            f"density={density} and gamma={gamma} keep and drop more than there is: expected density + gamma ≤ 1."
+            f"density={density} and gamma={gamma} keep and drop more than there is: expected "
+            "density + gamma ≤ 1."
         )
-    tensors, factors = _full(deltas, weights)
+    tensors, by_weight = _products(factors, weights)
     return merge_utils.task_arithmetic(
-        [_without_tails(t, density, gamma) for t in tensors], factors
+        [_without_tails(t, density, gamma) for t in tensors], by_weight
     )
 
 
@@ -128,10 +144,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options`, once it is sure that there is such a recipe and that they are its options.
+    """`options`, once it is sure that the recipe exists and that these are its options.
 
     Raises:
-        ValueError: no such recipe, or an option that it lacks or needs.
+        ValueError: the recipe is unknown, or an option is unknown or missing.
     """
     if recipe not in RECIPES:
         raise ValueError(
@@ -139,8 +155,8 @@ def recipe_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
         )
     parameters = list(inspect.signature(RECIPES[recipe]).parameters.values())[2:]
     known = [p.name for p in parameters]
-    needed = [p.name for p in parameters if p.default is p.empty]
-    unknown, missing = sorted(set(options) - set(known)), [n for n in needed if n not in options]
+    unknown = sorted(set(options) - set(known))
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in options]
     if unknown or missing:
         what = f"has no option {unknown}" if unknown else f"needs {', '.join(missing)}"
         raise ValueError(
@@ -150,41 +166,45 @@ def recipe_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged_deltas(
-    model: Any, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
-) -> Iterator[tuple[str, Delta | Tensor]]:
-    """Each adapted linear's name and merged ΔW, one after another; linears that none of the experts
-    has are left out.
+    model: MixtureModel, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
+) -> Iterator[tuple[str, LoraFactors | Tensor]]:
+    """Each adapted linear's name and merged ΔW, one after another.
 
-    Each linear draws with a seed of its own, which follows from `seed`.
+    A linear that none of the experts has is left out. Where the recipe draws, each linear has a
+    seed of its own, which follows from `seed`.
+
+    Args:
+        model: a model with a mixture inside.
+        weights: the weight of each expert, by its name.
+        recipe: a name in `RECIPES`.
+        options: the recipe's own options.
     """
-    config, seeds = model.moelora_config, torch.Generator()
-    if "seed" in options:
-        check_integer("seed", options["seed"], 0)
-        seeds.manual_seed(options["seed"])
-    for name, (site, i) in adapted(model).items():
-        found = [(delta_of(site, i, config.expert_index(e)), w) for e, w in weights.items()]
+    config = model.moelora_config
+    experts = [model.moelora.expert(config.expert_index(name)) for name in weights]
+    seeds = seeded(options.get("seed"))
+    for linear in experts[0]:
         own = dict(options)
-        if "seed" in own:
+        if seeds is not None:
             own["seed"] = int(torch.randint(2**31, (), generator=seeds))
-        there = [(d, w) for d, w in found if d.rank]
+        there = [(e[linear], w) for e, w in zip(experts, weights.values()) if len(e[linear].A)]
         if there:
             with torch.no_grad():
-                merged = RECIPES[recipe]([d for d, _ in there], [w for _, w in there], **own)
-            yield name, merged
+                merged = RECIPES[recipe]([f for f, _ in there], [w for _, w in there], **own)
+            yield linear, merged
 
 
-def check_weights(model: Any, weights: Mapping[str, float]) -> dict[str, float]:
+def check_weights(model: MixtureModel, weights: Mapping[str, float]) -> dict[str, float]:
     """`weights` as floats, once it is sure that they weigh experts of `model`.
 
     Raises:
-        ValueError, TypeError: no mapping, none, an unknown name, or a weight that is no finite
-        number.
+        TypeError: `weights` is not a mapping.
+        ValueError: it is empty, or has an unknown name or a weight that is not a finite number.
     """
     if not isinstance(weights, Mapping):
         raise TypeError(
             f"weights is a {type(weights).__name__}; expected a weight for each expert's name."
         )
-    names = model.moelora_config.expert_names
+    names = model.moelora_config.expert_names or []
     if not weights:
         raise ValueError(f"weights is empty: give at least one of the experts: {', '.join(names)}.")
     for name, weight in weights.items():
@@ -203,14 +223,12 @@ def _without_tails(tensor: Tensor, density: float, gamma: float) -> Tensor:
     return sparse.view_as(tensor)
 
 
-def _nothing(like: Delta) -> Delta:
-    """The zero delta of rank 1: what weights of 0 leave."""
-    return Delta(torch.zeros_like(like.A[:1]), torch.zeros_like(like.B[:, :1]))
-
-
-def _full(deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-    tensors = [delta.full() for delta in deltas]
-    return tensors, torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
+def _products(
+    factors: Sequence[LoraFactors], weights: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
+    """Each expert's ΔW, and the weights as a tensor beside them."""
+    tensors = [product(own) for own in factors]
+    return tensors, tensors[0].new_tensor(weights)
 
 
 def _check_density(density: float) -> None:
@@ -220,7 +238,7 @@ def _check_density(density: float) -> None:
 @contextmanager
 def _drawing(device: torch.device, seed: int) -> Iterator[None]:
     """Inside, PEFT draws with this seed; the process' own random state is untouched."""
-    check_integer("seed", seed, 0)
+    seeded(seed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

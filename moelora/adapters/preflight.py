@@ -22,27 +22,25 @@ from transformers import (
 
 from ..checkpoint.load import ACCESS
 from ..injection.targets import features, has_peft_layers
+from ..validation import expert_name_problem
 from .folders import xlora_sources
 from .reading import Adapter, read_adapter
 
 Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
-# What Windows keeps for devices: an expert's folder could not have this name there.
-RESERVED = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)),
-}
-MAX_NAME = 96
+COLUMNS = ("adapter", "r", "targets", "size", "problems")
 SHOWN = 4
 STORABLE = ("F32", "F16", "BF16")
+NO_MODULE = "the base has no module"
 
 
 @dataclass
 class Entry:
-    """One adapter of the set: its description, or None where it cannot be read at all, and what is
-    wrong with it.
+    """One adapter of the set.
+
+    Attributes:
+        name: the expert's name.
+        adapter: the adapter's description, or None where it cannot be read at all.
+        problems: what is wrong with it.
     """
 
     name: str
@@ -52,7 +50,12 @@ class Entry:
 
 @dataclass
 class Preflight:
-    """What `preflight` found: an `Entry` for each adapter, in order."""
+    """What `preflight` found.
+
+    Attributes:
+        base: what to call the base in messages.
+        entries: an `Entry` for each adapter, in order.
+    """
 
     base: str
     entries: list[Entry]
@@ -72,20 +75,26 @@ class Preflight:
         """The adapters that can be read, by name."""
         return {entry.name: entry.adapter for entry in self.entries if entry.adapter is not None}
 
-    def table(self) -> str:
-        """A Markdown table: adapter, rank, number of target linears, size, problems."""
-        lines = ["| adapter | r | targets | size | problems |", "|---|---|---|---|---|"]
+    def rows(self) -> list[tuple[str, ...]]:
+        """What the table says of each adapter: name, ranks, number of linears, size, problems."""
+        rows = []
         for entry in self.entries:
-            adapter = entry.adapter
-            ranks = sorted({t.r for t in adapter.targets.values()}) if adapter is not None else []
-            shown = [
-                entry.name,
-                f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)),
-                str(len(adapter.targets)) if adapter is not None else "",
-                f"{adapter.nbytes / 1e6:.2f} MB" if adapter is not None else "",
-                "; ".join(entry.problems) or "none",
-            ]
-            cells = [" ".join(cell.replace("|", "\\|").split()) for cell in shown]
+            problems = "; ".join(entry.problems) or "none"
+            if entry.adapter is None:
+                rows.append((entry.name, "", "", "", problems))
+                continue
+            targets = entry.adapter.targets
+            ranks = sorted({target.r for target in targets.values()})
+            span = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
+            size = f"{entry.adapter.nbytes / 1e6:.2f} MB"
+            rows.append((entry.name, span, str(len(targets)), size, problems))
+        return rows
+
+    def table(self) -> str:
+        """The same as a Markdown table."""
+        lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for row in self.rows():
+            cells = [" ".join(cell.replace("|", "\\|").split()) for cell in row]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -98,8 +107,8 @@ class Preflight:
         if not self.ok:
             bad = sum(bool(entry.problems) for entry in self.entries)
             raise ValueError(
-                f"{bad} of {len(self.entries)} adapters cannot become experts of {self.base}; nothing was loaded.\n"
-                f"{self.table()}"
+                f"{bad} of {len(self.entries)} adapters cannot become experts of {self.base}; "
+                f"nothing was loaded.\n{self.table()}"
             )
 
 
@@ -114,13 +123,14 @@ def preflight(
     """Check a set of adapters against a base; reads every tensor once, for NaN and Inf, and keeps
     none.
 
-    base: a loaded model, or a folder or hub id, of which only the configuration is read.
-    adapters: sources of `read_adapter` by expert name, pairs of name and source, or an X-LoRA
-    checkpoint's folder.
-    allow_base_mismatch: adapters may name another base; names and shapes of the linears must fit
-    all the same.
-    auto_class: how the base would be loaded, default by its configuration; kwargs find it:
-    revision, subfolder …
+    Args:
+        base: a loaded model, or a folder or hub id, of which only the configuration is read.
+        adapters: sources of `read_adapter` by expert name, pairs of name and source, or the folder
+            of an X-LoRA checkpoint.
+        allow_base_mismatch: adapters may name another base; names and shapes of the linears must
+            fit all the same.
+        auto_class: the Auto class that would load the base; None takes what its configuration says.
+        **kwargs: what finds the base: revision, subfolder …
 
     Raises:
         ValueError, TypeError: no adapters at all, or a base of the wrong kind.
@@ -139,10 +149,11 @@ def preflight(
 
 
 def named_sources(adapters: Sources) -> list[tuple[str, Any]]:
-    """The pairs of name and source that were meant.
+    """The pairs of expert name and source in any form that `preflight` takes.
 
     Raises:
-        ValueError: there are none. TypeError: something else came.
+        ValueError: there are none.
+        TypeError: something else came.
     """
     if isinstance(adapters, (str, PathLike)):
         adapters = xlora_sources(adapters)
@@ -151,7 +162,8 @@ def named_sources(adapters: Sources) -> list[tuple[str, Any]]:
         pairs = [(name, source) for name, source in items]
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f'adapters is a {type(adapters).__name__}; expected {{"name": folder, hub id or PeftModel, …}}.'
+            f"adapters is a {type(adapters).__name__}; "
+            'expected {"name": folder, hub id or PeftModel, …}.'
         ) from error
     if not pairs:
         raise ValueError("There are no adapters: give at least one.")
@@ -161,79 +173,90 @@ def named_sources(adapters: Sources) -> list[tuple[str, Any]]:
 def misfits(
     adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module] | None = None
 ) -> list[str]:
-    """Why this adapter's tensors cannot be experts of `model` (which may be on the meta device); []
-    if they can.
+    """Why this adapter's tensors cannot be experts of `model`; empty where they can.
+
+    Args:
+        adapter: a described adapter.
+        model: the base, which may be on the meta device.
+        modules: the base's modules by name, where they are at hand.
     """
     if adapter.problems:
         more = len(adapter.problems) - 2 * SHOWN
         return adapter.problems[: 2 * SHOWN] + ([f"and {more} more like these"] if more > 0 else [])
     modules = dict(model.named_modules()) if modules is None else modules
-    parameter = next(model.parameters())
-    found: dict[str, list[str]] = {}
+    double = next(model.parameters()).dtype == torch.float64
+    storable = {*STORABLE, "F64"} if double else {*STORABLE}
+    wrong: dict[str, list[str]] = {}
     for linear, target in adapter.targets.items():
         size = features(modules[linear]) if linear in modules else None
         if linear not in modules:
-            found.setdefault("the base has no module", []).append(linear)
+            wrong.setdefault(NO_MODULE, []).append(linear)
         elif size is None:
             kind = type(modules[linear]).__name__
-            found.setdefault(f"only linears can have experts, not {kind}", []).append(linear)
+            wrong.setdefault(f"only linears can have experts, not {kind}", []).append(linear)
         elif (target.a_shape[1], target.b_shape[0]) != size:
             came = f"{linear} (A {list(target.a_shape)}, B {list(target.b_shape)}"
             wanted = f"expected [{target.r}, {size[0]}] and [{size[1]}, {target.r}])"
-            found.setdefault("wrong shapes", []).append(f"{came}; {wanted}")
-        for dtype in {target.a_dtype, target.b_dtype} - set(STORABLE):
-            if dtype != "F64" or parameter.dtype != torch.float64:
-                found.setdefault(f"{dtype} cannot be held exactly; save it in F32", []).append(
-                    linear
-                )
-    problems = [f"{what}: {_some(where)}" for what, where in found.items()]
-    if "the base has no module" in found:
-        problems[list(found).index("the base has no module")] += _nearest(found, modules)
-    return problems + _values(adapter, model)
+            wrong.setdefault("wrong shapes", []).append(f"{came}; {wanted}")
+        for dtype in {target.a_dtype, target.b_dtype} - storable:
+            wrong.setdefault(f"{dtype} cannot be held exactly; save it in F32", []).append(linear)
+    problems = [f"{what}: {_some(where)}" for what, where in wrong.items()]
+    if NO_MODULE in wrong:
+        problems[list(wrong).index(NO_MODULE)] += _nearest(wrong[NO_MODULE][0], modules)
+    try:
+        return problems + _not_finite(adapter) + _trained_base(adapter, model)
+    except (ValueError, OSError) as error:
+        return [*problems, str(error).rstrip(".")]
 
 
-def _values(adapter: Adapter, model: nn.Module) -> list[str]:
-    """What only the tensors themselves tell: values that are no numbers, base tensors that were
-    trained.
-    """
+def _not_finite(adapter: Adapter) -> list[str]:
+    """A problem where A or B holds values that are not numbers."""
+    bad = []
+    for linear, target in adapter.targets.items():
+        # Of other dtypes torch cannot tell, and they are refused anyway.
+        if {target.a_dtype, target.b_dtype} <= {*STORABLE, "F64"} and not all(
+            bool(factor.isfinite().all()) for factor in adapter.factors(linear)
+        ):
+            bad.append(linear)
+    return [f"contains NaN or Inf: {_some(bad)}"] if bad else []
+
+
+def _trained_base(adapter: Adapter, model: nn.Module) -> list[str]:
+    """A problem where the adapter comes with weights of the base that are not the base's own."""
     # With duplicates: a tied head has two names.
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    bad = [
-        n for n in adapter.targets if not all(bool(t.isfinite().all()) for t in adapter.factors(n))
-    ]
+    trained = _trained(adapter)
     changed = []
     for name in adapter.saved:
         here = own.get(name)
-        # Beside an adapted head PEFT saves a copy of the base's; without weights here there is
-        # nothing to compare.
-        if here is not None and here.device.type == "meta" and name not in _trained(adapter):
-            continue
-        if (
-            here is None
-            or here.device.type == "meta"
-            or not _same(adapter.saved_tensor(name), here)
-        ):
+        if here is not None and here.device.type == "meta":
+            # Beside an adapted head PEFT saves a copy of the base's; without weights here there is
+            # nothing to compare it with.
+            same = name not in trained
+        else:
+            same = here is not None and _same(adapter.saved_tensor(name), here)
+        if not same:
             changed.append(name)
-    found = [f"contains NaN or Inf: {_some(bad)}"] if bad else []
-    if changed:
-        found.append(
-            f"it comes with trained weights of the base itself (modules_to_save): {_some(changed)}; all tokens share "
-            "those, whichever experts they choose: train it without, or put them into the base and save it first"
-        )
-    return found
+    if not changed:
+        return []
+    return [
+        "it comes with trained weights of the base itself (modules_to_save): "
+        f"{_some(changed)}; all tokens share those, whichever experts they choose: train it "
+        "without, or put them into the base and save it first"
+    ]
 
 
 def _trained(adapter: Adapter) -> list[str]:
     """Which of the tensors beside A and B the adapter says it trained; PEFT compares the ends of
     modules' names.
     """
-    ends = tuple(adapter.config.get("modules_to_save") or ())
-    found = []
+    ends = tuple(map(str, adapter.config.get("modules_to_save") or ()))
+    trained = []
     for name in adapter.saved:
         parts = name.split(".")
         if any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts))):
-            found.append(name)
-    return found
+            trained.append(name)
+    return trained
 
 
 def _same(saved: torch.Tensor, here: torch.Tensor) -> bool:
@@ -243,7 +266,7 @@ def _same(saved: torch.Tensor, here: torch.Tensor) -> bool:
 
 
 def _entry(name: Any, source: Any) -> Entry:
-    problem = name_problem(name)
+    problem = expert_name_problem(name)
     problems = [] if problem is None else [problem]
     try:
         return Entry(str(name), read_adapter(source), problems)
@@ -251,31 +274,16 @@ def _entry(name: Any, source: Any) -> Entry:
         return Entry(str(name), None, [*problems, str(error).rstrip(".")])
 
 
-def name_problem(name: Any) -> str | None:
-    """Why an expert cannot have this name, which also names the folder that it is exported to; None
-    if it can.
-    """
-    if not isinstance(name, str):
-        return f"the name {name!r} is a {type(name).__name__}; expected a string"
-    reason = None
-    if not name.strip() or len(name) > MAX_NAME:
-        reason = f"has {len(name)} letters; expected 1 to {MAX_NAME}"
-    elif name != name.strip() or name[0] == "." or name[-1] == ".":
-        reason = "begins or ends with a dot or a space"
-    elif any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
-        reason = "holds a separator or a character that no folder may have"
-    elif name.partition(".")[0].lower() in RESERVED:
-        reason = "is reserved by an operating system"
-    return None if reason is None else f"the name {name!r} {reason}: it must be fit for a folder"
-
-
 def _check_names(entries: list[Entry]) -> None:
-    seen: dict[str, str] = {}
+    # Also names that differ in case alone: some file systems hold both in one folder.
+    by_folder: dict[str, list[Entry]] = {}
     for entry in entries:
-        # Also names that differ in case alone: some file systems hold both in one folder.
-        other = seen.setdefault(entry.name.casefold(), entry.name)
-        if any(e is not entry and e.name.casefold() == entry.name.casefold() for e in entries):
-            entry.problems.append(f"the name is given twice ({other}, {entry.name}): rename one")
+        by_folder.setdefault(entry.name.casefold(), []).append(entry)
+    for alike in by_folder.values():
+        if len(alike) > 1:
+            names = ", ".join(entry.name for entry in alike)
+            for entry in alike:
+                entry.problems.append(f"the name is given twice ({names}): rename one")
 
 
 def _other_base(adapter: Adapter, name: str) -> list[str]:
@@ -283,7 +291,8 @@ def _other_base(adapter: Adapter, name: str) -> list[str]:
     if not name or not adapter.base or name == adapter.base or _last(name) == _last(adapter.base):
         return []
     return [
-        f"it was trained on {adapter.base}, not on {name}: pass the right base, or allow_base_mismatch=True"
+        f"it was trained on {adapter.base}, not on {name}: pass the right base, or "
+        "allow_base_mismatch=True"
     ]
 
 
@@ -294,8 +303,8 @@ def _last(name: str) -> str:
     return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
 
 
-def _nearest(found: Mapping[str, list[str]], modules: Mapping[str, nn.Module]) -> str:
-    near = difflib.get_close_matches(found["the base has no module"][0], modules, n=2, cutoff=0.3)
+def _nearest(name: str, modules: Mapping[str, nn.Module]) -> str:
+    near = difflib.get_close_matches(name, modules, n=2, cutoff=0.3)
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
@@ -309,9 +318,10 @@ def _skeleton(base: Any, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTr
     if isinstance(base, PreTrainedModel):
         if has_peft_layers(base):
             raise ValueError(
-                f"This {type(base).__name__} has PEFT adapters inside, which changes its modules: unload them first."
+                f"This {type(base).__name__} has PEFT adapters inside, which changes its modules: "
+                "unload them first."
             )
-        return base, base.config._name_or_path or ""
+        return base, base.config.name_or_path or ""
     if not isinstance(base, (str, PathLike)):
         raise TypeError(
             f"base is a {type(base).__name__}; expected a hub id, a folder or a PreTrainedModel."

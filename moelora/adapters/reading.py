@@ -13,31 +13,45 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from ..validation import check_integer
 from .folders import CONFIG, WEIGHTS, find_folder, inside, read_json
-from .supported import unnamed, unsupported
+from .patterns import Patterns
+from .supported import refused_settings, untargeted
 
-# Of tensors that are no expert's A or B: what the key holds, and why that is refused.
+# Of tensors that are not an expert's A or B: what the key holds, and why that is refused.
 FOREIGN = (
     (
         ".lora_embedding_",
         "it adapts an embedding, whose rows are looked up before any router has run",
     ),
     (".lora_magnitude_vector", "DoRA's magnitudes are not a delta that can be weighted and added"),
-    (".lora_B.bias", "its B has a bias, which an expert has not"),
+    (".lora_B.bias", "its B has a bias, which an expert does not have"),
     (
         ".trainable_tokens_",
         "it trained token embeddings, which are looked up before any router has run",
     ),
 )
+# No module of a model has a longer name, and messages show them.
+MAX_KEY = 1024
+# The shape and dtype (by safetensors' names) of each tensor, by its key.
+Header = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted linear: A `[r, d_in]` and B `[d_out, r]` add s·B·A; dtypes by safetensors' names."""
+    """One adapted linear: A `[r, d_in]` and B `[d_out, r]` add s·B·A.
+
+    Attributes:
+        r: the rank.
+        scaling: s.
+        a_shape: the shape of A.
+        b_shape: the shape of B.
+        a_dtype: the dtype of A, by safetensors' name for it.
+        b_dtype: the dtype of B, by safetensors' name for it.
+    """
 
     r: int
     scaling: float
@@ -51,12 +65,14 @@ class Target:
 class Adapter:
     """A PEFT LoRA, described; its tensors are read when they are asked for, linear by linear.
 
-    where: what to call it in messages. config: its adapter_config.json. base, revision: what it was
-    trained on.
-    targets: its linears by their names in the base. saved: tensors of the base itself that lie
-    beside (trained heads, copies of embeddings), by their names in the base, with their shapes.
-    nbytes: the size of A and B.
-    problems: why it cannot become an expert of any base; empty where nothing speaks against it.
+    Attributes:
+        where: what to call it in messages.
+        config: its adapter_config.json.
+        targets: its linears by their names in the base.
+        saved: tensors of the base itself that lie beside A and B (trained heads, copies of
+            embeddings), by their names in the base, with their shapes.
+        nbytes: the size of A and B in bytes.
+        problems: why it cannot become an expert of any base; empty where nothing speaks against it.
     """
 
     where: str
@@ -71,12 +87,8 @@ class Adapter:
     @property
     def base(self) -> str | None:
         """The id or folder of the base that it was trained on, where it says so."""
-        return self.config.get("base_model_name_or_path") or None
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of that base, where it says so."""
-        return self.config.get("revision") or None
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
 
     def factors(self, linear: str) -> tuple[Tensor, Tensor]:
         """A `[r, d_in]` and B `[d_out, r]` of the base's linear of this name, as they are stored.
@@ -99,21 +111,30 @@ class Adapter:
 
     def _tensors(self, keys: list[str]) -> list[Tensor]:
         assert self._read is not None
-        return self._read(keys)
+        try:
+            return self._read(keys)
+        except OSError:
+            raise
+        except Exception as error:
+            # safetensors has no one error for bytes that it cannot make a tensor of.
+            raise ValueError(
+                f"{self.where}: {', '.join(keys)} cannot be read ({error}): save the adapter again."
+            ) from error
 
 
 def read_adapter(source: Any) -> Adapter:
     """Describe an adapter; only the header of its weights is read.
 
-    source: a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision` for a
-    revision), a `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an `Adapter`,
-    which comes back as it is.
+    Args:
+        source: a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision` for
+            a revision), a `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an
+            `Adapter`, which comes back as it is.
 
     Raises:
         TypeError: a source of another kind.
         ValueError: nothing there that can be read: no folder, missing or damaged files, links out
-        of the folder,
-            pickled weights. What can be read and not used is in the answer's `problems`.
+            of the folder, pickled weights. What can be read and not used is in the answer's
+            `problems`.
     """
     if isinstance(source, Adapter):
         return source
@@ -123,15 +144,16 @@ def read_adapter(source: Any) -> Adapter:
     model, name = source if pair else (source, None)  # type: ignore[misc]
     if not isinstance(model, PeftModel):
         raise TypeError(
-            f"An adapter came as a {type(source).__name__}; expected a folder, a hub id, a PeftModel or a pair "
-            "(PeftModel, adapter name)."
+            f"An adapter came as a {type(source).__name__}; expected a folder, a hub id, a "
+            "PeftModel or a pair (PeftModel, adapter name)."
         )
     names = list(model.peft_config)
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
         raise ValueError(
-            f"The PeftModel has no adapter {name!r}: pass (model, name) with one of: {', '.join(names)}."
+            f"The PeftModel has no adapter {name!r}: pass (model, name) with one of: "
+            f"{', '.join(names)}."
         )
     return _read_model(model, name)
 
@@ -139,36 +161,48 @@ def read_adapter(source: Any) -> Adapter:
 def _read_folder(folder: Path, root: Path) -> Adapter:
     """Describe the adapter in `folder`; no file may lie outside of `root`."""
     if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink():
-        raise ValueError(f"{folder} holds no {CONFIG}: it is no PEFT adapter, or not a whole one.")
+        raise ValueError(
+            f"{folder} holds no {CONFIG}: it is not a PEFT adapter, or not a whole one."
+        )
     config = read_json(inside(folder / CONFIG, root))
-    adapter = Adapter(str(folder), config, problems=unsupported(config))
+    adapter = Adapter(str(folder), config, problems=refused_settings(config))
     path = folder / WEIGHTS
-    if not path.exists() and not path.is_symlink():
-        if adapter.problems:
-            return adapter
+    if path.exists() or path.is_symlink():
+        header = _open(adapter, inside(path, root))
+        _describe(adapter, header, None)
+    elif not adapter.problems:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         why = f"holds no {WEIGHTS}"
         if pickles:
             why += (
-                f", but {', '.join(pickles)}: pickles can run code when they are read and are refused. Where "
-                "you trust it, load it with PEFT and save it with safe_serialization=True"
+                f", but {', '.join(pickles)}: pickles can run code when they are read and are "
+                "refused. Where you trust it, load it with PEFT and save it with "
+                "safe_serialization=True"
             )
         raise ValueError(f"{folder} {why}.")
-    path = inside(path, root)
+    return adapter
 
+
+def _open(adapter: Adapter, path: Path) -> Header:
+    """The header of a weights' file, which `adapter` then reads its tensors from."""
     try:
         # Opening checks the header against the file's size; nothing is allocated for the tensors.
         file = safe_open(path, framework="pt")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - a file is no dict
-        header = {k: (tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
-    except SafetensorError as error:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - a file is not a dict
+        header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        if any(len(key) > MAX_KEY for key in header):
+            raise ValueError(f"the name of a tensor has more than {MAX_KEY} letters")
+    except OSError:
+        raise
+    except Exception as error:
+        # A SafetensorError, or for some damaged headers whatever their reader stumbles on.
         raise ValueError(
-            f"{path} is damaged, cut short or no safetensors file ({error}): copy or save it again."
+            f"{path} is damaged, cut short or not a safetensors file ({error}): copy or save it "
+            "again."
         ) from error
     # Kept open: to open it anew for every linear would parse the header each time.
     adapter._read = lambda keys: [file.get_tensor(key) for key in keys]
-    _describe(adapter, header, None)
-    return adapter
+    return header
 
 
 def _read_model(model: PeftModel, name: str) -> Adapter:
@@ -176,7 +210,7 @@ def _read_model(model: PeftModel, name: str) -> Adapter:
     config = model.peft_config[name].to_dict()
     config["peft_type"] = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     adapter = Adapter(
-        f"{type(model).__name__} adapter {name!r}", config, problems=unsupported(config)
+        f"{type(model).__name__} adapter {name!r}", config, problems=refused_settings(config)
     )
     if adapter.problems:
         return adapter
@@ -196,23 +230,24 @@ def _read_model(model: PeftModel, name: str) -> Adapter:
     return adapter
 
 
-def _describe(
-    adapter: Adapter,
-    header: Mapping[str, tuple[tuple[int, ...], str]],
-    scaling_of: Callable[[str], float] | None,
-) -> None:
-    """Fill in the targets and what lies beside them, from each tensor's shape and dtype; note what
-    is wrong.
+def _describe(adapter: Adapter, header: Header, scaling_of: Callable[[str], float] | None) -> None:
+    """Fill in the targets and what lies beside them, and note what is wrong.
+
+    Args:
+        adapter: the adapter to describe.
+        header: the shape and dtype of each of its tensors.
+        scaling_of: a live layer's own scaling; None takes the configuration's.
     """
     if any(key.startswith("base_model.lora_model.") for key in header):
         # Keys that contain another adapter's name are dropped, and X-LoRA's adapters are called as
         # layers are: 0, 1 …
         adapter.problems.append(
-            "PEFT saved it out of an X-LoRA model, without the layers whose number is another adapter's name: "
-            "use the folder that the X-LoRA model was made from"
+            "PEFT saved it out of an X-LoRA model, without the layers whose number is another "
+            "adapter's name: use the folder that the X-LoRA model was made from"
         )
         return
     pairs = _sorted_keys(adapter, header)
+    patterns = Patterns(len(pairs))
     for linear, keys in pairs.items():
         missing = sorted({"lora_A", "lora_B"} - set(keys))
         if missing:
@@ -220,7 +255,7 @@ def _describe(
             continue
         (a, a_dtype), (b, b_dtype) = header[keys["lora_A"]], header[keys["lora_B"]]
         wrong = _wrong_pair(linear, a, b)
-        rank, scaling = (0, 0.0) if wrong else _expected(adapter, linear)
+        rank, scaling = (0, 0.0) if wrong else _expected(adapter, linear, patterns)
         if not wrong and rank != a[0]:
             wrong = f"{linear} has rank {a[0]} in the file and {rank} by its {CONFIG}"
         if wrong:
@@ -231,23 +266,19 @@ def _describe(
             adapter.problems.append(f"{linear} has scaling {own}")
         adapter.targets[linear] = Target(a[0], own, a, b, a_dtype, b_dtype)
         adapter.nbytes += sum(math.prod(s) * _bytes(d) for s, d in ((a, a_dtype), (b, b_dtype)))
+    if not pairs and not adapter.problems:
+        adapter.problems.append("it has no lora_A and lora_B tensors: there is nothing in it")
     try:
-        left_out = unnamed(adapter.config, adapter.targets)
+        left_out = untargeted(adapter.config, adapter.targets, patterns)
     except Exception as error:
         # Whatever a broken configuration holds.
         adapter.problems.append(f"PEFT cannot read its target modules ({error})")
     else:
         adapter.problems += [f"its target_modules leaves out {linear}" for linear in left_out[:4]]
-    if not pairs and not adapter.problems:
-        adapter.problems.append("it has no lora_A and lora_B tensors: there is nothing in it")
 
 
-def _sorted_keys(
-    adapter: Adapter, header: Mapping[str, tuple[tuple[int, ...], str]]
-) -> dict[str, dict[str, str]]:
-    """The keys of each linear's lora_A and lora_B; what else there is goes to `saved` or
-    `problems`.
-    """
+def _sorted_keys(adapter: Adapter, header: Header) -> dict[str, dict[str, str]]:
+    """The keys of each linear's lora_A and lora_B; the others go to `saved` or `problems`."""
     pairs: dict[str, dict[str, str]] = {}
     for key in header:
         name = key.removeprefix("base_model.model.")
@@ -267,36 +298,36 @@ def _sorted_keys(
 def _part_of(name: str) -> tuple[str, str | None]:
     """The linear and "lora_A" or "lora_B" of a tensor's name, or (name, None)."""
     for part in ("lora_A", "lora_B"):
-        linear, found, rest = name.rpartition(f".{part}.")
-        if found and rest == "weight":
+        linear, separator, rest = name.rpartition(f".{part}.")
+        if separator and rest == "weight":
             return linear, part
     return name, None
 
 
 def _wrong_pair(linear: str, a: tuple[int, ...], b: tuple[int, ...]) -> str | None:
+    shapes = f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}"
     if len(a) != 2 or len(b) != 2:
-        return f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}: only linears can have experts"
+        return f"{shapes}: only linears can have experts"
     if a[0] != b[1] or not a[0]:
-        return f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}, which do not fit together"
+        return f"{shapes}, which do not fit together"
     return None
 
 
-def _expected(adapter: Adapter, linear: str) -> tuple[int, float]:
-    """Rank and scaling of a linear by the configuration, matched as PEFT matches its patterns; (0,
-    0) if broken.
-    """
+def _expected(adapter: Adapter, linear: str, patterns: Patterns) -> tuple[int, float]:
+    """A linear's rank and scaling by the configuration; (0, 0) where that is broken."""
     config = adapter.config
+
+    def setting(name: str, by_pattern: str) -> Any:
+        values = config.get(by_pattern) or {}
+        return values.get(patterns.first(values, linear), config.get(name, 8))
+
     try:
-        values = []
-        for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            patterns = config.get(name) or {}
-            values.append(
-                patterns.get(get_pattern_key(list(patterns), linear), config.get(default, 8))
-            )
-        rank, alpha = values
-        return int(rank), float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        rank = setting("r", "rank_pattern")
+        check_integer("r", rank, 1)
+        norm = math.sqrt(rank) if config.get("use_rslora") else rank
+        return rank, float(setting("lora_alpha", "alpha_pattern") / norm)
     except Exception as error:
-        # Whatever a broken configuration holds: wrong types, zero, a pattern that is no regular
+        # Whatever a broken configuration holds: wrong types, zero, a pattern that is not a regular
         # expression.
         note = f"its r, lora_alpha and their patterns give no rank and scaling ({error})"
         if note not in adapter.problems:

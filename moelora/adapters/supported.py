@@ -1,15 +1,15 @@
-"""Which features of a PEFT LoRA a mixture can hold exactly; every other one is refused with its
-reason.
-"""
+"""What of a PEFT LoRA's configuration a mixture can hold exactly; the rest is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+
+from .patterns import Patterns
 
 # Fields that say how an adapter came about or which file is whose, or that are read where they
 # matter.
@@ -47,14 +47,24 @@ HARMLESS = {
 }
 REASONS = {
     "bias": "it trained biases of the base, which belong to all tokens, not to those of one expert",
-    "lora_bias": "its B has a bias, which an expert has not",
-    "use_dora": "DoRA rescales the base's own output by a learned magnitude: not a delta that can be weighted "
-    "and added. Train it without use_dora",
-    "trainable_token_indices": "it trained token embeddings, which are looked up before any router has run",
+    "lora_bias": "its B has a bias, which an expert does not have",
+    "use_dora": "DoRA rescales the base's own output by a learned magnitude: not a delta that can "
+    "be weighted and added. Train it without use_dora",
+    "trainable_token_indices": "it trained token embeddings, which are looked up before any router "
+    "has run",
     "layer_replication": "it adds layers to the base",
     "megatron_config": "its layers are Megatron's parallel ones",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
     "target_parameters": "it adapts bare parameters (fused experts), not linears",
+}
+# Settings that are read here, and what JSON gives for them.
+TYPES: dict[str, Any] = {
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "modules_to_save": list | set | tuple | None,
+    "use_rslora": bool | None,
+    "rank_pattern": dict | None,
+    "alpha_pattern": dict | None,
 }
 # Initialisations that leave the base as it is: what is saved is the whole change.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -63,47 +73,70 @@ PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """What in an adapter_config.json keeps its adapter from being an expert; empty where nothing
-    does.
-    """
+def refused_settings(config: Mapping[str, Any]) -> list[str]:
+    """The settings in an adapter_config.json that no expert can have, each with its reason."""
     kind = str(config.get("peft_type") or "").rpartition(".")[2]
     if kind == "XLORA":
         return [
-            "it is an X-LoRA checkpoint of several adapters: pass its folder in place of the whole dict"
+            "it is an X-LoRA checkpoint of several adapters: pass its folder in place of the whole "
+            "dict"
         ]
     if kind != "LORA":
         return [f"peft_type is {kind or 'missing'}; only LORA adapters can become experts"]
-    found = []
+    reasons = []
     defaults = {f.name: _default(f) for f in fields(LoraConfig)}
     for name, value in config.items():
+        if not isinstance(value, TYPES.get(name, object)):
+            reasons.append(f"{name}={short(value)} has the wrong type: {type(value).__name__}")
         if name in HARMLESS or name == "init_lora_weights":
             continue
         # A field that this PEFT does not know is off where it is empty.
         default = defaults.get(name)
         if value != default and (value or default):
             reason = REASONS.get(name, "what it does is not the plain delta s·BA of an expert")
-            found.append(f"{name}={_short(value)}: {reason}")
-    return found + _initialisation(config.get("init_lora_weights", True))
+            reasons.append(f"{name}={short(value)}: {reason}")
+    return reasons + _initialisation(config.get("init_lora_weights", True))
 
 
-def unnamed(config: Mapping[str, Any], linears: Iterable[str]) -> list[str]:
-    """The linears that the adapter's own target_modules does not name: PEFT would leave their
+def untargeted(
+    config: Mapping[str, Any], linears: Collection[str], patterns: Patterns
+) -> list[str]:
+    """The linears of an adapter that its own target_modules does not match: PEFT would leave their
     tensors out.
 
+    Args:
+        config: the adapter_config.json.
+        linears: the full names of the linears that have tensors.
+        patterns: matches the regular expressions among the settings.
+
     Raises:
-        ValueError, TypeError: the configuration is not one that PEFT takes.
+        ValueError, TypeError: the configuration is not one that PEFT takes, or has patterns that
+            take too long.
     """
     targets = config.get("target_modules")
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return []
+    excluded = config.get("exclude_modules")
+    in_layers = config.get("layers_pattern")
+    for name in [in_layers] if isinstance(in_layers, str) else in_layers or []:
+        # PEFT makes a regular expression of it, which is therefore checked here.
+        if not all(part.isidentifier() for part in str(name).split(".")):
+            raise ValueError(f"layers_pattern={short(name)} is not a module's name")
     lora = LoraConfig(
         target_modules=targets,
-        exclude_modules=config.get("exclude_modules"),
+        exclude_modules=None if isinstance(excluded, str) else excluded,
         layers_to_transform=config.get("layers_to_transform"),
-        layers_pattern=config.get("layers_pattern"),
+        layers_pattern=in_layers,
     )
-    return [linear for linear in linears if not check_target_module_exists(lora, linear)]
+
+    def is_target(linear: str) -> bool:
+        if isinstance(excluded, str) and patterns.matches(excluded, linear):
+            return False
+        if isinstance(targets, str):
+            lora.target_modules = [linear] if patterns.matches(targets, linear) else []
+        return bool(check_target_module_exists(lora, linear))
+
+    return [linear for linear in linears if not is_target(linear)]
 
 
 def _initialisation(how: Any) -> list[str]:
@@ -116,10 +149,10 @@ def _initialisation(how: Any) -> list[str]:
         if how.lower() == "loftq":
             remedy = "merge it into the base that LoftQ made, or train it without"
         return [
-            f"init_lora_weights={how!r} changed the base's weights when training began, so that A and B are no "
-            f"delta on the base as it is: {remedy}"
+            f"init_lora_weights={how!r} changed the base's weights when training began, so that A "
+            f"and B are not a delta on the base as it is: {remedy}"
         ]
-    return [f"init_lora_weights={_short(how)} is not known; expected one of: {_names(PLAIN_INITS)}"]
+    return [f"init_lora_weights={short(how)} is not known; expected one of: {_names(PLAIN_INITS)}"]
 
 
 def _default(field: Any) -> Any:
@@ -132,6 +165,7 @@ def _names(values: tuple) -> str:
     return ", ".join(str(v) for v in values)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message shows it: at most 60 letters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

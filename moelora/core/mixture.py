@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ..config import MoeLoraConfig
 from ..routers import ROUTERS, Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors
-from .linear import Site
+from .linear import LoraA, LoraB, Site
 from .load_window import LoadWindow
 from .overrides import entered_override
 
@@ -50,6 +50,8 @@ class Mixture(nn.Module):
         self.context = MixtureContext(config)
         # Past nn.Module.__setattr__: the sites are the decoder layers' submodules.
         object.__setattr__(self, "sites", nn.ModuleDict())
+        # Of each router: the site or layer that it is a submodule of.
+        self.owners: list[Site | LayerExperts] = []
         self.outside = LayerExperts()
         self.unadapted: dict[str, str] = {}
         # What trained in the base before it was frozen, by name; `unload` gives that back.
@@ -112,12 +114,14 @@ class Mixture(nn.Module):
         """Whether this thread is inside `use_experts`."""
         return entered_override(self.context) is not None
 
-    def new_router(self, name: str, in_features: int, **factory) -> tuple[int, Router]:
-        """The number of the router called `name`, and the router; the caller gives it a place."""
+    def add_router(self, owner: Site | LayerExperts, name: str, in_features: int, **factory) -> int:
+        """Make the router of what is called `name`, give it to its owner, and return its number."""
         router = ROUTERS[self.config.router](self.config, in_features).to(**factory)
+        owner.router = router
+        self.owners.append(owner)
         self.routers[name.replace(".", "-")] = router
         self.context.router_names.append(name)
-        return len(self.routers) - 1, router
+        return len(self.routers) - 1
 
     def add_site(self, site: Site) -> None:
         """Take note of a site, which lies in its decoder layer."""
@@ -130,6 +134,30 @@ class Mixture(nn.Module):
     def finish(self, device: torch.device) -> None:
         """Make the load's buffers, once all routers are there."""
         self.load = self.context.load = LoadWindow(self.config, len(self.routers), device)
+        self.refresh()
+
+    def put(
+        self,
+        config: MoeLoraConfig,
+        load: LoadWindow,
+        routers: Sequence[Router],
+        factors: Sequence[tuple[LoraA, list[LoraB]]],
+    ) -> None:
+        """Put in the parts of changed experts, all prepared before.
+
+        Args:
+            config: the configuration with the changed experts.
+            load: their load.
+            routers: a router for each there is, in their order.
+            factors: for each site its lora_A and the lora_B of its linears.
+        """
+        for key, owner, router in zip(list(self.routers), self.owners, routers, strict=True):
+            owner.router = router
+            self.routers[key] = router
+        for site, own in zip(self.site_list(), factors, strict=True):
+            site.put(*own)
+        self.load = self.context.load = load
+        self.context.config = config
         self.refresh()
 
     def refresh(self) -> None:

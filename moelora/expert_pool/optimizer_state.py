@@ -17,8 +17,12 @@ from ..routers import Router
 
 @dataclass(frozen=True)
 class Moved:
-    """A parameter whose rows come from `old`: pieces of (first row there, number of rows), None for
-    new rows.
+    """A parameter whose rows come from an earlier one.
+
+    Attributes:
+        new: the parameter.
+        old: the one that its rows come from, or None where all are new.
+        pieces: the first row in `old` (None for new rows) and the number of rows, piece by piece.
     """
 
     new: nn.Parameter
@@ -30,7 +34,9 @@ class Moved:
 class PoolChange:
     """Which parameters a change of the experts put in the place of which; see `resume_optimizer`.
 
-    gone: parameters that are no longer the model's.
+    Attributes:
+        moved: the parameters that took another one's place, or are new.
+        gone: the parameters that are no longer the model's.
     """
 
     moved: list[Moved] = field(default_factory=list)
@@ -56,7 +62,7 @@ class PoolChange:
                 former = keep[expert]
                 start = None if former is None else before.starts.get((i // experts, former))
                 pieces.append((start, rows))
-        self.replaced(before.parameter, after.rows, pieces)
+        self.replaced(before.parameter, after.weight, pieces)
 
     def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
         """Note what became of a router's parameters: rows of experts move, what has other rows
@@ -80,7 +86,7 @@ class TrainedRows:
     """Where each expert's trained rows lie in a factor's parameter, at this moment."""
 
     def __init__(self, factor: Factor):
-        self.parameter = factor.rows
+        self.parameter = factor.weight
         self.starts: dict[tuple[int, int], int] = {}
         experts, start = len(set(factor.experts)), 0
         for i, (expert, rows) in enumerate(zip(factor.experts, factor.blocks)):
@@ -98,24 +104,28 @@ def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
     step: under Adam their first updates are up to (1−β1)/√(1−β2) times the learning rate, about
     three. Call it between optimizer steps.
 
+    Args:
+        optimizer: the optimizer to change, in place.
+        *changes: what the changes of the experts returned, in their order.
+
     Raises:
-        TypeError: a state that does not belong to single elements, as Adafactor's: make a new
-        optimizer then.
+        TypeError: a state that does not belong to single elements, such as Adafactor's: make a new
+            optimizer then.
     """
-    made: dict[int, dict[str, Any]] = {}
+    carried: dict[int, dict[str, Any]] = {}
     for change in changes:
         for moved in change.moved:
-            known = made.get(id(moved.old))
+            known = carried.get(id(moved.old))
             state: dict = (optimizer.state.get(moved.old) or {}) if known is None else known
-            made[id(moved.new)] = {
+            carried[id(moved.new)] = {
                 name: _carried(name, value, moved) for name, value in state.items()
             }
     # Nothing is changed before all could be carried.
     for change in changes:
         _take_places(optimizer, change)
         for moved in change.moved:
-            if made[id(moved.new)]:
-                optimizer.state[moved.new] = made[id(moved.new)]
+            if carried[id(moved.new)]:
+                optimizer.state[moved.new] = carried[id(moved.new)]
         for parameter in change.gone:
             optimizer.state.pop(parameter, None)
 
@@ -137,7 +147,8 @@ def _carried(name: str, value: Any, moved: Moved) -> Any:
         return value.clone()
     raise TypeError(
         f"The optimizer keeps {name!r} of shape {tuple(value.shape)} for a parameter of shape "
-        f"{tuple(moved.old.shape)}, which cannot be split by expert: make a new optimizer for the changed model."
+        f"{tuple(moved.old.shape)}, which cannot be split by expert: make a new optimizer for the "
+        "changed model."
     )
 
 

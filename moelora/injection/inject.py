@@ -143,9 +143,8 @@ def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
             )
         module = modules[layer]
         hidden = model.config.get_text_config().hidden_size
-        index, router = mixture.new_router(layer, hidden, device=device_of(module))
         experts = _place(model, mixture, layer)
-        experts.router = router
+        index = mixture.add_router(experts, layer, hidden, device=device_of(module))
         LayerRoutingHook(mixture.context, index, module)
 
 
@@ -160,9 +159,7 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     layer = decoder_layer(model, names[0])
     site = Site(mixture.context, names, layer, sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
     if mixture.config.router_scope in ("site", "projection"):
-        site.router_index, site.router = mixture.new_router(
-            names[0], site.in_features, device=device
-        )
+        site.router_index = mixture.add_router(site, names[0], site.in_features, device=device)
     # A module's name holds no dot.
     key = names[0].removeprefix(f"{layer}.").replace(".", "-")
     _place(model, mixture, layer).sites[key] = site

@@ -23,7 +23,7 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.adapters.composing import factors_of
+from moelora.adapters.composing import adapter_factors
 from moelora.adapters.reading import read_adapter
 
 IDS = tokens()
@@ -255,18 +255,20 @@ def test_sixty_four_adapters_grow_the_model_by_their_size_alone(tmp_path):
     begin = time.perf_counter()
     model = MoeLoraForCausalLM.from_adapters(causal_base(), adapters).eval()
     assert time.perf_counter() - begin < 20
-    assert sum(p.numel() for p in model.moelora.sites.parameters()) == 64 * one
+    each = (own for e in range(64) for own in model.moelora.expert(e).values())
+    assert sum(own.A.numel() + own.B.numel() for own in each) == 64 * one
     assert close(forced(model, "expert63"), peft_logits("llama", adapters["expert63"], IDS))
 
 
 def test_factors_of_one_adapter_for_a_mixture(tmp_path, pair):
     model = MoeLoraForCausalLM.from_adapters(causal_base(), {"math": pair["math"]})
     stored = load_file(f"{pair['code']}/adapter_model.safetensors")
-    found = factors_of(pair["code"], model)
+    found = adapter_factors(pair["code"], model)
     assert set(found) == set(model.moelora_config.target_modules)
-    for name, (A, B, scaling) in found.items():
-        assert torch.equal(A, stored[f"base_model.model.{name}.lora_A.weight"]) and scaling == 1.0
-        assert torch.equal(B.T, stored[f"base_model.model.{name}.lora_B.weight"])
+    for name, own in found.items():
+        assert torch.equal(own.A, stored[f"base_model.model.{name}.lora_A.weight"])
+        assert own.scaling == 1.0
+        assert torch.equal(own.B.T, stored[f"base_model.model.{name}.lora_B.weight"])
     other = save_adapter(tmp_path / "other", causal_base(hidden_size=64))
     with pytest.raises(ValueError, match="wrong shapes"):
-        factors_of(other, model)
+        adapter_factors(other, model)

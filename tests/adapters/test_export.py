@@ -92,8 +92,8 @@ def test_ranks_and_scalings_of_single_linears_go_out_exactly(expert, use_rslora,
         layer = made.base_model.model.get_submodule(linear)
         assert layer.scaling["default"] == delta.scaling, linear
         # Whatever had to be added to the rank adds nothing.
-        assert torch.equal(layer.lora_A["default"].weight[: delta.rank], delta.A)
-        assert not layer.lora_A["default"].weight[delta.rank :].any()
+        assert torch.equal(layer.lora_A["default"].weight[: len(delta.A)], delta.A)
+        assert not layer.lora_A["default"].weight[len(delta.A) :].any()
     adapted = {
         n.removeprefix("base_model.model.") for n, m in made.named_modules() if hasattr(m, "lora_A")
     }
@@ -241,16 +241,35 @@ def test_a_write_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     def failing_once(source, target):
-        if Path(target) == folder and not source.name.endswith("-old"):
+        if Path(target) == folder and source.name.endswith(".new"):
             failing()
         rename(source, target)
 
-    what, how = ("save_file", failing) if at == "writing" else ("os.rename", failing_once)
-    monkeypatch.setattr(f"moelora.adapters.writing.{what}", how)
+    if at == "writing":
+        monkeypatch.setattr("moelora.adapters.writing.save_file", failing)
+    else:
+        monkeypatch.setattr("moelora.checkpoint.atomic.os.rename", failing_once)
     with pytest.raises(OSError, match="No space left") as error:
         model.export_expert("expert_1", folder, overwrite=True)
     assert error.value.errno == 28 and str(folder) in str(error.value)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch):
+    model, folder = causal("llama"), tmp_path / "out"
+    model.export_expert("expert_0", folder)
+    child = os.fork()
+    if not child:
+        # Killed with the new folder half written.
+        monkeypatch.setattr("moelora.adapters.writing.save_file", lambda *_, **__: os._exit(9))
+        model.export_expert("expert_1", folder, overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) > 1
+    close(logits(stock("llama", folder)), forced(model, "expert_0"))
+    model.export_expert("expert_1", folder, overwrite=True)
+    close(logits(stock("llama", folder)), forced(model, "expert_1"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -265,9 +284,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
         model.export_expert("expert_0", tmp_path / "file")
     with pytest.raises(OSError, match="could not be written"):
         model.export_expert("expert_0", tmp_path / "file" / "below")
-    site = next(iter(model.moelora.sites.values()))
     with torch.no_grad():
-        site.linears[0].lora_B.rows[0, 0] = 1e6
+        model.moelora.expert(0)[FIRST].B[0, 0] = 1e6
     with pytest.raises(
         ValueError, match=rf"lora_B of {FIRST} contains NaN or Inf in torch.float16"
     ):
@@ -314,5 +332,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
         if hasattr(m, "lora_A")
     }
     deltas = expert_deltas(model, "expert_1")
-    assert {n: m.r["default"] for n, m in adapted.items()} == {n: d.rank for n, d in deltas.items()}
+    assert {n: m.r["default"] for n, m in adapted.items()} == {
+        n: len(d.A) for n, d in deltas.items()
+    }
     close(logits(made), forced(model, "expert_1"))

@@ -98,7 +98,7 @@ def test_every_bit_arrives_and_everything_trains(mixed, base):
                 assert torch.equal(B, stored[f"{prefix}B.weight"])
     assert all(p.requires_grad for p in model.moelora.parameters())
     assert not any(
-        p.requires_grad for n, p in model.named_parameters() if not n.startswith("moelora.")
+        p.requires_grad for n, p in model.named_parameters() if not model.moelora.owns(n)
     )
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.moelora.parameters() if p.numel())

@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from moelora import MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.adapters.preflight import name_problem, preflight
+from moelora.adapters.preflight import preflight
+from moelora.validation import expert_name_problem
 
 
 @pytest.fixture
@@ -56,12 +57,14 @@ def bad_set(folder):
 
 
 TOLD = {
-    "shapes": "wrong shapes: model.layers.0.self_attn.q_proj (A [8, 64], B [64, 8]; expected [8, 32] and [32, 8])",
+    "shapes": "wrong shapes: model.layers.0.self_attn.q_proj (A [8, 64], B [64, 8]; "
+    "expected [8, 32] and [32, 8])",
     "nan": "contains NaN or Inf: model.layers.0.self_attn.v_proj",
     "dora": "use_dora=True: DoRA rescales",
     "missing": "the base has no module: transformer.h.0.attn.c_attn, transformer.h.1.attn.c_attn",
     "pickle": "pickles can run code",
-    "layers": "the base has no module: model.layers.2.self_attn.q_proj, model.layers.2.self_attn.v_proj (nearest: ",
+    "layers": "the base has no module: model.layers.2.self_attn.q_proj, "
+    "model.layers.2.self_attn.v_proj (nearest: ",
     "dtype": "F64 cannot be held exactly; save it in F32: model.layers.0.self_attn.q_proj",
     "../up": "must be fit for a folder",
 }
@@ -156,7 +159,7 @@ def test_names_that_are_unfit_for_a_folder(good, name):
 
 @pytest.mark.parametrize("name", ["math", "de-DE_1.5", "Mathe für alle", "数学", "expert_0"])
 def test_names_that_are_fit(name):
-    assert name_problem(name) is None
+    assert expert_name_problem(name) is None
 
 
 def test_names_given_twice(good):
@@ -173,7 +176,7 @@ def test_what_is_no_set_of_adapters(good, tmp_path):
     for no_pairs in (3, [good, good], [3]):
         with pytest.raises(TypeError, match="expected"):
             preflight(causal_base(), no_pairs)
-    with pytest.raises(ValueError, match="no X-LoRA checkpoint"):
+    with pytest.raises(ValueError, match="not an X-LoRA checkpoint"):
         preflight(causal_base(), good)
     with pytest.raises(ValueError, match="holds no adapter_config"):
         preflight(causal_base(), tmp_path)

@@ -216,7 +216,7 @@ def test_missing_and_damaged_files_raise(tmp_path, folder):
 def test_a_hub_id_that_cannot_be_reached_says_so():
     with pytest.raises(ValueError, match="not in the cache and cannot be reached"):
         read_adapter("nobody/no-such-adapter@main")
-    with pytest.raises(ValueError, match="no hub id either"):
+    with pytest.raises(ValueError, match="not a hub id either"):
         read_adapter("a/b/c")
 
 
@@ -272,7 +272,7 @@ def test_no_link_leads_out_of_the_folder_and_every_file_is_a_file(tmp_path, fold
         read_adapter(folder)
     os.remove(f"{folder}/{name}")
     os.mkfifo(f"{folder}/{name}")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read_adapter(folder)
 
 

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.cli import app
-from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_lines, route_prompts
+from moelora.cli.json_lines import route_lines
+from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_prompts
 
 EXPERTS = ["math", "code", "law"]
 TEMPLATE = (
@@ -144,7 +145,7 @@ def test_a_field_of_ones_own_and_the_most_probable_alone(folder):
 
 BAD = [
     ("", "It is empty"),
-    ("{oops", "no valid JSON (Expecting property name"),
+    ("{oops", "not valid JSON (Expecting property name"),
     ("[" * 100_000, "nested too deeply"),
     ("[1]", "It is a list; expected a JSON object or string"),
     ('{"text": "w8"}', 'no field "prompt" or "instruction" or "messages"; its fields are: text'),
@@ -215,7 +216,7 @@ def test_answers_come_batch_by_batch(loaded):
 
 
 def test_a_pipe_is_answered_while_it_is_open_and_may_close_early(folder):
-    words = [sys.executable, "-m", "moelora.cli", "route", "--model", str(folder / "mixture")]
+    words = [sys.executable, "-m", "moelora", "route", "--model", str(folder / "mixture")]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(
         [*words, "--batch-size", "2"],

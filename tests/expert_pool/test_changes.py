@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters.peft_folders import peft_model, save_adapter
 from bases import causal_base
-from core.mixtures import LEVELS, SCOPES, adapted, causal, factors, into, tokens
+from core.mixtures import LEVELS, SCOPES, causal, into, tokens
 from training.runs import assert_bits, bits, open_window
 
 from moelora import MoeLoraForCausalLM
@@ -31,8 +31,10 @@ def _experts(model):
     """
     found = {}
     for e, name in enumerate(model.moelora_config.expert_names):
-        linears = {n: (*ab, adapted(model)[n][0].linears[adapted(model)[n][1]].scaling[e])
-                   for n, ab in factors(model, e).items()}  # fmt: skip
+        linears = {
+            name: (own.A.clone(), own.B.clone(), own.scaling)
+            for name, own in model.moelora.expert(e).items()
+        }
         rows = [router.weight[e].detach().clone() for router in model.moelora.routers.values()]
         load = [
             getattr(model.moelora.load, b)[:, e].clone() for b in ("current", "previous", "bias")
@@ -221,8 +223,19 @@ def test_no_fewer_experts_remain_than_a_token_chooses_and_none_change_while_forc
 def test_a_linear_that_loses_its_only_expert_is_the_base_s():
     model = causal(**{**MIXED, "expert_ranks": {LINEAR: [0, 3, 0, 0]}})
     model.remove_expert("expert_1")
-    site, i = adapted(model)[LINEAR]
-    assert site.linears[i].lora_B.stacked().numel() == 0
+    assert not any(model.moelora.expert(e)[LINEAR].B.numel() for e in range(3))
     model.train()(tokens(), labels=tokens()).loss.backward()
     model.add_expert("law", copy_of="expert_2")
     assert bool(model(tokens()).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("names", [None, 5, 1.5])
+@pytest.mark.parametrize("how", ["freeze_experts", "unfreeze_experts"])
+def test_freezing_what_is_not_a_name_says_what_was_expected(how, names):
+    model = causal()
+    with pytest.raises(TypeError, match=f"names={names}.*expected an expert's name.*expert_0"):
+        getattr(model, how)(names)
+    with pytest.raises(ValueError, match="no expert 5.*expert_0"):
+        getattr(model, how)([5])
+    with pytest.raises(ValueError, match="seed=.* is too large"):
+        model.add_expert("law", seed=2**64)

@@ -1,0 +1,94 @@
+"""The commands that read a saved mixture: info, export and merge."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .console import Checkpoint, OtherBase, Out, app, busy, load, out, pairs, read_checkpoint
+
+Weights = Annotated[
+    list[str],
+    typer.Option("--weight", "-w", help="EXPERT=NUMBER; once for each expert of the merge."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
+
+
+@app.command(epilog="Example: moelora info mixture")
+def info(checkpoint: Checkpoint) -> None:
+    """Say what a checkpoint holds, without its base."""
+    _, config, base = read_checkpoint(checkpoint)
+    sites = config.sites or []
+    linears = [linear for site in sites for linear in site]
+    # d_in and d_out together; a quantised weight has no shape that says them.
+    widths = {linear: base["shapes"].get(f"{linear}.weight") for linear in linears}
+    title = f"{checkpoint}: {config.num_experts} experts"
+    table = Table("expert", "rank", "alpha", "parameters", title=title)
+    for e, name in enumerate(config.expert_names):
+        parameters = "unknown"
+        if all(widths.values()):
+            count = sum(config.ranks_of(linear)[e] * sum(widths[linear]) for linear in linears)
+            parameters = f"{count:,}"
+        rank = config.ranks[e]
+        table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", parameters)
+    out.print(table)
+    out.print(f"base: {config.base_model_name_or_path} ({config.base_architecture})")
+    out.print(
+        f"router: {config.router}, top {config.num_experts_per_tok}, {config.routing_level} level, "
+        f"scope {config.router_scope}; {len(linears)} linears at {len(sites)} sites"
+    )
+
+
+@app.command(epilog="Example: moelora export mixture math -o adapters/math-again")
+def export(
+    checkpoint: Checkpoint,
+    expert: Annotated[str, typer.Argument(help="The expert's name.")],
+    out_folder: Out,
+    base: OtherBase = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one expert as a stock PEFT LoRA folder."""
+    with busy(f"exporting {expert}"):
+        load(checkpoint, base).export_expert(expert, out_folder, overwrite=overwrite)
+    out.print(f"{expert} in {out_folder}")
+
+
+@app.command(epilog="Example: moelora merge mixture -w math=0.7 -w code=0.3 -o merged --rank 16")
+def merge(
+    checkpoint: Checkpoint,
+    weight: Weights,
+    out_folder: Out,
+    rank: Annotated[
+        int | None, typer.Option(help="Compress to this rank by SVD; else exact.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How the experts' changes become one.")] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Of ties, dare_… and breadcrumbs: the part kept.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare_…: what is dropped.")] = None,
+    base: OtherBase = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a fixed mixture of experts as one stock PEFT LoRA folder."""
+    weights = {name: _number(name, value) for name, value in pairs(weight)}
+    given = {"density": density, "seed": seed}
+    with busy("merging"):
+        report = load(checkpoint, base).export_merged(
+            weights,
+            out_folder,
+            rank=rank,
+            recipe=recipe,
+            overwrite=overwrite,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    out.print(f"{' + '.join(f'{w:g}·{name}' for name, w in weights.items())} in {out_folder}")
+    out.print(str(report))
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"The weight of {name!r} is {value!r}, expected a number.") from None

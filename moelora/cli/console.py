@@ -1,0 +1,144 @@
+"""What all commands share: the application, its output, and how an error ends it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+# What users cause; other errors are more often a mistake of this package.
+MISTAKES = (ValueError, TypeError, OSError, ImportError, SafetensorError, StrictDataclassError)
+
+# Names and paths are shown as they are, whatever brackets and colons they have.
+out, err = (
+    Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    for stderr in (False, True)
+)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty, which would be this folder; expected a name.")
+    return Path(text)
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A folder written by save_pretrained or compose.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", parser=_folder, metavar="PATH", help="The folder to write.")
+]
+OtherBase = Annotated[
+    str | None, typer.Option("--base", help="Where the base is, if not where the checkpoint says.")
+]
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are a message on standard error and exit status 1, not a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; what a stream cannot encode is written as an escape."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of this context."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # What typer raises shows itself. A reader that has read enough closes the pipe: the
+            # command ends quietly.
+            by_typer = isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show")
+            if by_typer or isinstance(error, BrokenPipeError) or ctx.params["traceback"]:
+                raise
+            err.print(Text.assemble(("error: ", "bold red"), type(error).__name__))
+            err.print(str(error))
+            if not isinstance(error, MISTAKES):
+                err.print("This may be a bug: `moelora --traceback …` shows where it happened.")
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="moelora",
+    cls=Commands,
+    help="Mixtures of LoRA experts: one model from the PEFT adapters that you have, and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        out.print(f"moelora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error happened.")
+    ] = False,
+) -> None:
+    """Take the options that stand before the command."""
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner while it lasts; on standard error, so that the output can be piped."""
+    with err.status(Text(what)):
+        yield
+
+
+def pairs(words: list[str]) -> list[tuple[str, str]]:
+    """NAME=VALUE words, split.
+
+    Raises:
+        ValueError: a word is not of this form.
+    """
+    split = [word.partition("=") for word in words]
+    for word, (name, _, value) in zip(words, split):
+        if not (name and value):
+            raise ValueError(f"{word!r} is not NAME=VALUE, for example math=adapters/math.")
+    return [(name, value) for name, _, value in split]
+
+
+def public_class(classifier: bool) -> Any:
+    """The model class for a language model or a classifier."""
+    from ..modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
+
+    return MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
+
+
+def read_checkpoint(folder: Path) -> tuple[Any, Any, Any]:
+    """The tensors, the configuration and the base's fingerprint in a folder."""
+    from ..checkpoint.load import read
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {path.name}: it is not a moelora checkpoint.")
+    return read(path)
+
+
+def load(folder: Path, base: str | None) -> Any:
+    """The saved mixture, of the class that its base has."""
+    config = read_checkpoint(folder)[1]
+    classifier = str(config.base_architecture or "").endswith("ForSequenceClassification")
+    elsewhere = {} if base is None else {"base": base}
+    return public_class(classifier).from_pretrained(str(folder), **elsewhere)
