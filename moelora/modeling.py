@@ -29,7 +29,7 @@ from .expert_pool.changes import ExpertPool
 from .injection.sites import eject, inject, undone_on_error
 from .injection.targets import has_peft_layers
 from .routers.base import Routing
-from .training.router_init import ExpertDescriptions
+from .training import router_init
 
 
 class MoeLoraModel(
@@ -37,7 +37,6 @@ class MoeLoraModel(
     ExpertExport,
     ExpertPool,
     ExpertForcing,
-    ExpertDescriptions,
     MoeLoraGeneration,
     MixtureModel,
 ):
@@ -178,6 +177,12 @@ class MoeLoraModel(
         """
         outputs = self(**inputs, output_expert_routing=ROUTING_ONLY)  # type: ignore[operator]
         return outputs.expert_routing
+
+    def describe_experts(
+        self, texts: Mapping[str, Any], tokenizer: Callable[..., Any] | None = None
+    ) -> None:
+        """See `moelora.training.router_init.describe_experts`."""
+        router_init.describe_experts(self, texts, tokenizer)
 
     def save_pretrained(
         self,

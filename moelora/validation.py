@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 
 def check_integer(name: str, value, low: int) -> None:
@@ -66,6 +66,16 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     """Raise TypeError or ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; expected one of: {', '.join(choices)}.")
+
+
+def check_names(given: Iterable, known: Sequence[str], called: str = "choices") -> None:
+    """Raise ValueError where one of `given` is not among the experts `known`, and list these."""
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        raise ValueError(
+            f"There is no expert {', '.join(map(repr, unknown))}. The {called} are: "
+            f"{', '.join(known)}."
+        )
 
 
 def check_by_linear(

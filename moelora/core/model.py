@@ -88,15 +88,22 @@ def revert(model: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, afterwards each submodule is in the mode it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in before."""
+    with keeping_modes(model):
+        model.eval()
+        yield
 
 
 def base_class(cls: type) -> type[PreTrainedModel]:
