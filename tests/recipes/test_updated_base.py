@@ -1,4 +1,4 @@
-"""Experts on an updated base: refused without the override, and the report against counts by hand."""
+"""Experts on an updated base: refused without the override; the report against counts by hand."""
 
 from __future__ import annotations
 
