@@ -155,7 +155,7 @@ def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(
 ):
     stages, general = Stages(monkeypatch), domain(3)
     model = mixture(routing_level=level, expert_target_loss_coef=3.0)
-    run(model, tmp_path, general, max_steps=30)
+    run(model, tmp_path, general, max_steps=30, **FALLING)
     for number, one in enumerate(stages.runs[:2]):
         told = [int(row["expert_targets"]) for row in one["rows"]]
         assert told == [number] * 24 + [4] * 24
@@ -167,16 +167,16 @@ def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(
         assert found[4] < elsewhere[4] and found[number] > elsewhere[number]
 
 
-def test_general_texts_keep_the_experts_off_them(tmp_path):
-    """What a mixture loses on texts of no domain, with and without them in the first stage."""
-    losses = {}
+@pytest.mark.parametrize("seed", [0, 1])
+def test_general_texts_keep_the_experts_off_them(seed, tmp_path):
+    """How much of texts of no domain the base keeps, with and without them in the first stage."""
+    kept = {}
     for given in (None, domain(3)):
-        model = mixture(expert_target_loss_coef=3.0)
-        run(model, tmp_path, given, max_steps=30)
-        ban = ["answer", "spare"]
-        with model.use_experts(ban=ban):
-            losses[given is None] = loss(model, domain(3, seed=1))
-    assert losses[False] < losses[True]
+        model = redrawn(mixture(expert_target_loss_coef=3.0), seed)
+        run(model, tmp_path, given, max_steps=30, seed=7 + seed, **FALLING)
+        kept[given is None] = float(weights(model, domain(3, seed=1))[len(NAMES)])
+    # Over seeds 0.91 to 0.98, against 0.44 to 0.59.
+    assert kept[False] > 0.8 and kept[True] < kept[False] - 0.2
 
 
 def test_labels_that_texts_bring_along_are_not_asked(monkeypatch, tmp_path):

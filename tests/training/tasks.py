@@ -50,6 +50,8 @@ def task(number: int, rows: int = 24, seed: int = 0, target: int = 3) -> Texts:
     for i in range(rows):
         prompt, start = 4 + i % 6, FIRST + WIDTH * number
         ids = torch.randint(start, start + WIDTH, (prompt + target,), generator=generator)
+        # Every token ends some prompt, so that a router of last tokens can learn them all.
+        ids[prompt - 1] = start + i % WIDTH
         mask = torch.arange(prompt + target) < prompt
         made.append({"input_ids": ids, "labels": ids.masked_fill(mask, -100), "router_mask": mask})
     return Texts(made)

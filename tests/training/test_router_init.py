@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.mixtures import causal
+from core.mixtures import activate, causal
 from training.runs import router_parameters
 
 from moelora.training.router_init import discriminants, initialise
@@ -67,14 +67,16 @@ def test_an_expert_that_is_not_there_has_no_direction() -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_prototypes_route_texts_that_they_have_not_seen(scope: str, level: str) -> None:
     model = mixture(router_scope=scope, routing_level=level)
+    # Experts as large as the base would move what later routers read, wherever one chooses wrongly.
+    activate(model, std=0.03)
     initialise(model, "prototype", texts_of())
     torch.manual_seed(4)
     for expert, name in enumerate(EXPERTS):
-        ids = torch.randint(5 + 12 * expert, 17 + 12 * expert, (1, 24))
+        ids = torch.randint(5 + 12 * expert, 17 + 12 * expert, (8, 24))
         with torch.no_grad():
             routings = model(ids, output_expert_routing=True).expert_routing
         chosen = torch.cat([routing.expert_ids.flatten() for routing in routings])
-        assert (chosen == expert).float().mean() > 0.6, name
+        assert (chosen == expert).float().mean() > 0.75, name
         report = model.route(input_ids=ids)
         assert report is not None
 
