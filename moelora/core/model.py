@@ -6,13 +6,14 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
+from ..routers.base import Routing
 from .forward import OWN_INPUTS, OWN_OUTPUTS, run_forward
 from .mixture import Mixture
 
@@ -30,6 +31,15 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     def moelora_config(self) -> MoeLoraConfig:
         """The mixture's configuration; `config` stays the base's."""
         return self.moelora.config
+
+    if TYPE_CHECKING:
+        # What `moelora.modeling` adds and the rooms call.
+        def use_experts(
+            self, experts: Any = None, *, ban: Any = None
+        ) -> AbstractContextManager[Any]: ...
+        def routing_only(self, **inputs: Any) -> tuple[Routing, ...]: ...
+        def add_expert(self, name: str, **options: Any) -> Any: ...
+        def remove_expert(self, name: str) -> Any: ...
 
 
 @functools.cache
@@ -100,7 +110,7 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in before."""
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in its mode of before."""
     with keeping_modes(model):
         model.eval()
         yield

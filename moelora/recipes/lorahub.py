@@ -39,9 +39,8 @@ def search_weights(
     Args:
         model: the mixture.
         names: the experts to weigh.
-        loss: a function without arguments, called in the mode that the model is in; or batches
-            (input_ids, labels …; a list, since they are read again each time), whose mean loss over
-            all labels is taken in eval mode.
+        loss: a function without arguments, called in the mode that the model is in; or a list of
+            batches (input_ids, labels …), whose mean loss over all labels is taken in eval mode.
         budget: how often the loss is evaluated, at most.
         seed: of differential evolution.
         bounds: of every weight.

@@ -75,9 +75,8 @@ def train_mixda(
         checkpoints: write those that `args` asks for.
 
     Raises:
-        ValueError: no `null_expert`, one expert a token (which weighs nothing), unknown experts, a
-            task_expert that is a domain's, no texts, texts no longer than the prompt that a
-            sequence router reads, or inside `use_experts`.
+        ValueError: no `null_expert`, one expert a token, unknown experts, a task_expert that is a
+            domain's, no or too short texts, or inside `use_experts`.
         TypeError: no `TrainingArguments`, or data of another type.
     """
     texts = _checked(model, domains, task, args, task_expert, general)

@@ -69,7 +69,7 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
             two shapes.
     """
     losses = [0.0, 0.0]
-    counts = torch.zeros(4, dtype=torch.int64)
+    counts = [0, 0, 0, 0]
     total = 0
     with evaluating(before), evaluating(after):
         for batch in batches:
@@ -83,8 +83,9 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
             losses = [loss + summed_loss(*side) for loss, side in zip(losses, sides)]
             was, now = (values.argmax(-1).cpu() == own.cpu() for values, own in sides)
             both = (was, now, was & ~now, ~was & now)
-            counts += torch.stack([right.sum() for right in both])
+            counts = [count + int(right.sum()) for count, right in zip(counts, both)]
             total += len(labels)
     if not total:
         raise ValueError("There is no label other than -100 in the batches: nothing to compare.")
-    return BaseUpdate(total, *(loss / total for loss in losses), *counts.tolist())
+    loss_before, loss_after = (loss / total for loss in losses)
+    return BaseUpdate(total, loss_before, loss_after, *counts)
