@@ -110,7 +110,7 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all of `model` is in eval mode; afterwards each submodule is in its mode of before."""
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in its former mode."""
     with keeping_modes(model):
         model.eval()
         yield
