@@ -176,7 +176,8 @@ def _key(model: MixtureModel, texts: Texts) -> str:
             _add(digest, name, tensor)
     for number in range(model.moelora.num_experts):
         for linear, factors in model.moelora.expert(number).items():
-            _add(digest, f"{linear} A {factors.scaling}", factors.A)
+            scaling = model.moelora_config.scaling_of(linear)[number]
+            _add(digest, f"{linear} A {scaling}", factors.A)
             _add(digest, f"{linear} B", factors.B)
     return digest.hexdigest()
 

@@ -131,9 +131,10 @@ def test_domains_and_task_are_learned(level, seed, tmp_path):
     run(model, tmp_path, max_steps=40, seed=7 + seed, **FALLING)
     # The routers give some of the domains' share away while they learn the task.
     alone = {name: loss(model, own, name) for name, own in texts.items() if name != "answer"}
-    # Over ten seeds and all capabilities 0.15 to 0.21 of the domains, 0.18 to 0.20 of the task.
+    # Over the seeds and capabilities the domains gain 0.15 to 0.21, the task at sequence level 0.18
+    # to 0.20, and at token level 0.13 to 0.20.
     assert all(alone[name] < first[name] - 0.1 for name in alone)
-    assert loss(model, texts["answer"]) < first["answer"] - 0.15
+    assert loss(model, texts["answer"]) < first["answer"] - 0.1
 
 
 def test_in_the_second_stage_every_choice_acts_and_then_the_best_two(tmp_path):
