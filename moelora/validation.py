@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 # More than anybody means: from a damaged file or a typing error, it would fill memory and time.
@@ -161,6 +161,22 @@ def string_list(name: str, value: Any, may_be_empty: bool = False) -> list[str]:
     if not value and not may_be_empty:
         raise ValueError(f"{name} is empty: name at least one, or leave it out for the default.")
     return sorted(value) if isinstance(value, set) else list(value)
+
+
+def check_names(given: Iterable[Any], known: Sequence[str], called: str = "choices") -> None:
+    """Raise ValueError where one of `given` is not among the experts `known`, and list these.
+
+    Args:
+        given: what came.
+        known: the names that there are.
+        called: what the names are of, for errors.
+    """
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        raise ValueError(
+            f"There is no expert {', '.join(map(repr, unknown))}. The {called} are: "
+            f"{', '.join(known)}."
+        )
 
 
 def check_by_linear(

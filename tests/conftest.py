@@ -20,6 +20,12 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+def pytest_report_header() -> str:
+    """Rounding differs between them, and with it where training goes."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch computes on the CPU with {capability} (ATEN_CPU_CAPABILITY chooses)"
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     transformers.set_seed(0)

@@ -16,8 +16,7 @@ from benchmarks.routing import bases
 from benchmarks.routing.settings import Settings
 from benchmarks.routing.tasks import Task, drawn
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.training import Texts, train_gate
-from moelora.training.gate import padded
+from moelora.training import PadRouting, Texts, train_gate
 from moelora.training.router_init import initialise
 
 MAIN = "linear, mean of the embeddings"
@@ -66,10 +65,11 @@ def gated(base: PreTrainedModel, names: list[str], seed: int, **changes: Any) ->
 def choices(model: Any, texts: Texts, batch_size: int = 50) -> list[str]:
     """For each text the most probable choice for its prompt."""
     prompts, found = texts.prompts(), {}
+    pad = PadRouting()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        top = model.route(**padded([prompts[i] for i in numbers])).top_experts()
+        top = model.route(**pad([{"input_ids": prompts[i]} for i in numbers])).top_experts()
         found |= dict(zip(numbers, top, strict=True))
     return [found[i] for i in range(len(prompts))]
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..checkpoint.load import ACCESS
+from ..injection.base import ACCESS
 from ..injection.targets import features, has_peft_layers
 from ..validation import expert_name_problem
 from .folders import xlora_sources

@@ -8,7 +8,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from ..host_internals import dispatched_forward, set_dispatched_forward
+from ..host_internals import PEFT_ATTACHED, dispatched_forward, set_dispatched_forward
+from ..routers import Routing
 from . import generation
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .gradient_checkpointing import RoutedCheckpoint
@@ -41,6 +42,15 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     def moelora_config(self) -> MoeLoraConfig:
         """The mixture's configuration; `config` stays the base's."""
         return self.moelora.config
+
+    if TYPE_CHECKING:
+        # What `moelora.modeling` adds and the rooms call.
+        def use_experts(
+            self, experts: Any = None, *, ban: Any = None
+        ) -> AbstractContextManager[Any]: ...
+        def routing_only(self, **inputs: Any) -> tuple[Routing, ...]: ...
+        def add_expert(self, name: str, **options: Any) -> Any: ...
+        def remove_expert(self, name: str) -> Any: ...
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs
@@ -154,7 +164,7 @@ def become(model: PreTrainedModel, public: type) -> Any:
     model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*known, *OWN_OUTPUTS]))
     if getattr(model, "is_quantized", False):
         # What Trainer looks for before it trains on a quantised base: that adapters are attached.
-        model._hf_peft_config_loaded = True
+        setattr(model, PEFT_ATTACHED, True)
     _reroute(model)
     return model
 
@@ -163,7 +173,7 @@ def revert(model: MixtureModel) -> PreTrainedModel:
     """Give `model`, which holds no mixture any more, its base's class."""
     model.__class__ = base_class(type(model))  # type: ignore[assignment]
     model.config.__dict__.pop("keys_to_ignore_at_inference", None)
-    model.__dict__.pop("_hf_peft_config_loaded", None)
+    model.__dict__.pop(PEFT_ATTACHED, None)
     _reroute(model)
     return model
 
@@ -180,17 +190,22 @@ def rebuild(public: type, base: type[PreTrainedModel]) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all of `model` is in eval mode; afterwards each submodule is in the mode it was in
-    before.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, afterwards each submodule is in the mode it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all of `model` is in eval mode; afterwards each submodule is in its former mode."""
+    with keeping_modes(model):
+        model.eval()
+        yield
 
 
 def _reroute(model: PreTrainedModel) -> None:

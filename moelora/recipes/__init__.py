@@ -3,5 +3,15 @@
 from .lorahub import search_weights
 from .mixda import MixdaReport, train_mixda
 from .replay import AddedTask, add_task, select_replay
+from .updated_base import BaseUpdate, compare_bases
 
-__all__ = ["AddedTask", "MixdaReport", "add_task", "search_weights", "select_replay", "train_mixda"]
+__all__ = [
+    "AddedTask",
+    "BaseUpdate",
+    "MixdaReport",
+    "add_task",
+    "compare_bases",
+    "search_weights",
+    "select_replay",
+    "train_mixda",
+]

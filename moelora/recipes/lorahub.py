@@ -1,6 +1,4 @@
-"""Searching the weights of a fixed mixture that have the lowest loss on held-out data
-(arXiv:2307.13269).
-"""
+"""LoraHub (arXiv:2307.13269): the weights of a fixed mixture that have the lowest loss."""
 
 from __future__ import annotations
 
@@ -11,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.model import MixtureModel, evaluating
+from ..training.evaluation import predictions, summed_loss
 from ..validation import check_integer, check_number
 
-IGNORE = -100
 Loss = Callable[[], float]
 History = list[tuple[dict[str, float], float]]
 
 
 class _Spent(Exception):
-    """The budget is used up; what the optimizers of scipy pass through."""
+    """The budget is used up: it ends an optimizer of scipy from inside the loss."""
 
 
 def search_weights(
-    model: Any,
+    model: MixtureModel,
     names: Sequence[str],
     loss: Loss | Iterable[Mapping[str, Tensor]],
     *,
@@ -31,29 +30,35 @@ def search_weights(
     seed: int = 0,
     bounds: tuple[float, float] = (-1.5, 1.5),
 ) -> tuple[dict[str, float], History]:
-    """The weights of the experts `names` with the lowest loss found, and all that were tried, in
-    order.
+    """Search the weights of some experts that have the lowest loss.
 
     The loss is taken under `model.use_experts(weights)`, so nothing is merged. First come equal
     weights, then differential evolution with two thirds of the budget, then Nelder-Mead from the
     best, both of scipy.
 
-    loss: a function without arguments, called in the mode that the model is in; or batches
-    (input_ids, labels …; a list, since they are read again each time), whose mean loss over all
-    labels is taken in eval mode.
-    budget: how often the loss is evaluated, at most. bounds: of every weight.
+    Args:
+        model: the mixture.
+        names: the experts to weigh.
+        loss: a function without arguments, called in the mode that the model is in; or a list of
+            batches (input_ids, labels …), whose mean loss over all labels is taken in eval mode.
+        budget: how often the loss is evaluated, at most.
+        seed: of differential evolution.
+        bounds: of every weight.
+
+    Returns:
+        The best weights, and all that were tried with their losses, in order.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError, TypeError: no names, unknown ones or one twice, bounds that are none, batches
-        that can be read
-            once or have no labels, or no finite loss anywhere.
+        ValueError: no names, unknown ones or one twice, bounds that are not a range, batches
+            without labels, or no finite loss anywhere.
+        TypeError: batches that can be read only once, or arguments of another type.
     """
     names = _checked_names(model, names)
     low, high = _checked_bounds(bounds)
     check_integer("budget", budget, 1)
     check_integer("seed", seed, 0)
-    measure = loss if callable(loss) else _BatchLoss(model, loss)
+    measure = loss if callable(loss) else _mean_loss(model, loss)
     history: History = []
     known: dict[tuple[float, ...], float] = {}
 
@@ -71,14 +76,14 @@ def search_weights(
             known[values] = value if math.isfinite(value) else math.inf
         return known[values]
 
-    _minimize(_scipy(), evaluate, history, len(names), budget, seed, (low, high))
+    _minimise(_scipy(), evaluate, history, len(names), budget, seed, (low, high))
     finite = [(weights, value) for weights, value in history if math.isfinite(value)]
     if not finite:
         raise ValueError(f"The loss was NaN or Inf at all {len(history)} weights that were tried.")
     return min(finite, key=lambda tried: tried[1])[0], history
 
 
-def _minimize(
+def _minimise(
     scipy_optimize: Any,
     evaluate: Callable[[Any], float],
     history: History,
@@ -116,39 +121,30 @@ def _minimize(
         pass
 
 
-class _BatchLoss:
-    """The model's mean loss over all labels of some batches."""
-
-    def __init__(self, model: Any, batches: Iterable[Mapping[str, Tensor]]):
-        if not isinstance(batches, Iterable) or iter(batches) is batches:
-            raise TypeError(
-                f"loss is a {type(batches).__name__}; expected a function without arguments, or batches that can "
-                "be read again, such as a list."
-            )
-        self.model, self.batches = model, batches
+def _mean_loss(model: MixtureModel, batches: Iterable[Mapping[str, Tensor]]) -> Loss:
+    """A function that gives the model's mean loss over all labels of some batches."""
+    if not isinstance(batches, Iterable) or iter(batches) is batches:
+        raise TypeError(
+            f"loss is a {type(batches).__name__}; expected a function without arguments, or "
+            "batches that can be read again, such as a list."
+        )
 
     @torch.no_grad()
-    def __call__(self) -> float:
-        model, training, total, count = self.model, self.model.training, 0.0, 0
-        model.eval()
-        try:
-            for batch in self.batches:
-                labels = batch.get("labels")
-                if labels is None:
-                    raise ValueError("A batch has no labels: give what the model should predict.")
-                # A causal model predicts the label after each token.
-                shifted = labels if model.is_classifier else labels[:, 1:]
-                own = int((shifted != IGNORE).sum())
-                if own:
-                    inputs = {name: value.to(model.device) for name, value in batch.items()}
-                    total, count = total + float(model(**inputs).loss) * own, count + own
-        finally:
-            model.train(training)
+    def measure() -> float:
+        total = 0.0
+        count = 0
+        with evaluating(model):
+            for batch in batches:
+                logits, labels = predictions(model, batch)
+                total += summed_loss(logits, labels)
+                count += len(labels)
         if not count:
             raise ValueError(
                 "There is no label other than -100 in the batches: nothing to search for."
             )
         return total / count
+
+    return measure
 
 
 def _scipy() -> Any:
@@ -161,7 +157,7 @@ def _scipy() -> Any:
     return optimize
 
 
-def _checked_names(model: Any, names: Sequence[str]) -> list[str]:
+def _checked_names(model: MixtureModel, names: Sequence[str]) -> list[str]:
     if isinstance(names, str) or not names:
         raise ValueError(f"names={names!r}: expected a list with at least one expert's name.")
     for name in names:

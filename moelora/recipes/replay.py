@@ -1,6 +1,4 @@
-"""A growing pool: a task added beside the old ones, of which some texts, chosen by k-means, are
-trained on again.
-"""
+"""A growing pool: a task is added, and a few texts of the old ones are trained on again."""
 
 from __future__ import annotations
 
@@ -14,18 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
+from ..core.model import MixtureModel
 from ..training.datasets import Texts
 from ..training.gate import GateReport, labelled_texts, prompt_features, train_gate
+from ..training.stages import train_expert
 from ..validation import check_integer, check_number
 
 
 @dataclass(frozen=True)
 class AddedTask:
-    """What `add_task` did: by old task the numbers of the texts that were replayed, and how the
-    gate learned.
+    """What `add_task` did.
 
-    expert_seconds: how long the new expert trained; 0 where no `args` were given.
+    Args:
+        name: the new expert's.
+        kept: by old task the numbers of the texts that were replayed.
+        gate: how the routers were trained.
+        expert_seconds: how long the new expert trained; 0 where no `args` were given.
     """
 
     name: str
@@ -35,38 +39,42 @@ class AddedTask:
 
 
 def select_replay(features: Tensor, share: float | int, *, seed: int = 0) -> list[int]:
-    """The numbers of the texts to keep: those nearest to the centres of k-means clusters, one each,
-    in order.
+    """The numbers of the texts to keep, in order: of each k-means cluster the most central one.
 
-    features: `[n, d]`, such as `prompt_features` gives. share: of the texts as a float from 0.0 to
-    1.0, rounded up to k = ⌈share · n⌉ clusters, or k itself as an integer. Needs scikit-learn (`pip
-    install moelora[replay]`).
+    Needs scikit-learn (`pip install moelora[replay]`).
+
+    Args:
+        features: `[n, d]`, one row a text, such as `prompt_features` gives.
+        share: of the texts as a float from 0.0 to 1.0, rounded up to k = ⌈share · n⌉ clusters, or
+            k itself as an integer.
+        seed: of k-means.
 
     Raises:
-        ValueError, TypeError: more clusters than texts, a share out of range, the integer 1 (which
-        could mean both),
-            or features that are no finite matrix.
+        ValueError: more clusters than texts, a share out of range, the integer 1 (which could mean
+            both), or features that are not a finite matrix.
+        TypeError: a share that is not a number.
     """
     check_integer("seed", seed, 0)
     if features.dim() != 2 or not bool(features.isfinite().all()):
         raise ValueError(
-            f"features has shape {tuple(features.shape)}; expected finite numbers [texts, d], one row a text."
+            f"features has shape {tuple(features.shape)}; expected finite numbers [texts, d], one "
+            "row a text."
         )
     texts = len(features)
     clusters = _clusters(share, texts)
     if clusters in (0, texts):
         return list(range(clusters))
     points = features.detach().double().cpu()
-    taken: list[int] = []
+    nearest: list[int] = []
     for centre in _centres(points, clusters, seed):
         distances = (points - centre).square().sum(1)
-        distances[taken] = torch.inf
-        taken.append(int(distances.argmin()))
-    return sorted(taken)
+        distances[nearest] = torch.inf
+        nearest.append(int(distances.argmin()))
+    return sorted(nearest)
 
 
 def add_task(
-    model: Any,
+    model: MixtureModel,
     name: str,
     texts: Texts,
     *,
@@ -75,24 +83,32 @@ def add_task(
     replay: float | int,
     seed: int = 0,
     gate: Mapping[str, Any] | None = None,
-    args: Any = None,
+    args: TrainingArguments | None = None,
 ) -> AddedTask:
-    """Add the expert `name` for the task of `texts`, and train the gate on those and on a part of
-    the old tasks'.
+    """Add an expert for a new task, and train the routers on it and on a part of the old tasks.
 
-    Of each old task's texts `select_replay(…, replay)` keeps those nearest to the centres of
-    clusters of what the gate reads (`prompt_features`). The other experts keep their bits; with
-    replay=0.0 nothing tells the gate of them.
-    adapter: a PEFT adapter, else the expert is fresh (B = 0). old: by expert the old tasks' texts
-    ("(base)" too, with `null_expert`). args: `TrainingArguments` to train the new expert with, on
-    `texts` alone. gate: what `train_gate` takes. An error leaves the model as it was.
+    Of each old task's texts `select_replay` keeps those nearest to the centres of clusters of what
+    the routers read (`prompt_features`). The other experts keep their bits. An error leaves the
+    model as it was.
+
+    Args:
+        model: the mixture.
+        name: the new expert's.
+        texts: of the new task.
+        adapter: a PEFT adapter to make the expert of; else it is fresh (B = 0).
+        old: by expert the old tasks' texts ("(base)" too, with `null_expert`).
+        replay: how many of each old task's texts to keep, as the share of `select_replay`. With
+            0.0 nothing tells the routers of the old tasks.
+        seed: of the new expert, of k-means, and of the routers' training.
+        gate: the options of `train_gate`.
+        args: to train the new expert with, on `texts` alone; None leaves it as it is.
 
     Raises:
         ValueError, TypeError: as `add_expert`, `train_gate` and `select_replay`.
     """
     if not len(texts):
         raise ValueError(f"There are no texts for {name!r}: give some.")
-    # Before anything moves: unknown experts and empty tasks.
+    # Unknown experts and empty tasks are found before anything moves.
     for task, own in old.items():
         labelled_texts(model, {task: own})
     kept = {
@@ -102,11 +118,7 @@ def add_task(
     replayed = {task: old[task].subset(rows) for task, rows in kept.items() if rows}
     with _undone_on_error(model, name):
         model.add_expert(name, adapter=adapter, seed=seed)
-        seconds = 0.0
-        if args is not None:
-            from ..training.stages import train_expert
-
-            seconds = train_expert(model, name, texts, args)
+        seconds = 0.0 if args is None else train_expert(model, name, texts, args)
         report = train_gate(model, {**replayed, name: texts}, **{"seed": seed, **(gate or {})})
     return AddedTask(name, kept, report, seconds)
 
@@ -121,12 +133,12 @@ def _clusters(share: float | int, texts: int) -> int:
             )
         if share > texts:
             raise ValueError(
-                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}, or a share from "
-                "0.0 to 1.0."
+                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}, "
+                "or a share from 0.0 to 1.0."
             )
         return share
     check_number("share", share, 0.0, 1.0)
-    # Rounding before: 0.07 · 100 is 7.000000000000001.
+    # Rounded before: 0.07 · 100 is 7.000000000000001.
     return math.ceil(round(share * texts, 9))
 
 
@@ -136,25 +148,25 @@ def _centres(points: Tensor, clusters: int, seed: int) -> Tensor:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # Sums of several threads come in any order. Texts that are alike make fewer clusters than asked
-    # for, which is warned of; one that is nearest to two centres is taken once all the same.
+    # Several threads would add up in any order. scikit-learn warns where texts that are alike make
+    # fewer clusters than asked for; that is fine here, since no text is taken twice.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(clusters, n_init="auto", random_state=seed).fit(points.numpy())
-    return torch.from_numpy(found.cluster_centers_)
+        kmeans = KMeans(clusters, n_init="auto", random_state=seed).fit(points.numpy())
+    return torch.from_numpy(kmeans.cluster_centers_)
 
 
 @contextmanager
-def _undone_on_error(model: Any, name: str) -> Iterator[None]:
-    """Where what is inside fails, the expert `name` is not there and the routers are what they
-    were.
-    """
-    existed = name in model.moelora_config.expert_names
-    routers = copy.deepcopy(model.moelora.routers.state_dict())
+def _undone_on_error(model: MixtureModel, name: str) -> Iterator[None]:
+    """Where what is inside fails, remove the expert `name`, and put the routers back."""
+    existed = name in model.moelora_config.choice_names
+    routers = model.moelora.routers
+    before = {key: copy.deepcopy(router.state_dict()) for key, router in routers.items()}
     try:
         yield
     except BaseException:
-        if not existed and name in model.moelora_config.expert_names:
+        if not existed and name in model.moelora_config.choice_names:
             model.remove_expert(name)
-            model.moelora.routers.load_state_dict(routers)
+            for key, router in model.moelora.routers.items():
+                router.load_state_dict(before[key])
         raise

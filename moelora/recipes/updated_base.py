@@ -1,6 +1,4 @@
-"""Moving experts to an updated base (arXiv:2410.10870): what was gained, and what was right before
-and is not now.
-"""
+"""Experts on an updated base (arXiv:2410.10870): what is right now, and what is wrong now."""
 
 from __future__ import annotations
 
@@ -11,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from ..core.model import evaluating
+from ..training.evaluation import predictions, summed_loss
 
 
 @dataclass(frozen=True)
 class BaseUpdate:
-    """Two models on the same predictions: mean losses, and how many were right before and after.
+    """Two models on the same predictions.
 
-    negative_flips were right before and are wrong after, positive_flips the other way round.
+    Args:
+        predictions: how many there are.
+        loss_before, loss_after: the mean losses.
+        right_before, right_after: how many predictions are the label.
+        negative_flips: how many were right before and are wrong after.
+        positive_flips: how many were wrong before and are right after.
     """
 
     predictions: int
@@ -50,62 +54,38 @@ class BaseUpdate:
 
 @torch.no_grad()
 def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor]]) -> BaseUpdate:
-    """Both models on `batches` (input_ids, labels, attention_mask …).
+    """Compare a mixture on its old base with the same experts on the updated one.
 
-    The mixture on its old base and on the updated one, for example
-    `from_pretrained(folder)` and `from_pretrained(folder, base=updated, allow_base_mismatch=True)`.
-    A causal model predicts the label that follows each token, a classifier each row's label.
+    The latter is for example `from_pretrained(folder, base=updated, allow_base_mismatch=True)`. A
+    causal model predicts the label that follows each token, a classifier each row's label.
+
+    Args:
+        before: a mixture, or a plain model.
+        after: a model with predictions of the same shape.
+        batches: input_ids, labels, attention_mask …
 
     Raises:
         ValueError: a batch without labels, labels of another task, no label at all, or logits of
-        two shapes.
+            two shapes.
     """
-    losses, counts, total = (
-        torch.zeros(2, dtype=torch.float64),
-        torch.zeros(4, dtype=torch.int64),
-        0,
-    )
-    modes = [(model, model.training) for model in (before, after)]
-    try:
-        for model, _ in modes:
-            model.eval()
+    losses = [0.0, 0.0]
+    counts = [0, 0, 0, 0]
+    total = 0
+    with evaluating(before), evaluating(after):
         for batch in batches:
-            if batch.get("labels") is None:
-                raise ValueError("A batch has no labels: give what the models should predict.")
-            (logits, labels), (others, _) = _predictions(before, batch), _predictions(after, batch)
+            sides = [predictions(model, batch) for model in (before, after)]
+            (logits, labels), (others, _) = sides
             if logits.shape != others.shape:
                 raise ValueError(
-                    f"The models' logits are {tuple(logits.shape)} and {tuple(others.shape)}, expected the same "
-                    "shape: compare a model with its own update."
+                    f"The models' logits are {tuple(logits.shape)} and {tuple(others.shape)}, "
+                    "expected the same shape: compare a model with its own update."
                 )
-            for side, values in enumerate((logits, others)):
-                losses[side] += torch.nn.functional.cross_entropy(
-                    values, labels, reduction="sum"
-                ).item()
-            was, now = logits.argmax(-1) == labels, others.argmax(-1) == labels
-            counts += torch.stack(
-                [was.sum(), now.sum(), (was & ~now).sum(), (~was & now).sum()]
-            ).cpu()
+            losses = [loss + summed_loss(*side) for loss, side in zip(losses, sides)]
+            was, now = (values.argmax(-1).cpu() == own.cpu() for values, own in sides)
+            both = (was, now, was & ~now, ~was & now)
+            counts = [count + int(right.sum()) for count, right in zip(counts, both)]
             total += len(labels)
-    finally:
-        for model, training in modes:
-            model.train(training)
     if not total:
         raise ValueError("There is no label other than -100 in the batches: nothing to compare.")
-    return BaseUpdate(total, *(losses / total).tolist(), *counts.tolist())
-
-
-def _predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits `[N, classes]` fp32 and labels `[N]` of all that is predicted."""
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-    logits, labels = model(**inputs).logits.float(), batch["labels"].to(model.device)
-    if logits.dim() == 3 and labels.dim() == 2:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if len(logits) != len(labels):
-        raise ValueError(
-            f"{type(model).__name__} makes {len(logits)} predictions for {len(labels)} labels: give the labels that "
-            "it is trained with."
-        )
-    counted = labels != IGNORE
-    return logits[counted], labels[counted]
+    loss_before, loss_after = (loss / total for loss in losses)
+    return BaseUpdate(total, loss_before, loss_after, *counts)

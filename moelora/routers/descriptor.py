@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..validation import MAX_WIDTH, check_integer
 from .base import Router
+from .covariance import class_means, times_covariance_power
 from .registry import register_router
 
 # The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
@@ -124,9 +125,8 @@ def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
         classes: the inputs of each class, `[n_e, d]`.
         width: the number of rows of P.
     """
-    means = torch.stack([x.mean(0) for x in classes])
-    spread = torch.cat([x - mean for x, mean in zip(classes, means, strict=True)])
-    apart = _whitened(means - means.mean(0), spread)
+    means, deviations = class_means(classes)
+    apart = times_covariance_power(means - means.mean(0), deviations, -0.5, SHRINKAGE)
     _, sizes, directions = torch.linalg.svd(apart, full_matrices=False)
     count = min(int((sizes > 1e-4 * sizes[0].clamp(min=1e-12)).sum()), width // 2)
     directions = directions[:count]
@@ -134,25 +134,6 @@ def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     rest = torch.randn(width - count, means.shape[1], generator=generator) / (width - count) ** 0.5
     rest = rest - rest @ directions.T @ directions
-    projection = _whitened(torch.cat([directions, rest]), spread)
+    rows = torch.cat([directions, rest])
+    projection = times_covariance_power(rows, deviations, -0.5, SHRINKAGE)
     return projection / projection.square().mean().sqrt().clamp(min=1e-12)
-
-
-def _whitened(rows: Tensor, spread: Tensor) -> Tensor:
-    """rows Σ^(−1/2) up to a factor, Σ = (1 − λ) XᵀX / n + λ v I, X `[n, d]` the spread, v its mean
-    variance.
-
-    Σ^(−1/2) is the identity but in the span of X: the smaller of XᵀX and XXᵀ is decomposed.
-    """
-    n, d = spread.shape
-    x = spread * ((1 - SHRINKAGE) / n) ** 0.5
-    ridge = SHRINKAGE * float(spread.square().mean().clamp(min=1e-12))
-    if d <= n:
-        variances, axes = torch.linalg.eigh(x.T @ x)
-    else:
-        variances, vectors = torch.linalg.eigh(x @ x.T)
-        present = variances > 1e-6 * variances[-1].clamp(min=1e-12)
-        variances = variances[present]
-        axes = x.T @ vectors[:, present] / variances.sqrt()
-    shrunk = (variances.clamp(min=0) / ridge + 1).rsqrt() - 1
-    return rows + (rows @ axes * shrunk) @ axes.T

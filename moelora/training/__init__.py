@@ -1,6 +1,4 @@
-"""Training with the stock `Trainer`: texts and their labels, gates alone, recipes, and what a
-callback logs.
-"""
+"""Training with the stock `Trainer`: texts and their labels, recipes, routers alone, a callback."""
 
 from .callback import MoeLoraCallback
 from .collator import PadRouting

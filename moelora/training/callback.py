@@ -1,6 +1,4 @@
-"""For training with the stock `Trainer`: an optional callback that logs expert load and knows the
-loss's scale.
-"""
+"""An optional callback for the stock `Trainer`: it logs expert load and knows the loss's scale."""
 
 from __future__ import annotations
 
@@ -52,22 +50,25 @@ class MoeLoraCallback(TrainerCallback):
         logs: dict | None = None,
         **kwargs,
     ) -> None:
-        """Add the experts' peak load, 1 where even: of the worst router, and the mean one's."""
+        """Add the experts' peak load: the largest share, times the number of experts.
+
+        It is 1 where all are used alike, and the number of experts where one takes all. There are
+        two: the worst router's, and the mean over routers.
+        """
         load = _unwrapped(model).moelora.load
         if logs is None or load is None or not bool(load.current.any()):
             return
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
-        # 1 when even, E when one expert takes all: the worst router and the mean one.
         peak = shares.max(1).values * shares.shape[1]
-        found = {
+        figures = {
             "expert_peak_load": round(float(peak.max()), 4),
             "expert_mean_peak_load": round(float(peak.mean()), 4),
         }
-        logs.update(found)
+        logs.update(figures)
         # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls
         # its callbacks.
         if state.log_history:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(figures)
 
 
 def _unwrapped(model: Any) -> MixtureModel:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.losses import IGNORE
 from ..validation import check_choice
@@ -17,19 +17,21 @@ ROUTING_FILL = {"router_mask": False, "expert_targets": IGNORE}
 
 
 class PadRouting:
-    """Rows of different lengths as one batch, with `router_mask` and `expert_targets` padded beside
-    input_ids.
+    """Rows of different lengths as one batch: router_mask and expert_targets are padded too.
 
-    collator: a stock collator (`DataCollatorWithPadding`, `DataCollatorForSeq2Seq` …) that pads
-    everything else; None pads input_ids with `pad_token_id`, labels with −100 and attention_mask
-    (made where there is none) with 0. Stock collators alone suffice where expert_targets is one
-    number a row and nothing has a token axis.
-    padding_side: "right" or "left"; by default the collator's tokenizer's, else right.
+    A stock collator alone suffices where expert_targets is one number a row and no key of the
+    routers' has a value for each token.
+
+    Args:
+        collator: a stock collator that pads everything else (`DataCollatorWithPadding`,
+            `DataCollatorForSeq2Seq` …). None fills up input_ids with `pad_token_id`, labels with
+            −100, and attention_mask, which is made where there is none, with 0.
+        pad_token_id: what input_ids are filled up with, without a collator.
+        padding_side: "right" or "left"; by default the collator's tokenizer's, else right.
 
     Raises:
-        ValueError: another padding side, rows with different keys, expert_targets as long as
-        nothing, or a collator
-            that packs.
+        ValueError: another padding side. When called: rows with different keys, expert_targets that
+            fit neither a row nor its tokens, or a collator that packs rows.
     """
 
     def __init__(
@@ -42,70 +44,63 @@ class PadRouting:
         if padding_side is None:
             padding_side = getattr(getattr(collator, "tokenizer", None), "padding_side", "right")
         check_choice("padding_side", padding_side, ("right", "left"))
-        self.collator, self.pad_token_id, self.left = collator, pad_token_id, padding_side == "left"
+        self.collator = collator
+        self.pad_token_id = pad_token_id
+        self.left = padding_side == "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{k: v for k, v in row.items() if k not in ROUTING_FILL} for row in rows]
         batch = dict(self._padded(plain) if self.collator is None else self.collator(plain))
-        width = batch["input_ids"].shape[1]
-        if len(batch["input_ids"]) != len(rows):
+        ids = batch["input_ids"]
+        if len(ids) != len(rows):
             raise ValueError(
-                f"{type(self.collator).__name__} made {len(batch['input_ids'])} rows of {len(rows)}: a packed row has "
-                "no single prompt, so use a collator that pads."
+                f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}: a packed row "
+                "has no single prompt, so use a collator that pads."
             )
-        for name, fill in ROUTING_FILL.items():
+        for name in ROUTING_FILL:
             given = [torch.as_tensor(row[name]) for row in rows if name in row]
-            if not given:
-                continue
-            if len(given) != len(rows) and name == "expert_targets":
+            if len(given) == len(rows):
+                batch[name] = self._routing(name, given, rows, ids.shape[1])
+            elif given and name == "expert_targets":
                 raise ValueError(
-                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where none."
+                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where "
+                    "none."
                 )
-            if len(given) != len(rows):
-                # The model takes each row's prompt from its labels then, and a prefix where it has
-                # none.
-                continue
-            batch[name] = self._routing(name, given, rows, width, fill)
+            # With a router_mask in some rows alone, the model finds each prompt by the labels.
         return batch
 
     def _routing(
-        self,
-        name: str,
-        given: list[Tensor],
-        rows: Sequence[Mapping[str, Any]],
-        width: int,
-        fill: Any,
+        self, name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]], width: int
     ) -> Tensor:
         """One key of the routers' as a tensor: `[batch]`, or padded to `[batch, width]`."""
-        if all(t.dim() == 0 for t in given):
+        if all(tensor.dim() == 0 for tensor in given):
             return torch.stack(given)
         for i, (tensor, row) in enumerate(zip(given, rows)):
-            if tuple(tensor.shape) != (len(row["input_ids"]),):
+            length = len(row["input_ids"])
+            if tuple(tensor.shape) != (length,):
                 raise ValueError(
-                    f"{name} of row {i} has shape {tuple(tensor.shape)}; expected [{len(row['input_ids'])}], as its "
-                    "input_ids, or one number in every row."
+                    f"{name} of row {i} has shape {tuple(tensor.shape)}; expected [{length}], as "
+                    "its input_ids, or one number in every row."
                 )
-        return torch.stack([self._fill(tensor, width, fill) for tensor in given])
+        return self._stacked(given, width, ROUTING_FILL[name])
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if any(row.keys() != rows[0].keys() for row in rows):
             raise ValueError(f"The rows have different keys: {[sorted(row) for row in rows][:4]}.")
-        rows = [
-            {"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.int64), **row}
-            for row in rows
-        ]
-        width, batch = max(len(row["input_ids"]) for row in rows), {}
-        for name in rows[0]:
-            tensors = [torch.as_tensor(row[name]) for row in rows]
-            fill = self.pad_token_id if name == "input_ids" else FILL.get(name)
-            ragged = fill is not None and tensors[0].dim() == 1
-            batch[name] = torch.stack(
-                [self._fill(t, width, fill) for t in tensors] if ragged else tensors
-            )
-        return batch
+        lengths = [len(row["input_ids"]) for row in rows]
+        columns = {"attention_mask": [torch.ones(n, dtype=torch.int64) for n in lengths]}
+        columns |= {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        fill = {**FILL, "input_ids": self.pad_token_id}
+        return {
+            name: self._stacked(tensors, max(lengths), fill[name])
+            if name in fill and tensors[0].dim() == 1
+            else torch.stack(tensors)
+            for name, tensors in columns.items()
+        }
 
-    def _fill(self, tensor: Tensor, width: int, fill: Any) -> Tensor:
-        missing = width - len(tensor)
-        return torch.nn.functional.pad(
-            tensor, (missing, 0) if self.left else (0, missing), value=fill
-        )
+    def _stacked(self, tensors: Sequence[Tensor], width: int, fill: float) -> Tensor:
+        """Tensors `[n]` filled up to `[batch, width]`."""
+        missing = [width - len(tensor) for tensor in tensors]
+        pads = [(n, 0) if self.left else (0, n) for n in missing]
+        padded = [nn.functional.pad(tensor, pad, value=fill) for tensor, pad in zip(tensors, pads)]
+        return torch.stack(padded)

@@ -11,15 +11,21 @@ from torch.utils.data import Dataset
 
 from ..core.losses import IGNORE
 
-PROMPTS, TARGETS = ("instruction", "prompt"), ("output", "completion")
-# What tokenizers give as their length where they know of none is far beyond.
-LONGEST = 10**6
+PROMPTS = ("instruction", "prompt")
+TARGETS = ("output", "completion")
+# Tokenizers that know of no limit give a length far beyond this one.
+UNLIMITED = 10**6
 
 
 class Texts(Dataset):
-    """Rows for the stock `Trainer`: input_ids `[n]`, labels `[n]` (−100 on the prompt), and where
-    there is a prompt router_mask `[n]` (True on it); with labels for the routers expert_targets,
-    one number or `[n]`.
+    """Rows for the stock `Trainer`.
+
+    A row has input_ids `[n]`, labels `[n]` (−100 on the prompt), where there is a prompt
+    router_mask `[n]` (True on it), and perhaps labels for the routers, expert_targets: one number,
+    or `[n]`.
+
+    Args:
+        rows: such rows.
     """
 
     def __init__(self, rows: Sequence[dict[str, Tensor]]):
@@ -35,46 +41,33 @@ class Texts(Dataset):
         expert: int | None = None,
         join: str = "\n",
     ) -> Texts:
-        """Tokenise rows: mappings with a prompt ("instruction" or "prompt") and its target
-        ("output" or "completion"), or whole texts (strings, or mappings with "text"), whose every
-        token takes a loss.
+        """Tokenise rows, each a prompt with its target, or a whole text, whose every token counts.
 
-        join: what stands between prompt and target; it belongs to the target, so that a prompt's
-        tokens are those that a router is given without any target. The target ends with the
-        tokenizer's eos token. max_length: the most tokens that a row may have, by default the
-        tokenizer's own limit. expert: the expert_targets of all rows.
+        Args:
+            rows: mappings with a prompt ("instruction" or "prompt") and its target ("output" or
+                "completion"); or whole texts, as strings or mappings with "text".
+            tokenizer: the base's. Its eos token ends every row.
+            max_length: the most tokens that a row may have; by default the tokenizer's own limit.
+            expert: the expert_targets of all rows.
+            join: what stands between prompt and target. It belongs to the target, so that a
+                prompt's tokens are those that a router is given where there is no target.
 
         Raises:
             ValueError: a row without the fields, empty, or too long, by its number.
             TypeError: one text or mapping instead of rows of them.
         """
-        limit = max_length
-        if limit is None:
-            known = getattr(tokenizer, "model_max_length", LONGEST)
-            limit = known if isinstance(known, int) and known < LONGEST else None
         if isinstance(rows, (str, Mapping)):
             raise TypeError(
                 f"rows is a {type(rows).__name__}; expected several rows, such as a list of them."
             )
-        made = []
-        for number, row in enumerate(rows):
-            prompt, target = _parts(row, number)
-            prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
-            target_ids = _target_ids(
-                target, tokenizer, "" if prompt is None else join, bool(prompt_ids)
-            )
-            for part, ids in ((prompt, prompt_ids), (target, target_ids)):
-                if part is not None and not ids:
-                    raise ValueError(
-                        f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
-                    )
-            if limit is not None and len(prompt_ids) + len(target_ids) > limit:
-                raise ValueError(
-                    f"Row {number} has {len(prompt_ids)} tokens of prompt and {len(target_ids)} of target, more than "
-                    f"max_length={limit}: shorten it, or leave it out."
-                )
-            made.append(_row(prompt_ids, target_ids))
-        texts = cls(made)
+        limit = max_length
+        if limit is None:
+            known = getattr(tokenizer, "model_max_length", UNLIMITED)
+            limit = known if isinstance(known, int) and known < UNLIMITED else None
+        tokenised = [
+            _tokenised(row, number, tokenizer, join, limit) for number, row in enumerate(rows)
+        ]
+        texts = cls(tokenised)
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -96,10 +89,13 @@ class Texts(Dataset):
         ]
 
     def labelled(self, expert: int | Sequence[int] | Tensor) -> Texts:
-        """The same rows with expert_targets: one number for all, or one for each.
+        """The same rows with expert_targets.
+
+        Args:
+            expert: one number for all rows, or one for each.
 
         Raises:
-            ValueError: as many numbers as there are rows were expected.
+            ValueError: not as many numbers as there are rows.
         """
         numbers = [expert] * len(self) if isinstance(expert, int) else [int(e) for e in expert]
         if len(numbers) != len(self):
@@ -119,6 +115,87 @@ class Texts(Dataset):
         return Texts([self.rows[i] for i in indices])
 
 
+def texts_of(name: str, data: Any) -> Texts:
+    """`data` as Texts: they themselves, or made of a dataset's rows.
+
+    Args:
+        name: whose data it is, for errors.
+        data: Texts, or a dataset whose rows have input_ids `[n]`, and perhaps labels, router_mask
+            and attention_mask `[n]`. A row's prompt is its router_mask, else what comes before its
+            first label. Padding is left out.
+
+    Raises:
+        TypeError: not a dataset.
+        ValueError: a row without input_ids or of another shape, by its number.
+    """
+    if isinstance(data, Texts):
+        return data
+    has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, (str, Mapping)) or not has_rows:
+        raise TypeError(
+            f"The data of {name!r} is a {type(data).__name__}; expected Texts (Texts.of(rows, "
+            "tokenizer) makes them) or a dataset with a length, whose rows have input_ids."
+        )
+    return Texts([_dataset_row(name, number, data[number]) for number in range(len(data))])
+
+
+def _dataset_row(name: str, number: int, row: Any) -> dict[str, Tensor]:
+    """A dataset's row as Texts have them."""
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        what = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(
+            f"Row {number} of {name!r} has {what}; expected input_ids, and labels where not all "
+            "tokens are."
+        )
+    ids = torch.as_tensor(row["input_ids"])
+    labels = torch.as_tensor(row.get("labels", ids))
+    if labels.shape != ids.shape or labels.dim() != 1:
+        raise ValueError(
+            f"Row {number} of {name!r} has labels of shape {list(labels.shape)} and input_ids of "
+            f"shape {list(ids.shape)}; expected [n] both."
+        )
+    attended = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).bool()
+    tensors = {"input_ids": ids, "labels": labels}
+    counted = labels != IGNORE
+    prompt = (counted.cumsum(0) == 0) & attended
+    if "router_mask" in row:
+        tensors["router_mask"] = torch.as_tensor(row["router_mask"]).bool()
+    elif bool(counted.any()) and bool(prompt.any()):
+        tensors["router_mask"] = prompt
+    return {key: tensor[attended] for key, tensor in tensors.items()}
+
+
+def _tokenised(
+    row: Any, number: int, tokenizer: Callable[..., Any], join: str, limit: int | None
+) -> dict[str, Tensor]:
+    """A row of texts as Texts have it."""
+    prompt, target = _parts(row, number)
+    prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
+    # Special tokens at the beginning belong to the prompt, where there is one.
+    joined = target if prompt is None else join + target
+    target_ids = tokenizer(joined, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is not None and target_ids[-1:] != [end]:
+        target_ids = [*target_ids, end]
+    for part, ids in ((prompt, prompt_ids), (target, target_ids)):
+        if part is not None and not ids:
+            raise ValueError(
+                f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
+            )
+    if limit is not None and len(prompt_ids) + len(target_ids) > limit:
+        raise ValueError(
+            f"Row {number} has {len(prompt_ids)} tokens of prompt and {len(target_ids)} of target, "
+            f"more than max_length={limit}: shorten it, or leave it out."
+        )
+    tensors = {
+        "input_ids": torch.tensor(prompt_ids + target_ids),
+        "labels": torch.tensor([IGNORE] * len(prompt_ids) + target_ids),
+    }
+    if prompt_ids:
+        tensors["router_mask"] = torch.arange(len(tensors["labels"])) < len(prompt_ids)
+    return tensors
+
+
 def _parts(row: Any, number: int) -> tuple[str | None, str]:
     """The prompt, None for a whole text, and the target."""
     if isinstance(row, str):
@@ -131,8 +208,8 @@ def _parts(row: Any, number: int) -> tuple[str | None, str]:
         names = [next((n for n in wanted if n in row), None) for wanted in (PROMPTS, TARGETS)]
         if None in names:
             raise ValueError(
-                f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} with one of "
-                f"{', '.join(TARGETS)}, or text."
+                f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} "
+                f"with one of {', '.join(TARGETS)}, or text."
             )
         parts = {"prompt": row[names[0]], "target": row[names[1]]}
     for what, part in parts.items():
@@ -141,22 +218,3 @@ def _parts(row: Any, number: int) -> tuple[str | None, str]:
                 f"Row {number} has an empty {what} ({part!r}): fill it in, or leave the row out."
             )
     return parts.get("prompt"), parts.get("target", parts.get("text", ""))
-
-
-def _target_ids(
-    target: str, tokenizer: Callable[..., Any], join: str, after_prompt: bool
-) -> list[int]:
-    # Special tokens at the beginning belong to the prompt, where there is one.
-    ids = tokenizer(join + target, add_special_tokens=not after_prompt, verbose=False)["input_ids"]
-    end = getattr(tokenizer, "eos_token_id", None)
-    return [*ids, *([] if end is None or (ids and ids[-1] == end) else [end])]
-
-
-def _row(prompt: list[int], target: list[int]) -> dict[str, Tensor]:
-    row = {
-        "input_ids": torch.tensor(prompt + target),
-        "labels": torch.tensor([IGNORE] * len(prompt) + target),
-    }
-    if prompt:
-        row["router_mask"] = torch.arange(len(prompt) + len(target)) < len(prompt)
-    return row

@@ -1,6 +1,4 @@
-"""Training the routers alone on expert labels: cross-entropy of what they choose for a prompt,
-nothing else moves.
-"""
+"""Training the routers alone on expert labels: whose a prompt is; nothing else moves."""
 
 from __future__ import annotations
 
@@ -12,19 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core.losses import IGNORE
-from ..validation import check_integer, check_number
+from ..core.model import MixtureModel, evaluating
+from ..routers.base import Router
+from ..validation import check_integer, check_names, check_number
+from .arguments import check_not_overridden, check_texts
+from .collator import PadRouting
 from .datasets import Texts
 
-Batch = tuple[dict[str, Tensor], Tensor]
+# The lowest value of each integer option; None for numbers.
+OPTIONS = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What `train_gate` did: the mean loss of each epoch, and the share of the last one's rows
-    chosen right.
+    """What `train_gate` did.
+
+    Args:
+        losses: the mean loss of each epoch.
+        accuracy: the share of the last epoch's rows whose expert was the most probable choice.
+        steps: of the optimizer.
+        seconds: the time that it took.
     """
 
     losses: list[float]
@@ -33,8 +40,22 @@ class GateReport:
     seconds: float
 
 
+@dataclass
+class _Epoch:
+    """Sums over the steps of an epoch."""
+
+    loss: float = 0.0
+    right: int = 0
+    rows: int = 0
+
+    def add(self, loss: Tensor, right: int, rows: int) -> None:
+        self.loss += float(loss.detach()) * rows
+        self.right += right
+        self.rows += rows
+
+
 def train_gate(
-    model: Any,
+    model: MixtureModel,
     texts: Mapping[str, Texts] | Texts,
     *,
     epochs: int = 10,
@@ -45,16 +66,24 @@ def train_gate(
 ) -> GateReport:
     """Train all routers to choose each prompt's expert, and change nothing else, bit for bit.
 
-    texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets.
     Each router's loss is the cross-entropy of its logits on the prompt: one row a prompt at
-    sequence level, one a token at token level. AdamW, the learning rate falling to 0 in a line.
-    With router_scope="model" the forward pass ends at the router; what a sequence router reads
-    there, if it pools by mean or last token, is computed once for all epochs.
+    sequence level, one a token at token level. AdamW, with a learning rate that falls to 0
+    linearly. With router_scope="model" the forward pass ends at the router; what a sequence router
+    reads there, if it pools by mean or last token, is computed once for all epochs.
+
+    Args:
+        model: the mixture.
+        texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets.
+        epochs: how often every text is seen.
+        learning_rate: of the first step.
+        batch_size: prompts a step.
+        weight_decay: of AdamW.
+        seed: of the texts' order and of the routers' jitter noise.
 
     Raises:
-        ValueError, TypeError: no texts, unknown experts, texts without expert_targets, options out
-        of range, or
-            inside `use_experts`.
+        ValueError: no texts, unknown experts, texts without expert_targets, options out of range,
+            or inside `use_experts`.
+        TypeError: no Texts, or an option of another type.
     """
     check_options(
         epochs=epochs,
@@ -64,35 +93,27 @@ def train_gate(
         seed=seed,
     )
     labelled = labelled_texts(model, texts)
-    start, losses, right, counted = time.perf_counter(), [], 0, 0
+    start = time.perf_counter()
+    steps = epochs * -(-len(labelled) // batch_size)
+    history = []
     with _routers_alone(model, seed) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-        rows, batches = len(labelled), _batches(model, labelled, batch_size)
-        steps = epochs * -(-rows // batch_size)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        logits_and_targets = _batches(model, labelled, batch_size)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            order, total, right, counted = (
-                torch.randperm(rows, generator=generator).tolist(),
-                0.0,
-                0,
-                0,
-            )
-            for begin in range(0, rows, batch_size):
-                pairs = batches(order[begin : begin + batch_size])
-                loss, hits, seen = _loss(pairs)
+            history.append(_Epoch())
+            for numbers in torch.randperm(len(labelled), generator=generator).split(batch_size):
+                loss, right, rows = _loss(logits_and_targets(numbers.tolist()))
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients):
                     parameter.grad = gradient
                 optimizer.step()
                 decay.step()
-                total, right, counted = (
-                    total + float(loss.detach()) * seen,
-                    right + hits,
-                    counted + seen,
-                )
-            losses.append(total / max(counted, 1))
-    return GateReport(losses, right / max(counted, 1), steps, time.perf_counter() - start)
+                history[-1].add(loss, right, rows)
+    losses = [epoch.loss / max(epoch.rows, 1) for epoch in history]
+    accuracy = history[-1].right / max(history[-1].rows, 1)
+    return GateReport(losses, accuracy, steps, time.perf_counter() - start)
 
 
 def check_options(**options: Any) -> None:
@@ -101,62 +122,58 @@ def check_options(**options: Any) -> None:
     Raises:
         ValueError, TypeError: an option that does not exist, or out of range.
     """
-    known = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
-    if unknown := sorted(set(options) - set(known)):
+    if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(
-            f"train_gate has no option {unknown}. Its options are: {', '.join(known)}."
+            f"train_gate has no option {unknown}. Its options are: {', '.join(OPTIONS)}."
         )
     for name, value in options.items():
-        low = known[name]
-        if low is not None:
-            check_integer(name, value, low)
+        lowest = OPTIONS[name]
+        if lowest is not None:
+            check_integer(name, value, lowest)
         else:
             check_number(name, value, 0.0, float("inf"), open_low=name == "learning_rate")
 
 
 @torch.no_grad()
-def prompt_features(model: Any, texts: Texts, batch_size: int = 32) -> Tensor:
-    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU; at token level
-    the mean over it.
+def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> Tensor:
+    """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU.
+
+    At token level it is the mean over the prompt's tokens.
+
+    Args:
+        model: the mixture.
+        texts: the prompts' texts.
+        batch_size: prompts a forward pass.
 
     Raises:
         ValueError: no texts, or inside `use_experts`, where no router reads.
     """
-    _check_asked(model)
+    check_not_overridden(model)
     if not len(texts):
         raise ValueError("There are no texts to take features of: give one at least.")
     router = next(iter(model.moelora.routers.values()))
-    training, found = model.training, []
-    model.eval()
-    try:
+    features = []
+    with evaluating(model):
         for begin in range(0, len(texts), batch_size):
-            batch = padded(
-                texts.subset(range(begin, min(begin + batch_size, len(texts)))).prompts(),
-                model.device,
-            )
-            found.append(_read(model, router, batch).float().cpu())
-    finally:
-        model.train(training)
-    return torch.cat(found)
+            rows = [{"input_ids": prompt} for prompt in texts.prompts()[begin : begin + batch_size]]
+            features.append(_read(model, router, _padded(model, rows)).float().cpu())
+    return torch.cat(features)
 
 
-def labelled_texts(model: Any, texts: Mapping[str, Texts] | Texts) -> Texts:
+def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> Texts:
     """All texts with expert_targets, of which at least one must count.
 
     Raises:
         ValueError, TypeError: as `train_gate`.
     """
-    _check_asked(model)
+    check_not_overridden(model)
     names = model.moelora_config.choice_names
     if isinstance(texts, Mapping):
-        if unknown := sorted(set(texts) - set(names)):
-            raise ValueError(
-                f"There is no expert {', '.join(map(repr, unknown))}. The choices are: {', '.join(names)}."
-            )
+        check_names(texts, names)
         for name, own in texts.items():
-            _check_texts(repr(name), own)
+            check_texts(repr(name), own)
         texts = Texts.joined([own.labelled(names.index(name)) for name, own in texts.items()])
-    _check_texts("texts", texts)
+    check_texts("texts", texts)
     if not len(texts):
         raise ValueError(f"There are no texts: give some of each of {', '.join(names)}.")
     for number, row in enumerate(texts.rows):
@@ -167,84 +184,56 @@ def labelled_texts(model: Any, texts: Mapping[str, Texts] | Texts) -> Texts:
         targets = row["expert_targets"]
         if bool(((targets != IGNORE) & ((targets < 0) | (targets >= len(names)))).any()):
             raise ValueError(
-                f"Row {number} has expert_targets {targets.tolist()}; expected 0 … {len(names) - 1} or −100."
+                f"Row {number} has expert_targets {targets.tolist()}; expected 0 … "
+                f"{len(names) - 1} or −100."
             )
     if all(bool((row["expert_targets"] == IGNORE).all()) for row in texts.rows):
         raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
 
 
-def _check_asked(model: Any) -> None:
-    if model.moelora.forcing is not None:
-        raise ValueError(
-            "The routers have no say, or not all of it, inside use_experts(): leave it first."
-        )
-
-
-def _check_texts(name: str, texts: Any) -> None:
-    if not isinstance(texts, Texts):
-        raise TypeError(
-            f"{name} is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes them)."
-        )
-
-
-def padded(prompts: Sequence[Tensor], device: Any = None) -> dict[str, Tensor]:
-    """Prompts as one batch, padded on the right: input_ids and attention_mask `[batch, length]`."""
-    ids = pad_sequence(list(prompts), batch_first=True)
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
 @contextmanager
-def _routers_alone(model: Any, seed: int) -> Iterator[list[nn.Parameter]]:
-    """The routers' parameters, trainable while inside; then everything is as it was, but for their
-    values.
-    """
-    routers, training = model.moelora.routers, model.training
-    parameters = list(routers.parameters())
+def _routers_alone(model: MixtureModel, seed: int) -> Iterator[list[nn.Parameter]]:
+    """The routers' parameters, which train inside; afterwards only their values have changed."""
+    routers = list(model.moelora.routers.values())
+    parameters = [parameter for router in routers for parameter in router.parameters()]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    model.eval()
-    routers.train()
     try:
         # The routers' jitter noise draws from the global generators.
-        with torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng():
             torch.manual_seed(seed)
+            for router in routers:
+                router.train()
             for parameter in parameters:
                 parameter.requires_grad_(True)
             yield parameters
     finally:
-        for parameter, trains, gradient in before:
-            parameter.requires_grad_(trains)
+        for parameter, takes_gradient, gradient in before:
+            parameter.requires_grad_(takes_gradient)
             parameter.grad = gradient
-        model.train(training)
 
 
 def _batches(
-    model: Any, texts: Texts, batch_size: int
+    model: MixtureModel, texts: Texts, batch_size: int
 ) -> Callable[[list[int]], list[tuple[Tensor, Tensor]]]:
-    """A function from rows' numbers to (logits, targets) of each router."""
-    config, routers = model.moelora_config, list(model.moelora.routers.values())
+    """A function from rows' numbers to each router's logits `[N, choices]` and targets `[N]`."""
+    config = model.moelora_config
     sequences = config.routing_level == "sequence"
-    prompts = texts.prompts()
-    targets = [_targets(row, len(prompt), sequences) for row, prompt in zip(texts.rows, prompts)]
+    rows = [
+        {"input_ids": prompt, "expert_targets": _targets(row, len(prompt), sequences)}
+        for row, prompt in zip(texts.rows, texts.prompts())
+    ]
     if sequences and config.router_scope == "model" and config.router_pooling != "attention":
-        (router,) = routers
+        (router,) = model.moelora.routers.values()
         features = prompt_features(model, texts, batch_size).to(model.device)
-        # The routers train, whatever mode the features were computed in.
-        router.train()
-        labels = torch.stack(targets).to(model.device)
-        return lambda rows: [(router(features[rows]).logits, labels[rows])]
+        labels = torch.stack([row["expert_targets"] for row in rows]).to(model.device)
+        return lambda numbers: [(router(features[numbers]).logits, labels[numbers])]
 
-    def run(rows: list[int]) -> list[tuple[Tensor, Tensor]]:
-        batch = padded([prompts[i] for i in rows], model.device)
-        if sequences:
-            labels = torch.stack([targets[i] for i in rows])
-        else:
-            labels = pad_sequence(
-                [targets[i] for i in rows], batch_first=True, padding_value=IGNORE
-            ).reshape(-1)
+    def run(numbers: list[int]) -> list[tuple[Tensor, Tensor]]:
+        batch = _padded(model, [rows[i] for i in numbers])
+        targets = batch.pop("expert_targets").reshape(-1)
         return [
-            (routing.logits, labels.to(routing.logits.device))
+            (routing.logits, targets.to(routing.logits.device))
             for routing in model.routing_only(**batch)
         ]
 
@@ -264,32 +253,39 @@ def _targets(row: dict[str, Tensor], length: int, sequences: bool) -> Tensor:
 
 
 def _loss(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int, int]:
-    """The mean over routers of the cross-entropy, how many rows of all of them were right, and of
-    how many.
-    """
-    losses, right, counted = [], 0, 0
+    """The mean over routers of the cross-entropy; how many rows of all were right; all rows."""
+    losses = []
+    right = 0
+    rows = 0
     for logits, targets in pairs:
         there = targets != IGNORE
-        losses.append(
-            nn.functional.cross_entropy(logits[there], targets[there])
-            if bool(there.any())
-            else 0 * logits.sum()
-        )
+        count = int(there.sum())
+        loss = 0 * logits.sum()
+        if count:
+            loss = nn.functional.cross_entropy(logits[there], targets[there])
+        losses.append(loss)
         right += int((logits.argmax(-1) == targets)[there].sum())
-        counted += int(there.sum())
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean(), right, counted
+        rows += count
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean(), right, rows
 
 
-def _read(model: Any, router: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _padded(model: MixtureModel, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Prompts as one batch on the model's device, padded on the right."""
+    return {name: tensor.to(model.device) for name, tensor in PadRouting()(rows).items()}
+
+
+def _read(model: MixtureModel, router: Router, batch: dict[str, Tensor]) -> Tensor:
     """What `router` reads of a batch of prompts, `[batch, d]`."""
-    read: list[Tensor] = []
-    handle = router.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    inputs: list[Tensor] = []
+    handle = router.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
         model.routing_only(**batch)
     finally:
         handle.remove()
-    mask, x = batch["attention_mask"], router.normalised(read[0])  # type: ignore[operator]
+    x = router.normalised(inputs[0])
+    mask = batch["attention_mask"]
     if len(x) == len(mask):
         return x
-    x, mask = x.view(*mask.shape, -1), mask.to(x)
+    x = x.view(*mask.shape, -1)
+    mask = mask.to(x)
     return (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)

@@ -16,23 +16,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.losses import IGNORE
+from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_number
+from .arguments import check_texts
 from .collator import PadRouting
 from .datasets import Texts
-
-# What no expert's loss depends on.
-ROUTING = ("moelora.routers.", "moelora.load.")
+from .evaluation import alone
 
 
 @dataclass(frozen=True)
 class OracleLabels:
-    """targets: `[n]` int64, each text's best choice, −100 for none. losses: `[n, choices]` fp32,
-    mean over its labels.
+    """What `oracle_targets` found.
 
-    choice_names: the experts, and with `null_expert` the base alone.
+    Args:
+        targets: `[n]` int64, each text's best choice, −100 for none.
+        losses: `[n, choices]` fp32, each text's mean loss over its labels with each choice.
+        choice_names: the experts, and with `null_expert` after them "(base)".
     """
 
     targets: Tensor
@@ -41,60 +43,57 @@ class OracleLabels:
 
 
 def oracle_targets(
-    model: Any,
+    model: MixtureModel,
     texts: Texts,
     *,
     batch_size: int = 8,
     cache: str | PathLike[str] | None = None,
     margin: float = 0.0,
 ) -> OracleLabels:
-    """Label each text by the expert with the lowest mean loss on its target tokens; ties go to the
-    lowest number.
+    """Label each text by the choice with the lowest mean loss on its target tokens.
 
-    Each expert is used alone, with weight 1, and with `null_expert` the base alone is one more
-    choice. For `train_gate(model, texts.labelled(found.targets))`.
-    cache: a file to keep the losses in; taken only if texts, experts and base are those that made
-    it, else written anew. margin: texts whose best loss is not lower than the others by this much
-    get −100, no label.
+    Each expert is used alone, with weight 1; with `null_expert` the base alone is one more choice.
+    Ties go to the lowest number. What it returns is for
+    `train_gate(model, texts.labelled(labels.targets))`.
+
+    Args:
+        model: the mixture.
+        texts: what to label.
+        batch_size: texts a forward pass.
+        cache: a file to keep the losses in. It is read only if texts, experts and base are those
+            that made it, and written anew otherwise.
+        margin: texts whose two lowest losses are closer than this get −100, no label.
 
     Raises:
-        ValueError, TypeError: a text without a target token to predict, a loss that is not finite,
-        a classifier.
+        ValueError: no texts, one without a target token to predict, or a loss that is not finite.
+        TypeError: a classifier, or no Texts.
     """
     check_integer("batch_size", batch_size, 1)
     check_number("margin", margin, 0.0, math.inf)
-    check_texts(model, texts)
-    path = None if cache is None else Path(cache)
-    key = "" if path is None else _key(model, texts)
-    losses = None if path is None else _kept(path, key)
-    if losses is None:
-        if path is not None:
-            # Found out before the work, not after it.
-            path.parent.mkdir(parents=True, exist_ok=True)
+    check_oracle_texts(model, texts)
+    if cache is None:
         losses = _losses(model, texts, batch_size)
-        if path is not None:
-            _keep(path, key, losses)
+    else:
+        losses = _cached_losses(model, texts, batch_size, Path(cache))
     targets = losses.argmin(1)
     if losses.shape[1] > 1:
-        two = losses.topk(2, dim=1, largest=False).values
-        targets = targets.masked_fill(two[:, 1] - two[:, 0] < margin, IGNORE)
+        lowest = losses.topk(2, dim=1, largest=False).values
+        targets = targets.masked_fill(lowest[:, 1] - lowest[:, 0] < margin, IGNORE)
     return OracleLabels(targets, losses, model.moelora_config.choice_names)
 
 
-def check_texts(model: Any, texts: Texts) -> None:
+def check_oracle_texts(model: MixtureModel, texts: Texts) -> None:
     """Raise where `oracle_targets` could not label these texts.
 
     Raises:
-        ValueError, TypeError: a classifier, no texts, or one without a target token to predict.
+        ValueError: no texts, or one without a target token to predict.
+        TypeError: a classifier, or no Texts.
     """
     if model.is_classifier:
         raise TypeError(
-            "oracle_targets compares losses on target tokens, which a classifier has none of."
+            "oracle_targets compares losses on target tokens, and a classifier has none."
         )
-    if not isinstance(texts, Texts):
-        raise TypeError(
-            f"texts is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes them)."
-        )
+    check_texts("texts", texts)
     if not len(texts):
         raise ValueError("There are no texts to label: give one at least.")
     for number, row in enumerate(texts.rows):
@@ -106,34 +105,28 @@ def check_texts(model: Any, texts: Texts) -> None:
 
 
 @torch.no_grad()
-def _losses(model: Any, texts: Texts, batch_size: int) -> Tensor:
+def _losses(model: MixtureModel, texts: Texts, batch_size: int) -> Tensor:
     """Each text's mean loss with each choice, `[n, choices]` fp32 on the CPU."""
-    names = model.moelora_config.expert_names
-    # The base alone is any expert with weight 0.
-    choices = [{name: 1.0} for name in names] + [{names[0]: 0.0}] * model.moelora_config.null_expert
+    names = model.moelora_config.choice_names
     order = sorted(range(len(texts)), key=lambda i: len(texts.rows[i]["input_ids"]))
-    found, training = torch.empty(len(texts), len(choices)), model.training
+    losses = torch.empty(len(texts), len(names))
     fields = ("input_ids", "labels")
-    model.eval()
-    try:
+    with evaluating(model):
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
             batch = PadRouting()([{k: texts.rows[i][k] for k in fields} for i in numbers])
-            for choice, used in enumerate(choices):
-                with model.use_experts(used):
-                    found[numbers, choice] = _mean_losses(model, batch).cpu()
-    finally:
-        model.train(training)
-    for choice, name in enumerate(model.moelora_config.choice_names):
-        if not bool(found[:, choice].isfinite().all()):
-            row = int((~found[:, choice].isfinite()).nonzero()[0])
-            raise ValueError(
-                f"The loss with {name!r} is {float(found[row, choice])} on row {row}: look at its weights."
-            )
-    return found
+            for choice, name in enumerate(names):
+                with model.use_experts(alone(model, name)):
+                    losses[numbers, choice] = _mean_losses(model, batch).cpu()
+    for row, choice in (~losses.isfinite()).nonzero().tolist():
+        raise ValueError(
+            f"The loss with {names[choice]!r} is {float(losses[row, choice])} on row {row}: look "
+            "at its weights."
+        )
+    return losses
 
 
-def _mean_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _mean_losses(model: MixtureModel, batch: dict[str, Tensor]) -> Tensor:
     """The mean loss of each row over its labels, `[batch]` fp32."""
     ids, mask, labels = (
         batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")
@@ -147,67 +140,77 @@ def _mean_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     else:
         logits = model(**inputs).logits[:, asked]
     targets = targets[:, asked].to(logits.device)
-    each = torch.nn.functional.cross_entropy(
+    each = nn.functional.cross_entropy(
         logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
     )
     return each.sum(1) / (targets != IGNORE).sum(1)
 
 
-def _key(model: Any, texts: Texts) -> str:
-    """A hash of all that the losses depend on: token ids and labels, every expert, every weight of
-    the base.
-    """
-    config, found = model.moelora_config, hashlib.sha256()
-    about = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if k not in ("_name_or_path", "transformers_version")
-    }
-    linears = [name for site in model.moelora.sites.values() for name in site.names]
-    about["moelora"] = [
-        config.choice_names,
-        [[name, config.ranks_of(name), config.scaling_of(name)] for name in linears],
-    ]
-    found.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for row in texts.rows:
-        for name in ("input_ids", "labels"):
-            _add(found, name, row[name])
-    for name, tensor in torch.nn.Module.state_dict(model).items():
-        if not name.startswith(ROUTING):
-            if tensor.device.type == "meta":
-                raise ValueError(
-                    f"{name} is not in memory, so a cache could not be told to be stale: leave cache out."
-                )
-            _add(found, name, tensor)
-    return found.hexdigest()
-
-
-def _add(found: Any, name: str, tensor: Tensor) -> None:
-    found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _sum_of(losses: Tensor) -> str:
-    found = hashlib.sha256()
-    _add(found, "losses", losses)
-    return found.hexdigest()
-
-
-def _kept(path: Path, key: str) -> Tensor | None:
-    """The losses in the file, if it is there, whole, and of this key."""
+def _cached_losses(model: MixtureModel, texts: Texts, batch_size: int, path: Path) -> Tensor:
+    """The losses in the file, if they are those of this model and these texts; else new ones."""
     if path.is_dir():
         raise ValueError(f"cache={str(path)!r} is a folder; expected a file's path.")
+    key = _key(model, texts)
+    losses = _read(path, key)
+    if losses is None:
+        # An error here comes before the work, not after it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        losses = _losses(model, texts, batch_size)
+        _write(path, key, losses)
+    return losses
+
+
+def _key(model: MixtureModel, texts: Texts) -> str:
+    """A hash of what the losses depend on: texts, experts, and the base's weights and config."""
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    about = {**config, "choice_names": model.moelora_config.choice_names}
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for row in texts.rows:
+        for name in ("input_ids", "labels"):
+            _add(digest, name, row[name])
+    for name, tensor in nn.Module.state_dict(model).items():
+        if not model.moelora.owns(name):
+            _add(digest, name, tensor)
+    for number in range(model.moelora.num_experts):
+        for linear, factors in model.moelora.expert(number).items():
+            scaling = model.moelora_config.scaling_of(linear)[number]
+            _add(digest, f"{linear} A {scaling}", factors.A)
+            _add(digest, f"{linear} B", factors.B)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} is not in memory, so a cache could not be told to be stale: leave cache out."
+        )
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _hash_of(losses: Tensor) -> str:
+    digest = hashlib.sha256()
+    _add(digest, "losses", losses)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> Tensor | None:
+    """The losses in the file, if it is there, whole, and of this key."""
     try:
         with safe_open(path, framework="pt") as file:
-            about, losses = file.metadata() or {}, file.get_tensor("losses")
+            about = file.metadata() or {}
+            losses = file.get_tensor("losses")
     except (OSError, SafetensorError):
         return None
-    return losses if about.get("key") == key and about.get("sum") == _sum_of(losses) else None
+    return losses if about.get("key") == key and about.get("sum") == _hash_of(losses) else None
 
 
-def _keep(path: Path, key: str, losses: Tensor) -> None:
+def _write(path: Path, key: str, losses: Tensor) -> None:
     """Write the file in one step: whoever reads it meanwhile finds the old one or the new one."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".oracle-") as folder:
-        made = Path(folder) / "losses"
-        save_file({"losses": losses}, made, metadata={"key": key, "sum": _sum_of(losses)})
-        os.replace(made, path)
+        file = Path(folder) / "losses"
+        save_file({"losses": losses}, file, metadata={"key": key, "sum": _hash_of(losses)})
+        os.replace(file, path)

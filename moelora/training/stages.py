@@ -1,6 +1,4 @@
-"""Recipes for experts and gate on tasks: one expert after another and then the gate, or everything
-together.
-"""
+"""Experts and routers on tasks: one expert after another and then the routers, or all at once."""
 
 from __future__ import annotations
 
@@ -11,19 +9,25 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..config import NO_EXPERT
+from ..core.model import MixtureModel
 from ..validation import check_choice
-from .datasets import Texts
-from .fitting import Trained, check_arguments, fit, only_training, texts_of
+from .arguments import check_arguments
+from .datasets import Texts, texts_of
+from .fitting import Trained, fit, only_training
 from .gate import GateReport, check_options, labelled_texts, train_gate
-from .oracle import OracleLabels, check_texts, oracle_targets
+from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
 LABELS = ("task", "oracle")
 
 
 @dataclass(frozen=True)
 class StagesReport:
-    """What `train_in_stages` did: each expert's run, the gate's, and with labels="oracle" what it
-    was trained on.
+    """What `train_in_stages` did.
+
+    Args:
+        experts: each expert's run.
+        gate: how the routers were trained.
+        oracle: with labels="oracle", what they were trained on.
     """
 
     experts: dict[str, Trained]
@@ -37,7 +41,7 @@ class StagesReport:
 
 
 def train_expert(
-    model: Any,
+    model: MixtureModel,
     name: str,
     data: Any,
     args: TrainingArguments,
@@ -45,25 +49,33 @@ def train_expert(
     collator: Callable | None = None,
     checkpoints: bool = False,
 ) -> float:
-    """Train the expert `name` alone on its data, used for every token with weight 1; returns the
-    seconds.
+    """Train one expert alone on its data, used for every token with weight 1.
 
-    The routers and all other experts keep their bits; of the base train what trains anyway
-    (`modules_to_save`). One that is frozen trains all the same, and is frozen again afterwards.
-    data: Texts, or what else a `Trainer` takes. args: for a stock `Trainer`, which uses the
-    subfolder of the expert's name. collator: by default `PadRouting`. checkpoints: write those that
-    `args` asks for. Optimizers of before do not know the model's parameters any more.
+    The routers and all other experts keep their bits; of the base only what trains anyway
+    (`modules_to_save`) trains. A frozen expert trains all the same, and is frozen again afterwards.
+    Optimizers that were made before do not know the model's parameters any more.
+
+    Args:
+        model: the mixture.
+        name: the expert.
+        data: Texts, or what else a `Trainer` takes.
+        args: for a stock `Trainer`, which writes into the subfolder of the expert's name.
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
+
+    Returns:
+        The seconds that it took.
 
     Raises:
-        ValueError, TypeError: an unknown expert, no data, no `TrainingArguments`, or inside
-        `use_experts`.
+        ValueError: an unknown expert, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`.
     """
-    check_arguments(model, {name: data}, args, base=False)
+    check_arguments(model, {name: data}, args, null_expert=False)
     return _train_expert(model, name, data, args, collator, checkpoints).seconds
 
 
 def train_in_stages(
-    model: Any,
+    model: MixtureModel,
     data: Mapping[str, Any],
     args: TrainingArguments,
     *,
@@ -72,43 +84,49 @@ def train_in_stages(
     collator: Callable | None = None,
     checkpoints: bool = False,
 ) -> StagesReport:
-    """Train each expert alone on its own data (`train_expert`), and then the gate on all of it
-    (`train_gate`).
+    """Train each expert alone on its own data, and then the routers on all of it.
 
-    data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what comes
-    before the labels; with `null_expert` also of "(base)", of which the gate alone learns. labels:
-    what the gate is told is each text's
-    expert: "task", the one whose data it is, or "oracle", the one with the lowest loss on it
-    (`oracle_targets`).
-    gate: what `train_gate` takes. All else is as in `train_expert`. Where a stage fails, what is
-    frozen is as before, and the experts that were trained are.
+    This is `train_expert` for every expert, and `train_gate`. Where a stage fails, everything is
+    frozen as it was before, and the experts of the stages before it stay trained.
+
+    Args:
+        model: the mixture.
+        data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what
+            comes before the labels. With `null_expert` also of "(base)", which the routers alone
+            learn from.
+        args: for each expert's run, as in `train_expert`.
+        gate: the options of `train_gate`.
+        labels: what the routers are told to choose for a text: "task", the expert whose data it
+            is, or "oracle", the one with the lowest loss on it (`oracle_targets`).
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
 
     Raises:
         ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
     """
     check_choice("labels", labels, LABELS)
-    check_arguments(model, data, args, base=True)
+    check_arguments(model, data, args, null_expert=True)
     texts = {name: texts_of(name, own) for name, own in data.items()}
     labelled = labelled_texts(model, texts)
     options = {"seed": args.seed, **(gate or {})}
-    # Found now, and not once the experts have trained.
+    # A mistake is found now, not when the experts have trained.
     check_options(**options)
     if labels == "oracle":
-        check_texts(model, labelled)
+        check_oracle_texts(model, labelled)
     runs = {
         name: _train_expert(model, name, own, args, collator, checkpoints)
         for name, own in data.items()
         if name != NO_EXPERT
     }
-    found = None
+    oracle = None
     if labels == "oracle":
-        found = oracle_targets(model, labelled, batch_size=args.per_device_eval_batch_size)
-        labelled = labelled.labelled(found.targets)
-    return StagesReport(runs, train_gate(model, labelled, **options), found)
+        oracle = oracle_targets(model, labelled, batch_size=args.per_device_eval_batch_size)
+        labelled = labelled.labelled(oracle.targets)
+    return StagesReport(runs, train_gate(model, labelled, **options), oracle)
 
 
 def train_jointly(
-    model: Any,
+    model: MixtureModel,
     data: Mapping[str, Any],
     args: TrainingArguments,
     *,
@@ -118,15 +136,22 @@ def train_jointly(
 ) -> Trained:
     """Train experts and routers together on all data, mixed, by one stock `Trainer`.
 
-    expert_targets: tell the routers whose data each row is, beside the language model's loss
-    (`expert_target_loss_coef`); else they learn from that loss alone. What is frozen stays so.
-    data, collator, checkpoints: as in `train_in_stages`.
+    What is frozen stays so.
+
+    Args:
+        model: the mixture.
+        data: as in `train_in_stages`.
+        args: for the `Trainer`.
+        collator: by default `PadRouting`.
+        expert_targets: tell the routers whose data each row is, by a loss beside the language
+            model's (`expert_target_loss_coef`); else they learn from the latter alone.
+        checkpoints: write those that `args` asks for.
 
     Raises:
-        ValueError, TypeError: unknown experts, no data, no `TrainingArguments`, or inside
-        `use_experts`.
+        ValueError: unknown experts, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`, or data of another type.
     """
-    check_arguments(model, data, args, base=True)
+    check_arguments(model, data, args, null_expert=True)
     names = model.moelora_config.choice_names
     parts = {name: texts_of(name, own) for name, own in data.items()}
     if expert_targets:
@@ -137,7 +162,7 @@ def train_jointly(
 
 
 def _train_expert(
-    model: Any,
+    model: MixtureModel,
     name: str,
     data: Any,
     args: TrainingArguments,

@@ -1,4 +1,4 @@
-"""Searching a mixture's weights: a planted optimum is found, under use_experts, within the budget."""
+"""Searching a mixture's weights: a planted optimum is found, within the budget."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""MixDA: domain experts and gate on unlabelled text beside the base, then gate and task expert on
-labels.
-"""
+"""MixDA: domain experts and routers on unlabelled text beside the base, then the task's."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from core.mixtures import LEVELS
 from training.recipes import Broken, arguments, bits, loss, moved, same, state
-from training.tasks import FIRST, WIDTH, gate, task
+from training.tasks import FIRST, WIDTH, gate, redrawn, task
 
 from moelora.recipes import MixdaReport, train_mixda
 from moelora.recipes import mixda as module
@@ -18,10 +16,12 @@ from moelora.training import Texts
 
 NAMES = ["red", "green", "answer", "spare"]
 PREFIX = 4
+# Steps that stay large leave the loss at a random place of their circle around the best.
+FALLING = {"lr_scheduler_type": "linear"}
 
 
 def mixture(**fields: Any) -> Any:
-    """Two domains' experts, the task's, and one that nobody speaks of; fresh, so all are the base."""
+    """Two domains' experts, the task's, and one to spare; new, so all are the base."""
     given = {"num_experts": 4, "expert_names": NAMES, "null_expert": True, "num_experts_per_tok": 2}
     given |= {"active": False, "router_prefix_tokens": PREFIX}
     return gate(**{**given, **fields})
@@ -63,18 +63,25 @@ class Stages:
         monkeypatch.setattr(module, "fit", self)
 
     def __call__(self, model, data, args, folder, collator, checkpoints):
-        before, forcing = bits(model), model.moelora.forcing
-        found = self.fit(model, data, args, folder, collator, checkpoints)
-        banned = None if forcing is None else forcing.banned.tolist()
+        before = bits(model)
+        report = self.fit(model, data, args, folder, collator, checkpoints)
         self.runs.append(
             {
                 "folder": folder,
                 "moved": moved(before, bits(model)),
-                "banned": banned,
+                "banned": banned(model) if model.moelora.overridden else None,
                 "rows": data.rows,
             }
         )
-        return found
+        return report
+
+
+@torch.no_grad()
+def banned(model: Any) -> list[bool]:
+    """Which experts the routers may not choose now."""
+    ids = task(0, 1)[0]["input_ids"][None]
+    (routing,) = model.eval()(input_ids=ids, output_expert_routing=True).expert_routing
+    return (routing.logits == -torch.inf).any(0)[: len(NAMES)].tolist()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -82,15 +89,15 @@ def test_in_each_stage_its_own_expert_and_the_gate_train(level, monkeypatch, tmp
     stages, model = Stages(monkeypatch), mixture(routing_level=level)
     was, base = state(model), bits(model)
     report = run(model, tmp_path, weight_decay=0.5)
-    gates = {"moelora.routers"}
+    gates = {"routers"}
     assert [one["folder"] for one in stages.runs] == ["domains/red", "domains/green", "task/answer"]
     assert [one["moved"] for one in stages.runs] == [
         {"expert.red", *gates},
         {"expert.green", *gates},
         {"expert.answer", *gates},
     ]
-    banned = [one["banned"] for one in stages.runs]
-    assert banned == [[False, True, True, True], [True, False, True, True], None]
+    bans = [one["banned"] for one in stages.runs]
+    assert bans == [[False, True, True, True], [True, False, True, True], None]
     assert not any("expert_targets" in row for one in stages.runs for row in one["rows"])
     assert state(model) == was and "base" not in moved(base, bits(model))
     assert list(report.domains) == ["red", "green"] and report.task.steps == 2
@@ -114,16 +121,33 @@ def test_the_first_stage_weighs_the_expert_against_the_base_alone(level, tmp_pat
     assert len(set(torch.cat([r.expert_ids for r in seen[4:]]).unique().tolist())) > 2
 
 
+# Where the best two alone act in stage 2, the task of these seeds is learned half or not at all.
+@pytest.mark.parametrize("seed", [2, 4, 5])
 @pytest.mark.parametrize("level", LEVELS)
-def test_domains_and_task_are_learned(level, tmp_path):
-    model = mixture(routing_level=level)
+def test_domains_and_task_are_learned(level, seed, tmp_path):
+    model = redrawn(mixture(routing_level=level), seed)
     texts = {"red": domain(0, seed=1), "green": domain(1, seed=1), "answer": task(2, seed=1)}
     first = {name: loss(model, own) for name, own in texts.items()}
-    run(model, tmp_path, max_steps=40)
-    # Of the domains' share the gate gives some away while it learns the task.
+    run(model, tmp_path, max_steps=40, seed=7 + seed, **FALLING)
+    # The routers give some of the domains' share away while they learn the task.
     alone = {name: loss(model, own, name) for name, own in texts.items() if name != "answer"}
+    # Over the seeds and capabilities the domains gain 0.15 to 0.21, the task at sequence level 0.18
+    # to 0.20, and at token level 0.13 to 0.20.
     assert all(alone[name] < first[name] - 0.1 for name in alone)
     assert loss(model, texts["answer"]) < first["answer"] - 0.1
+
+
+def test_in_the_second_stage_every_choice_acts_and_then_the_best_two(tmp_path):
+    model, seen = mixture(), []
+    (router,) = model.moelora.routers.values()
+    router.register_forward_hook(lambda _, args, routing: seen.append(routing.expert_ids))
+    run(model, tmp_path, max_steps=2)
+    for ids in seen[4:]:
+        assert ids.shape[1] == 5
+        assert all(set(row.tolist()) == {-1, 0, 1, 2, 3} for row in ids)
+    seen.clear()
+    model.route(input_ids=task(2)[0]["input_ids"][None])
+    assert seen[0].shape[1] == 2
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -132,7 +156,7 @@ def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(
 ):
     stages, general = Stages(monkeypatch), domain(3)
     model = mixture(routing_level=level, expert_target_loss_coef=3.0)
-    run(model, tmp_path, general, max_steps=30)
+    run(model, tmp_path, general, max_steps=30, **FALLING)
     for number, one in enumerate(stages.runs[:2]):
         told = [int(row["expert_targets"]) for row in one["rows"]]
         assert told == [number] * 24 + [4] * 24
@@ -144,16 +168,16 @@ def test_general_texts_go_to_the_base_and_the_domains_to_their_experts(
         assert found[4] < elsewhere[4] and found[number] > elsewhere[number]
 
 
-def test_general_texts_keep_the_experts_off_them(tmp_path):
-    """What a mixture loses on texts of no domain, with and without them in the first stage."""
-    losses = {}
+@pytest.mark.parametrize("seed", [0, 1])
+def test_general_texts_keep_the_experts_off_them(seed, tmp_path):
+    """How much of texts of no domain the base keeps, with and without them in the first stage."""
+    kept = {}
     for given in (None, domain(3)):
-        model = mixture(expert_target_loss_coef=3.0)
-        run(model, tmp_path, given, max_steps=30)
-        ban = ["answer", "spare"]
-        with model.use_experts(ban=ban):
-            losses[given is None] = loss(model, domain(3, seed=1))
-    assert losses[False] < losses[True]
+        model = redrawn(mixture(expert_target_loss_coef=3.0), seed)
+        run(model, tmp_path, given, max_steps=30, seed=7 + seed, **FALLING)
+        kept[given is None] = float(weights(model, domain(3, seed=1))[len(NAMES)])
+    # Over seeds 0.91 to 0.98, against 0.44 to 0.59.
+    assert kept[False] > 0.8 and kept[True] < kept[False] - 0.2
 
 
 def test_labels_that_texts_bring_along_are_not_asked(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Experts on an updated base: refused without the override, and the report against counts by hand."""
+"""Experts on an updated base: refused without the override; the report against counts by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bases import causal_base, classifier_base
 from core.mixtures import causal, classifier
 
 from moelora import MoeLoraForCausalLM
-from moelora.recipes.updated_base import compare_bases
+from moelora.recipes import compare_bases
 
 IDS = torch.arange(3 * 9).view(3, 9) % 17 + 3
 
@@ -77,6 +77,20 @@ def test_planted_flips() -> None:
     assert report.right_before == report.predictions == 3
     assert report.positive_flips == 0 and report.negative_flips == 3 - report.right_after
     assert report.negative_flip_rate == report.negative_flips / 3
+
+
+@pytest.mark.parametrize("prompt", [0, 4])
+def test_a_sequence_router_reads_the_prompt_alone(prompt: int) -> None:
+    """As in training: no target is read, and a prefix that is read takes no loss."""
+    model = causal("llama", routing_level="sequence", router_prefix_tokens=3)
+    labels = IDS.clone()
+    labels[:, :prompt] = -100
+    inputs = {"input_ids": IDS, "labels": labels, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        expected = float(model(**inputs).loss)
+    report = compare_bases(model, model, [inputs])
+    assert report.loss_before == pytest.approx(expected, rel=1e-5)
+    assert report.predictions == 3 * (9 - (prompt or 3))
 
 
 def test_training_mode_stays_and_mistakes_are_named() -> None:

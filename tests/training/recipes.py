@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from moelora.training import PadRouting, Texts
+from moelora.training.evaluation import alone
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -32,33 +33,33 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def bits(model: Any) -> dict[str, Tensor]:
-    """Every tensor of the model: each expert's factors by `expert.<name>.…`, the rest by their own
-    names.
-    """
+    """Every tensor of the model: "expert.<name>.…", "routers.…", "load.…", and the base's."""
+    mixture = model.moelora
     state = torch.nn.Module.state_dict(model)
-    found = {
-        name: tensor.clone()
-        for name, tensor in state.items()
-        if not name.startswith("moelora.sites.")
-    }
-    for name, factor in model.moelora.named_modules():
-        if hasattr(factor, "expert_rows"):
-            for number, expert in enumerate(model.moelora_config.expert_names):
-                for i, rows in enumerate(factor.expert_rows(number)):
-                    found[f"expert.{expert}.{name}.{i}"] = factor.stacked().detach()[rows].clone()
-    return found
+    tensors = {name: tensor for name, tensor in state.items() if not mixture.owns(name)}
+    for name, tensor in mixture.load.state_dict().items():
+        tensors[f"load.{name}"] = tensor
+    for router, module in mixture.routers.items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"routers.{router}.{name}"] = tensor
+    for number, expert in enumerate(model.moelora_config.expert_names):
+        for linear, factors in mixture.expert(number).items():
+            tensors[f"expert.{expert}.{linear}.A"] = factors.A
+            tensors[f"expert.{expert}.{linear}.B"] = factors.B
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """The parts of which a bit changed: "expert.<name>", "moelora.routers", "moelora.load" or
-    "base".
-    """
+    """The parts of which a bit changed: "expert.<name>", "routers", "load" or "base"."""
     assert before.keys() == after.keys()
     return {_part(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def _part(name: str) -> str:
-    return ".".join(name.split(".")[:2]) if name.startswith(("expert.", "moelora.")) else "base"
+    first, second = name.split(".")[:2]
+    if first == "expert":
+        return f"expert.{second}"
+    return first if first in ("routers", "load") else "base"
 
 
 def of_expert(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -73,32 +74,28 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def state(model: Any) -> tuple:
-    """What is frozen, what takes gradients, and the mode: what recipes leave as it was."""
+    """What is frozen, what takes gradients, and the modes: what recipes leave as it was."""
+    mixture = model.moelora
     factors = [
-        (factor.frozen_experts, None if factor.rows is None else factor.rows.requires_grad)
-        for factor in model.moelora.factors()
+        (factor.frozen_experts, [p.requires_grad for p in factor.parameters()])
+        for factor in mixture.factors()
     ]
-    flags = [
-        (name, p.requires_grad)
-        for name, p in model.named_parameters()
-        if "moelora.sites" not in name
-    ]
-    return factors, flags, model.training, model.moelora.forcing, "forward" in model.__dict__
+    base = [p.requires_grad for n, p in model.named_parameters() if not mixture.owns(n)]
+    routers = [p.requires_grad for r in mixture.routers.values() for p in r.parameters()]
+    modes = [module.training for module in model.modules()]
+    return factors, base, routers, modes, mixture.overridden, "forward" in model.__dict__
 
 
 @torch.no_grad()
 def loss(model: Any, texts: Texts, expert: str | None = None) -> float:
-    """The mean loss of the texts with one expert, with the base alone ("(base)"), or as the routers
-    choose.
-    """
+    """The mean loss of the texts with one choice ("(base)" too), or as the routers choose."""
     level, rows = model.moelora_config.routing_level, texts.rows
     if level == "token" or expert is not None:
         rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     batch = PadRouting()(rows)
     if expert is None:
         return float(model(**batch).loss)
-    named = {model.moelora_config.expert_names[0]: 0.0} if expert == "(base)" else expert
-    with model.use_experts(named):
+    with model.use_experts(alone(model, expert)):
         return float(model(**batch).loss)
 
 

@@ -1,4 +1,4 @@
-"""What the training tests share: batches, gradients, the router losses by the book, Trainer runs."""
+"""What the training tests share: batches, gradients, the router losses by the book, runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 Gradients = dict[str, Tensor]
-ROUTER = "moelora.routers."
 COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
 # Large, so that a router loss that is lost or counted twice cannot hide in a tolerance.
 LOSSES = {"router_aux_loss_coef": 0.7, "router_z_loss_coef": 0.2}
@@ -83,8 +82,17 @@ def gradients(model: Any, scale: float = 1.0, window: int | None = 5, **inputs: 
     return gradients_of(model)
 
 
+def of_router(name: str) -> bool:
+    """Whether a parameter's name is a router's, wherever it hangs in the model."""
+    return bool({"router", "routers"} & set(name.partition("moelora.")[2].split(".")))
+
+
+def router_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [p for router in model.moelora.routers.values() for p in router.parameters()]
+
+
 def only_routers(found: Gradients) -> Gradients:
-    return {name: g for name, g in found.items() if name.startswith(ROUTER)}
+    return {name: g for name, g in found.items() if of_router(name)}
 
 
 def assert_same(found: Gradients, expected: Gradients, tolerance: float = TOLERANCE) -> None:
@@ -171,7 +179,7 @@ def router_losses(
 
 
 class Recorder(TrainerCallback):
-    """Keeps the gradients of every optimizer step, and the expert counts in use while it was taken."""
+    """Keeps each optimizer step's gradients, and the expert counts in use while it was taken."""
 
     def __init__(self):
         self.gradients: list[Gradients] = []
@@ -240,8 +248,9 @@ def random_batches(
 
 
 def bits(model: Any) -> dict[str, Tensor]:
-    """A copy of the whole state dict."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """A copy of the whole state dict, in the form that checkpoints have whatever is frozen."""
+    state = model.moelora.merged(model.state_dict())
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def assert_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

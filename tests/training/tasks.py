@@ -1,4 +1,4 @@
-"""Tasks that gates learn in seconds: each has its own range of token ids; and a tokenizer of words."""
+"""Tasks that routers learn in seconds, each of its own token ids; and a tokenizer of words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moelora.training import Texts
 
-# So few that a linear gate on 32 random numbers a token can tell them apart.
+# So few that a linear router on 32 random numbers a token can tell them apart.
 FIRST, WIDTH = 4, 6
 GATE = {
     "num_experts": 3,
@@ -29,13 +29,29 @@ def gate(**fields: Any) -> Any:
     return causal(**{**GATE, **fields})
 
 
+@torch.no_grad()
+def redrawn(model: Any, seed: int) -> Any:
+    """The same new mixture with routers and A of another seed; its B stay as they are."""
+    # Far from the seeds that bases are drawn by: equal ones give routers the embeddings' numbers.
+    torch.manual_seed(1000 + seed)
+    for router in model.moelora.routers.values():
+        router.reset_parameters()
+    for expert in range(model.moelora.num_experts):
+        for own in model.moelora.expert(expert).values():
+            bound = own.A.shape[1] ** -0.5
+            own.A.uniform_(-bound, bound)
+    return model
+
+
 def task(number: int, rows: int = 24, seed: int = 0, target: int = 3) -> Texts:
-    """Prompts of 4 to 9 tokens of the task's own range, each with `target` tokens of it to learn."""
+    """Prompts of 4 to 9 tokens of the task's own range, each with `target` tokens to learn."""
     generator = torch.Generator().manual_seed(100 * number + seed)
     made = []
     for i in range(rows):
         prompt, start = 4 + i % 6, FIRST + WIDTH * number
         ids = torch.randint(start, start + WIDTH, (prompt + target,), generator=generator)
+        # Every token ends some prompt, so that a router of last tokens can learn them all.
+        ids[prompt - 1] = start + i % WIDTH
         mask = torch.arange(prompt + target) < prompt
         made.append({"input_ids": ids, "labels": ids.masked_fill(mask, -100), "router_mask": mask})
     return Texts(made)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal
+from training.runs import of_router, router_parameters
 from training.tasks import GATE, choices, gate, share, task, tasks
 
 from moelora.routers import ROUTERS, DescriptorRouter
@@ -30,11 +31,7 @@ def bits(model: Any) -> dict[str, torch.Tensor]:
 def others(model: Any, before: dict[str, torch.Tensor]) -> list[str]:
     """What changed beside the routers."""
     after = torch.nn.Module.state_dict(model)
-    return [
-        k
-        for k in before
-        if not k.startswith("moelora.routers.") and not torch.equal(before[k], after[k])
-    ]
+    return [k for k in before if not of_router(k) and not torch.equal(before[k], after[k])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +70,7 @@ def test_the_same_seed_gives_the_same_bits(router, pooling):
         state = torch.random.get_rng_state()
         train_gate(model, tasks(8), epochs=2, seed=seed)
         assert torch.equal(state, torch.random.get_rng_state())
-        found.append(torch.cat([p.detach().flatten() for p in model.moelora.routers.parameters()]))
+        found.append(torch.cat([p.detach().flatten() for p in router_parameters(model)]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
@@ -85,13 +82,13 @@ def test_what_is_computed_once_gives_what_whole_passes_give():
     other = copy.deepcopy(model)
     train_gate(model, texts, epochs=1, batch_size=64, learning_rate=0.01)
     joined = Texts.joined([own.labelled(i) for i, own in enumerate(texts.values())])
-    (weight,) = other.moelora.routers.parameters()
+    (weight,) = router_parameters(other)
     optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0)
     rows = [other.routing_only(input_ids=prompt[None])[0].logits for prompt in joined.prompts()]
     targets = torch.stack([row["expert_targets"] for row in joined])
     torch.nn.functional.cross_entropy(torch.cat(rows), targets).backward()
     optimizer.step()
-    (trained,) = model.moelora.routers.parameters()
+    (trained,) = router_parameters(model)
     torch.testing.assert_close(trained, weight, rtol=1e-4, atol=1e-5)
 
 

@@ -80,7 +80,7 @@ def test_whole_texts_count_from_their_second_token():
 def test_batches_modes_and_routers_change_nothing(level):
     model = gate(lora_dropout=0.5, routing_level=level)
     one = oracle_targets(model.train(), texts(), batch_size=1)
-    assert model.training and model.moelora.forcing is None
+    assert model.training and not model.moelora.overridden
     other = oracle_targets(model.eval(), texts(), batch_size=18)
     torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
     assert torch.equal(one.losses, oracle_targets(model, texts(), batch_size=1).losses)
@@ -104,7 +104,8 @@ def test_ties_go_to_the_lowest_number_and_a_margin_leaves_them_out():
 
 def learn(model: Any, name: str, own: Texts) -> None:
     """Train one expert on its own texts, and nothing else."""
-    parameters = list(model.moelora.sites.parameters())
+    factors = model.moelora.factors()
+    parameters = [p for factor in factors for p in factor.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
     batch = PadRouting()(list(own))
     with model.use_experts(name):
@@ -171,7 +172,7 @@ def fewer_texts(model: Any, rows: Texts) -> None:
 
 @torch.no_grad()
 def changed_expert(model: Any, rows: Texts) -> None:
-    next(iter(model.moelora.sites.values())).lora_A.rows[0, 0] += 1
+    next(iter(model.moelora.expert(0).values())).A[0, 0] += 1
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def test_all_processes_count_the_tokens_of_all(name, two, alone):
 
 
 def _router_losses_own(found):
-    """With minus without: transformers scales a classifier's own loss by the number of processes."""
+    """With less without: transformers scales a classifier's own loss by the world size."""
     lossy, lossless = (found[n]["gradients"][0] for n in ("classifier", "lossless_classifier"))
     return {name: lossy[name] - lossless[name] for name in only_routers(lossy)}
 

@@ -1,4 +1,4 @@
-"""Recipes on tasks: each expert sees its own data alone, and what is frozen is so again afterwards."""
+"""Recipes: each expert sees its own data alone, and what was frozen is so again afterwards."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_in_stages_experts_learn_their_tasks_and_the_gate_which_is_which(fields,
     model = gate(active=False, **fields)
     before, was, held = bits(model), state(model), tasks(seed=1)
     report = train_in_stages(model, tasks(), arguments(tmp_path, max_steps=20), gate={"epochs": 12})
-    assert moved(before, bits(model)) == {"moelora.routers", *(f"expert.{name}" for name in NAMES)}
+    assert moved(before, bits(model)) == {"routers", *(f"expert.{name}" for name in NAMES)}
     assert state(model) == was and report.oracle is None and list(report.experts) == list(NAMES)
     assert all(run.steps == 20 and run.loss > 0 for run in report.experts.values())
     assert report.seconds == pytest.approx(
@@ -125,7 +125,7 @@ def test_the_oracle_says_whose_a_text_is(tmp_path):
     report = train_in_stages(
         model, exchanged, arguments(tmp_path, learning_rate=1e-9), labels="oracle"
     )
-    assert moved(like, bits(model)) >= {"moelora.routers"}
+    assert moved(like, bits(model)) >= {"routers"}
     found = oracle_targets(model, Texts.joined(exchanged.values()))
     assert report.oracle is not None and torch.equal(report.oracle.targets, found.targets)
     assert (
@@ -158,7 +158,7 @@ def test_a_dataset_of_padded_rows_is_as_good_as_texts(tmp_path):
         (other, {name: padded(texts) for name, texts in data.items()}),
     ):
         train_in_stages(model, given, arguments(tmp_path), gate={"epochs": 2})
-    routers = {name: t for name, t in bits(one).items() if name.startswith("moelora.routers")}
+    routers = {name: t for name, t in bits(one).items() if name.startswith("routers")}
     assert all(torch.equal(t, bits(other)[name]) for name, t in routers.items())
     for name, tensor in bits(one).items():
         torch.testing.assert_close(tensor, bits(other)[name], rtol=1e-3, atol=1e-4)
@@ -175,7 +175,7 @@ def test_jointly_everything_learns_at_once(level, tmp_path):
     spy = Spy()
     report = train_jointly(model, tasks(), arguments(tmp_path, max_steps=30), collator=spy)
     assert report.steps == 30 and report.seconds > 0 and state(model) == was
-    wanted = {"moelora.routers", "moelora.load", *(f"expert.{name}" for name in NAMES)}
+    wanted = {"routers", "load", *(f"expert.{name}" for name in NAMES)}
     assert moved(before, bits(model)) == wanted
     for batch in spy.seen:
         ids = batch["input_ids"][:, 0]
@@ -229,7 +229,7 @@ def test_a_classifier_in_stages_but_for_its_gate(tmp_path):
     assert "expert.expert_1" in found and not found & {
         "expert.expert_0",
         "expert.expert_2",
-        "moelora.routers",
+        "routers",
     }
 
 

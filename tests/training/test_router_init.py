@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from core.mixtures import causal
+from core.mixtures import activate, causal
+from training.runs import router_parameters
 
 from moelora.training.router_init import discriminants, initialise
 
@@ -34,16 +35,11 @@ def texts_of() -> dict[str, list[torch.Tensor]]:
 def test_arrow_is_the_top_right_singular_vector(scope: str) -> None:
     model = mixture(router="arrow", router_scope=scope)
     initialise(model, "arrow")
-    for name, site in model.moelora.sites.items():
-        weight = model.moelora.routers[name].weight
-        rows = site.lora_A.stacked().split([3] * 3 * len(site.linears))
+    for site in model.moelora.sites.values():
+        weight = list(model.moelora.routers.values())[site.router_index].weight
         for expert in range(3):
-            deltas = [
-                linear.scaling[expert]
-                * linear.lora_B.stacked().split([3] * 3)[expert].T
-                @ rows[3 * i + expert]
-                for i, linear in enumerate(site.linears)
-            ]
+            factors = [model.moelora.expert(expert)[linear] for linear in site.names]
+            deltas = [own.scaling * own.B.T @ own.A for own in factors]
             vector = torch.linalg.svd(torch.cat(deltas).detach().double()).Vh[0]
             assert abs(float(vector @ weight[expert].detach().double())) == pytest.approx(
                 1.0, abs=1e-5
@@ -59,9 +55,11 @@ def test_arrow_routes_by_direction_without_a_sign() -> None:
 
 
 def test_an_expert_that_is_not_there_has_no_direction() -> None:
-    model = mixture(router="arrow", expert_ranks={"model.layers.0.self_attn.o_proj": [3, 0, 3]})
+    linear = "model.layers.0.self_attn.o_proj"
+    model = mixture(router="arrow", expert_ranks={linear: [3, 0, 3]})
     initialise(model, "arrow")
-    weight = model.moelora.routers["model-layers-0-self_attn-o_proj"].weight
+    (site,) = (site for site in model.moelora.sites.values() if site.names == [linear])
+    weight = list(model.moelora.routers.values())[site.router_index].weight
     assert not weight[1].any() and weight[0].norm().item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -69,14 +67,16 @@ def test_an_expert_that_is_not_there_has_no_direction() -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_prototypes_route_texts_that_they_have_not_seen(scope: str, level: str) -> None:
     model = mixture(router_scope=scope, routing_level=level)
+    # Experts as large as the base would move what later routers read, wherever one chooses wrongly.
+    activate(model, std=0.03)
     initialise(model, "prototype", texts_of())
     torch.manual_seed(4)
     for expert, name in enumerate(EXPERTS):
-        ids = torch.randint(5 + 12 * expert, 17 + 12 * expert, (1, 24))
+        ids = torch.randint(5 + 12 * expert, 17 + 12 * expert, (8, 24))
         with torch.no_grad():
             routings = model(ids, output_expert_routing=True).expert_routing
         chosen = torch.cat([routing.expert_ids.flatten() for routing in routings])
-        assert (chosen == expert).float().mean() > 0.6, name
+        assert (chosen == expert).float().mean() > 0.75, name
         report = model.route(input_ids=ids)
         assert report is not None
 
@@ -141,7 +141,7 @@ def test_texts_come_in_many_forms(tmp_path: Path) -> None:
 )
 def test_mistakes_are_named(how: str, fields: dict, texts: Any, message: str) -> None:
     model = mixture(**fields)
-    before = {name: p.clone() for name, p in model.moelora.routers.named_parameters()}
+    before = [p.clone() for p in router_parameters(model)]
     with pytest.raises(ValueError, match=message):
         initialise(model, how, texts)
-    assert all(torch.equal(p, before[name]) for name, p in model.moelora.routers.named_parameters())
+    assert all(torch.equal(p, was) for p, was in zip(router_parameters(model), before))

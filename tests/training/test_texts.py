@@ -8,13 +8,14 @@ import pytest
 import torch
 from core.mixtures import NO_ROUTER_LOSS, causal
 from tokenizers import normalizers, processors
+from training.recipes import arguments
+from training.runs import router_parameters
 from training.tasks import gate, task, word_tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
@@ -190,18 +191,13 @@ def test_the_stock_trainer_hands_it_all_to_the_model(level, tmp_path):
         model = causal(num_experts=3, router_scope="site", num_experts_per_tok=1, **NO_ROUTER_LOSS)
     else:
         model = gate()
-    before = [p.detach().clone() for p in model.moelora.routers.parameters()]
+    before = [p.detach().clone() for p in router_parameters(model)]
     seen: list[dict] = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=texts, data_collator=PadRouting()).train()
+    args = arguments(tmp_path, per_device_train_batch_size=4)
+    Trainer(model=model, args=args, train_dataset=texts, data_collator=PadRouting()).train()
     assert len(seen) == 2
     for inputs in seen:
         assert inputs["expert_targets"].dim() == (1 if level == "sequence" else 2)
         assert ("router_mask" in inputs) is (level == "sequence")
-    assert not any(
-        torch.equal(p, was) for p, was in zip(model.moelora.routers.parameters(), before)
-    )
+    assert not any(torch.equal(p, was) for p, was in zip(router_parameters(model), before))
