@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from .adapters import composing, export
+from .adapters.merge_into_base import merge_into_base
 from .adapters.merging import MergeReport
 from .checkpoint import load, save, state
 from .config import MoeLoraConfig
@@ -82,7 +83,7 @@ class MoeLoraModel(MixtureModel):
             config: the routing; ranks, scalings, names and targets come from the adapters.
             allow_base_mismatch: take adapters that name another base.
             router_init: where the routers begin: "random", "arrow" or "prototype" (see
-                `moelora.training.initialise_routers`).
+                `moelora.training.router_init.initialise`).
             texts: for "prototype": by expert's name a few of its texts.
             tokenizer: for texts that are strings.
             kwargs: for the base's `from_pretrained`.
@@ -123,14 +124,6 @@ class MoeLoraModel(MixtureModel):
             differs.
         """
         return load.load(cls, pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        if not issubclass(cls, PreTrainedModel):
-            raise ValueError(
-                f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base."
-            )
-        return super()._from_config(config, **kwargs)  # type: ignore[misc]
 
     def unload(self) -> PreTrainedModel:
         """Take the mixture out, in place; returns the base with its own class, as it was before."""
@@ -367,7 +360,7 @@ class MoeLoraModel(MixtureModel):
             ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or
                 tied, or whose merged weights the base's dtype cannot hold.
         """
-        export.merge(self, weights, recipe=recipe, **options)
+        merge_into_base(self, weights, recipe, options)
         return self.unload()
 
     def save_pretrained(
@@ -411,7 +404,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
         """
-        return state.load_state_dict(self, super().load_state_dict, state_dict, strict, assign)
+        return state.load_state_dict(self, state_dict, strict, assign)
 
 
 class MoeLoraForCausalLM(MoeLoraModel):

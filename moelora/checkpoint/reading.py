@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import FORMAT_VERSION, MoeLoraConfig
 from ..core.mixture import Mixture
-from ..routers.base import ROUTERS
+from ..routers import ROUTERS
 from .fingerprint import check_fingerprint
 from .origin import BASE_FOLDER
 from .state import is_finite

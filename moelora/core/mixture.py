@@ -127,6 +127,10 @@ class Mixture(nn.Module):
         """Take note of a site, which lies in its decoder layer."""
         self.sites[site.names[0].replace(".", "-")] = site
 
+    def named_routers(self) -> dict[str, Router]:
+        """The routers by their keys in `routers`."""
+        return dict(zip(self.routers, self.context.router_list, strict=True))
+
     def site_list(self) -> list[Site]:
         """The sites in the order of the model."""
         return list(self.sites.values())  # type: ignore[arg-type]

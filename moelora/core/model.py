@@ -60,6 +60,14 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
         routed = RoutedCheckpoint(self.moelora.context, function)
         super()._set_gradient_checkpointing(enable, routed, **kwargs)
 
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs) -> Any:
+        if not issubclass(cls, PreTrainedModel):
+            raise ValueError(
+                f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base."
+            )
+        return super()._from_config(config, **kwargs)  # type: ignore[misc]
+
     def _get_name(self) -> str:
         # Trainer looks this up to decide whether label smoothing shifts the labels.
         return base_class(type(self)).__name__

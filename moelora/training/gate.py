@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
-from ..routers.base import Router
+from ..routers import Router
 from ..validation import check_integer, check_names, check_number
 from .arguments import check_not_overridden, check_texts
 from .collator import PadRouting
@@ -151,7 +151,7 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
     check_not_overridden(model)
     if not len(texts):
         raise ValueError("There are no texts to take features of: give one at least.")
-    router = next(iter(model.moelora.routers.values()))
+    router = model.moelora.context.router_list[0]
     features = []
     with evaluating(model):
         for begin in range(0, len(texts), batch_size):

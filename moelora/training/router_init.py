@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import NO_EXPERT
 from ..core.model import MixtureModel, evaluating
-from ..routers import ArrowRouter, DescriptorRouter, Router, TopKRouter
+from ..routers import ArrowRouter, DescriptorRouter, TopKRouter
 from ..routers.covariance import class_means, times_covariance_power
 from ..validation import check_choice, check_names
 from .arguments import check_not_overridden
@@ -60,7 +60,7 @@ def initialise(
     rows = _arrows(model) if how == "arrow" else _prototypes(model, texts, tokenizer)
     with torch.no_grad():
         for name, router in routers.items():
-            router.weight.copy_(rows[name])
+            router.get_parameter("weight").copy_(rows[name])
 
 
 def describe_experts(
@@ -110,13 +110,14 @@ def _routers(model: MixtureModel, how: str) -> dict[str, TopKRouter]:
             "layers. Use 'prototype'."
         )
     routers: dict[str, TopKRouter] = {}
-    for name, router in model.moelora.routers.items():
+    for name, router in model.moelora.named_routers().items():
         fits = isinstance(router, ArrowRouter) if how == "arrow" else type(router) is TopKRouter
         if not fits:
             wanted = "'arrow'" if how == "arrow" else "'top_k' (or the descriptors of 'descriptor')"
             raise ValueError(
                 f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}."
             )
+        assert isinstance(router, TopKRouter)
         routers[name] = router
     return routers
 
@@ -130,7 +131,7 @@ def _arrows(model: MixtureModel) -> dict[str, Tensor]:
     """
     mixture = model.moelora
     names = list(mixture.routers)
-    sites = {names[site.router_index]: site for site in mixture.sites.values()}
+    sites = {names[site.router_index]: site for site in mixture.site_list()}
     rows = {
         name: torch.zeros(mixture.num_experts, site.in_features) for name, site in sites.items()
     }
@@ -178,7 +179,8 @@ def _describe(
     """Set the descriptors of these choices in every router; all texts are read before."""
     names = model.moelora_config.choice_names
     inputs = {names.index(name): _router_inputs(model, name, own) for name, own in ids.items()}
-    for name, router in model.moelora.routers.items():
+    for name, router in model.moelora.named_routers().items():
+        assert isinstance(router, DescriptorRouter)
         router.describe({choice: own[name] for choice, own in inputs.items()}, fit)
 
 
@@ -188,7 +190,7 @@ def _has_descriptors(model: MixtureModel) -> bool:
 
 def _router_inputs(model: MixtureModel, choice: str, texts: list[Tensor]) -> dict[str, Tensor]:
     """What each router would read of the choice's texts with it at work, `[tokens, d]` fp32."""
-    routers: dict[str, Router] = dict(model.moelora.routers.items())
+    routers = model.moelora.named_routers()
     inputs: dict[str, list[Tensor]] = {name: [] for name in routers}
     modules = {name.replace(".", "-"): module for name, module in model.named_modules()}
 

@@ -73,7 +73,7 @@ def _offloaded(model, how, folder):
     if how == "disk":
         return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
     layers = {f"model.layers.{i}": "cpu" if i else "disk" for i in range(len(model.model.layers))}
-    rest = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
     device_map = {**layers, **rest, "lm_head": "cpu", "moelora": "cpu"}
     return accelerate.dispatch_model(model, device_map, "cpu", offload_dir=folder)
 
