@@ -121,7 +121,8 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[MoeLoraConfig, 
             f"{' and '.join(TEXTS)}."
         )
     config, base = map(str, texts)
-    if metadata.get("digest") != _hash(config, base):
+    # Nothing but what was written: also of what is not read here, every bit counts.
+    if dict(metadata) != sealed(config, base):
         raise ValueError(
             f"{path} is damaged: its header is not the one that was written. Copy it again, or use "
             "an older checkpoint."

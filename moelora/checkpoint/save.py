@@ -36,8 +36,6 @@ from .origin import base_inside
 from .reading import is_ours, sealed
 from .state import tensors_to_save
 
-# Read by adapters/writing.py until it asks `Mixture.owns`.
-PREFIX = "moelora."
 # Of PreTrainedModel.save_pretrained's keywords: those for the base, and those that change nothing
 # here.
 BASE_KEYWORDS = frozenset({"max_shard_size", "save_original_format"})

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
 from ..config import MoeLoraConfig
 from ..routers import Router
 from .load_window import LoadWindow
+
+# The overrides entered by `use_experts` in this thread or task: whose, and what; innermost last.
+# Two requests of a server do not see each other's.
+ENTERED: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("entered_overrides", default=())
 
 
 class MixtureContext:
@@ -34,6 +41,8 @@ class MixtureContext:
 
     def __init__(self, config: MoeLoraConfig):
         self.config = config
+        # Its own first; after it that of the mixture that it was copied from inside `use_experts`.
+        self.keys: tuple[str, ...] = (uuid4().hex,)
         self.routers = nn.ModuleDict()
         self.router_names: list[str] = []
         self.router_list: tuple[Router, ...] = ()
@@ -45,6 +54,13 @@ class MixtureContext:
         self.by_token = config.routing_level == "token"
         self.total_rank = 0
         self.fills_every_slot = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy: a mixture of its own, overridden like the original that it is made of."""
+        self.__dict__.update(state)
+        entered = {key for key, _ in ENTERED.get()} & set(self.keys)
+        self.keys = (uuid4().hex, *entered)
+        self.overrides_entered = len(entered)
 
     def refresh(self, ranks: Iterable[int]) -> None:
         """Read again what is kept at hand, after experts or routers changed.

@@ -93,7 +93,7 @@ def _begin(
     """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
     config = mixture.config
     batch, length = batch_shape(kwargs)
-    own.check(config, len(mixture.routers), batch, length)
+    own.check(config, batch, length)
     tokens = token_mask(kwargs.get("attention_mask"), batch, length)
     learning = model.training and torch.is_grad_enabled()
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
@@ -109,8 +109,10 @@ def _begin(
         keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
         routing_only=own.routing_only,
     )
+    if not running.forced:
+        own.check_routing(config, len(mixture.routers), batch, length)
     if not (mixture.by_token or running.forced):
-        running.carried = own.expert_routing or carried_by_cache(kwargs, batch)
+        running.carried = own.expert_routing or carried_by_cache(kwargs, batch, own.router_mask)
         if running.carried is None:
             # Where nothing but the routing is asked for, no label can leak into a prompt.
             answers = learning and not own.routing_only

@@ -7,7 +7,9 @@ an assistant each see their own; nothing is kept on the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,55 @@ CARRIED = (
     "expert_weights",
     "banned_experts",
 )
+
+
+def overrides(base: Any) -> dict[str, Callable]:
+    """The methods of `base` that `generate()` calls, for the class of models with a mixture inside.
+
+    Args:
+        base: the base's class, which can generate.
+    """
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        prepare = partial(base.prepare_inputs_for_generation, self)
+        return step_inputs(prepare, args, kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
+        # A static method of the base.
+        expand = partial(base._expand_inputs_for_generation, is_encoder_decoder=is_encoder_decoder)
+        return expanded_inputs(self.moelora, expand, expand_size, input_ids, model_kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        update = base._update_model_kwargs_for_generation
+        model_kwargs = update(self, outputs, model_kwargs, *args, **kwargs)
+        return keep_routing(self.moelora, outputs, model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        refuse_chunks(self.moelora, generation_config.prefill_chunk_size, model_kwargs)
+        return base._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None:
+            model_kwargs = for_assistant(model_kwargs)
+        return base._get_candidate_generator(
+            self, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    # generate() looks here whether it may be given inputs_embeds.
+    signature = inspect.signature(base.prepare_inputs_for_generation)
+    prepare_inputs_for_generation.__signature__ = signature  # type: ignore[attr-defined]
+    return {
+        function.__name__: function
+        for function in (
+            prepare_inputs_for_generation,
+            _expand_inputs_for_generation,
+            _update_model_kwargs_for_generation,
+            _prefill,
+            _get_candidate_generator,
+        )
+    }
 
 
 def step_inputs(prepare: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +99,6 @@ def expanded_inputs(
     mixture: Mixture,
     expand: Callable,
     size: int,
-    is_encoder_decoder: bool,
     input_ids: Tensor | None,
     model_kwargs: dict[str, Any],
 ) -> tuple[Tensor | None, dict[str, Any]]:
@@ -66,9 +116,7 @@ def expanded_inputs(
     if _reads_prompts(mixture, model_kwargs) and carried is None:
         model_kwargs.setdefault("router_mask", prompt)
     routing = model_kwargs.pop("expert_routing", None)
-    input_ids, model_kwargs = expand(
-        expand_size=size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-    )
+    input_ids, model_kwargs = expand(expand_size=size, input_ids=input_ids, **model_kwargs)
     if routing is not None:
         model_kwargs["expert_routing"] = tuple(
             Routing(*(repeat(t, "rows k -> (rows times) k", times=size) for t in own))

@@ -37,7 +37,7 @@ class OwnInputs:
         """Whether the routing and nothing else is asked for."""
         return self.output_expert_routing == ROUTING_ONLY
 
-    def check(self, config: MoeLoraConfig, num_routers: int, batch: int, length: int) -> None:
+    def check(self, config: MoeLoraConfig, batch: int, length: int) -> None:
         """Raise where an input does not fit a batch of `batch` sequences of `length` tokens.
 
         Raises:
@@ -60,6 +60,11 @@ class OwnInputs:
                 )
         if self.expert_targets is not None:
             _check_targets(self.expert_targets, config, batch, length)
+
+    def check_routing(
+        self, config: MoeLoraConfig, num_routers: int, batch: int, length: int
+    ) -> None:
+        """Raise ValueError or TypeError unless `expert_routing` fits the routers and the batch."""
         if self.expert_routing is not None:
             _check_routing(self.expert_routing, config, num_routers, batch, length)
 

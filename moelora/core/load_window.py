@@ -31,7 +31,7 @@ class LoadWindow(nn.Module):
     current: Tensor
     previous: Tensor
     bias: Tensor
-    last_seen: Tensor | None
+    last_seen: Tensor
 
     def __init__(self, config: MoeLoraConfig, num_routers: int, device: torch.device):
         super().__init__()
@@ -42,7 +42,7 @@ class LoadWindow(nn.Module):
         self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("bias", torch.zeros(shape, device=device))
         # A router's parameter at the last training forward; a buffer, so that it moves along.
-        self.register_buffer("last_seen", None, persistent=False)
+        self.register_buffer("last_seen", torch.empty(0, device=device), persistent=False)
         # Whether a backward pass has gone through a router since the window began.
         self.learned = False
 
@@ -59,7 +59,7 @@ class LoadWindow(nn.Module):
             after = before.new_zeros(len(before), len(keep))
             after[:, [i for i, _ in kept]] = before[:, [e for _, e in kept]]
             setattr(self, name, after)
-        self.last_seen = None
+        self.last_seen = self.last_seen[:0]
 
     @torch.no_grad()
     def begin_forward(self, parameter: nn.Parameter | None) -> None:
@@ -72,7 +72,7 @@ class LoadWindow(nn.Module):
         if parameter is None:
             return
         values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
-        unknown = self.last_seen is None or self.last_seen.shape != values.shape
+        unknown = self.last_seen.shape != values.shape
         if unknown or (parameter.grad is None and self.learned):
             self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
         else:

@@ -200,3 +200,22 @@ class Mixture(nn.Module):
             for i, lora_B in enumerate(site.lora_B):
                 lora_B.merged_state(merged, f"{site.path}.lora_B.{i}.")  # type: ignore[operator]
         return merged
+
+
+@torch.no_grad()
+def reset(module: nn.Module, config: MoeLoraConfig) -> bool:
+    """Draw anew what `module` holds itself, if it is a part of a mixture; returns whether it is."""
+    if isinstance(module, LoraA):
+        module.reset_kaiming()
+    elif isinstance(module, LoraB):
+        module.fill(torch.zeros(sum(module.blocks), module.width))
+    elif isinstance(module, LoadWindow):
+        for counts in (module.current, module.previous, module.bias):
+            counts.zero_()
+    elif isinstance(module, Router):
+        fresh = type(module)(config, module.in_features).state_dict()
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(fresh[name])
+    else:
+        return isinstance(module, (Mixture, LayerExperts, Site))
+    return True

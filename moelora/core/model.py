@@ -22,7 +22,7 @@ from . import generation
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .gradient_checkpointing import RoutedCheckpoint
 from .inputs import OWN_INPUTS
-from .mixture import Mixture
+from .mixture import Mixture, reset
 
 # What the class of a model is made of, and what an instance of it is pickled by.
 MADE_OF = "_moelora_made_of"
@@ -75,38 +75,10 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     def __reduce_ex__(self, protocol):
         return rebuild, getattr(type(self), MADE_OF), self.__dict__
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """The base's inputs of a step, with what the routers need."""
-        return generation.step_inputs(super().prepare_inputs_for_generation, args, kwargs)  # type: ignore[misc]
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
-    ):
-        return generation.expanded_inputs(
-            self.moelora,
-            super()._expand_inputs_for_generation,  # type: ignore[misc]
-            expand_size,
-            is_encoder_decoder,
-            input_ids,
-            model_kwargs,
-        )
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
-            outputs, model_kwargs, *args, **kwargs
-        )
-        return generation.keep_routing(self.moelora, outputs, updated)
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        generation.refuse_chunks(self.moelora, generation_config.prefill_chunk_size, model_kwargs)
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-
-    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
-        if assistant_model is not None:
-            model_kwargs = generation.for_assistant(model_kwargs)
-        return super()._get_candidate_generator(  # type: ignore[misc]
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
-        )
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the base's, and of ours what `init_weights()` after `to_empty()` asks for."""
+        if not reset(module, self.moelora_config):
+            super()._init_weights(module)  # type: ignore[misc]
 
 
 @functools.cache
@@ -139,13 +111,7 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
         MADE_OF: (public, base),
     }
     if hasattr(base, "prepare_inputs_for_generation"):
-
-        def prepare(self, *args, **kwargs):
-            return public.prepare_inputs_for_generation(self, *args, **kwargs)
-
-        # generate() looks here whether it may be given inputs_embeds.
-        prepare.__signature__ = inspect.signature(base.prepare_inputs_for_generation)  # type: ignore[attr-defined]
-        namespace["prepare_inputs_for_generation"] = prepare
+        namespace |= generation.overrides(base)
     return type(f"MoeLora{base.__name__}", (public, base), namespace)
 
 

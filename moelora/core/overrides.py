@@ -8,7 +8,6 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..config import MoeLoraConfig
 from ..routers import Routing
 from ..validation import check_number
-from .context import MixtureContext
+from .context import ENTERED, MixtureContext
 
 Experts = str | Iterable[str] | Mapping[str, float]
 
@@ -76,11 +75,6 @@ class Override:
         return Routing(x.new_zeros(len(ids), 0), ids, weights), each
 
 
-# Of the thread or task that entered `use_experts`, innermost last: two requests of a server do not
-# see each other's.
-_ENTERED: ContextVar[tuple[tuple[MixtureContext, Override], ...]] = ContextVar(
-    "overrides", default=()
-)
 _COUNTING = threading.Lock()
 
 
@@ -89,7 +83,7 @@ def entered_override(context: MixtureContext) -> Override | None:
     # torch.compile cannot read a context variable, so none is read where nobody is inside.
     if not context.overrides_entered:
         return None
-    return next((own for owner, own in reversed(_ENTERED.get()) if owner is context), None)
+    return next((own for key, own in reversed(ENTERED.get()) if key in context.keys), None)
 
 
 @contextmanager
@@ -108,13 +102,13 @@ def overriding(
     if experts is not None:
         override = _of_names(override, experts, context.config, device)
     override = with_bans(override, ban, context.config, device)
-    token = _ENTERED.set((*_ENTERED.get(), (context, override)))
+    token = ENTERED.set((*ENTERED.get(), (context.keys[0], override)))
     _count(context, 1)
     try:
         yield
     finally:
         _count(context, -1)
-        _ENTERED.reset(token)
+        ENTERED.reset(token)
 
 
 def _count(context: MixtureContext, change: int) -> None:

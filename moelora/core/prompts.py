@@ -85,12 +85,17 @@ def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
             setattr(cache, ON_CACHE, routing)
 
 
-def carried_by_cache(kwargs: dict[str, Any], batch: int) -> tuple[Routing, ...] | None:
-    """The routing that a filled cache among the arguments carries for `batch` rows, or None."""
+def carried_by_cache(
+    kwargs: dict[str, Any], batch: int, router_mask: Tensor | None = None
+) -> tuple[Routing, ...] | None:
+    """The routing that a filled cache among the arguments carries for `batch` rows, or None.
+
+    A `router_mask` asks for another choice, which the cache's tokens were not computed with.
+    """
     for name in CACHES:
         routing = getattr(kwargs.get(name), ON_CACHE, None)
         if routing and len(routing[0].expert_ids) == batch and cached_tokens(kwargs):
-            return routing
+            return routing if router_mask is None else None
     return None
 
 
@@ -124,10 +129,13 @@ def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
             "by itself)."
         )
     positions = kwargs.get("position_ids")
-    if in_training and isinstance(positions, Tensor) and _start_again(positions):
+    restarted = in_training and isinstance(positions, Tensor) and _start_again(positions)
+    # Continuous batching and flattened batches mark their sequences by where they begin.
+    if restarted or kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "These rows are packed (position_ids start again inside a row), so a row has no single "
-            "prompt: use routing_level='token', or one sequence a row."
+            "These rows are packed (position_ids start again inside a row, or cu_seq_lens_q is "
+            "given), so a row has no single prompt: use routing_level='token', one sequence a row, "
+            "or pass expert_routing."
         )
 
 

@@ -39,7 +39,8 @@ def base_for(
     if isinstance(base, PreTrainedModel):
         if kwargs:
             raise ValueError(
-                f"{sorted(kwargs)} go to from_pretrained, but the base is loaded: drop them."
+                f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop "
+                "them."
             )
         model = base
         note_origin(config, base)

@@ -20,7 +20,7 @@ from .collator import PadRouting
 from .datasets import Texts
 
 # The lowest value of each integer option; None for numbers.
-OPTIONS = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
+LOWEST = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def check_options(**options: Any) -> None:
     Raises:
         ValueError, TypeError: an option that does not exist, or out of range.
     """
-    if unknown := sorted(set(options) - set(OPTIONS)):
+    if unknown := sorted(set(options) - set(LOWEST)):
         raise ValueError(
-            f"train_gate has no option {unknown}. Its options are: {', '.join(OPTIONS)}."
+            f"train_gate has no option {unknown}. Its options are: {', '.join(LOWEST)}."
         )
     for name, value in options.items():
-        lowest = OPTIONS[name]
+        lowest = LOWEST[name]
         if lowest is not None:
             check_integer(name, value, lowest)
         else:
@@ -276,13 +276,19 @@ def _padded(model: MixtureModel, rows: Sequence[Mapping[str, Tensor]]) -> dict[s
 
 def _read(model: MixtureModel, router: Router, batch: dict[str, Tensor]) -> Tensor:
     """What `router` reads of a batch of prompts, `[batch, d]`."""
-    inputs: list[Tensor] = []
-    handle = router.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    rows: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0]
+        x = router.pool(x, kwargs.get("prompt_mask")) if x.dim() == 3 else x
+        rows.append(router.normalised(x))
+
+    handle = router.register_forward_pre_hook(read, with_kwargs=True)
     try:
         model.routing_only(**batch)
     finally:
         handle.remove()
-    x = router.normalised(inputs[0])
+    (x,) = rows
     mask = batch["attention_mask"]
     if len(x) == len(mask):
         return x

@@ -7,11 +7,12 @@ import safetensors.torch
 import torch
 from bases import causal_base
 from checkpoint.stored import WEIGHTS, contents, load, logits, mixture_on, rewrite, same, saved
+from core.mixtures import own_parameters
 
 from moelora import MoeLoraForCausalLM
 from moelora.config import FORMAT_VERSION
 
-A_KEY = "moelora.sites.model-layers-0-mlp-down_proj.lora_A.weight"
+A_KEY = "model.layers.0.moelora.sites.mlp-down_proj.lora_A.weight"
 
 
 def _cut(folder):
@@ -81,7 +82,7 @@ DAMAGES = {
     _of_another_program: "not written by moelora",
     _gone: f"holds no {WEIGHTS}",
     _unknown_router: "'from_elsewhere' is not registered.*top_k",
-    _foreign_sites: r"layers\.9\.mlp\.down_proj.*no linear of this LlamaForCausalLM",
+    _foreign_sites: r"layers\.9\.mlp\.down_proj.*is not a linear of this LlamaForCausalLM",
 }
 
 
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_a_model_made_in_memory_asks_for_its_base(tmp_path):
 def test_load_state_dict_forgives_the_base_and_nothing_of_the_experts(folder):
     model, held = load(folder), safetensors.torch.load_file(folder / WEIGHTS)
     with torch.no_grad():
-        for parameter in model.moelora.parameters():
+        for parameter in own_parameters(model).values():
             parameter.zero_()
     result = model.load_state_dict(held)
     assert not result.missing_keys and not result.unexpected_keys

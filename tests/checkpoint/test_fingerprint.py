@@ -9,6 +9,7 @@ from checkpoint.stored import load, logits, mixture_on, same, saved, write_base
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.checkpoint.fingerprint import differences, digest, fingerprint
+from moelora.checkpoint.state import tensors_to_save
 
 
 def test_a_base_of_another_architecture_is_named(tmp_path):
@@ -18,7 +19,7 @@ def test_a_base_of_another_architecture_is_named(tmp_path):
             ValueError, match=r"is a 'gpt2' model; the experts in .* 'llama'.*LlamaForCausalLM"
         ):
             load(tmp_path / "experts", base=base)
-    with pytest.raises(ValueError, match=r"no linear of this GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match=r"is not a linear of this GPT2LMHeadModel"):
         load(tmp_path / "experts", base=causal_base("gpt2"), allow_base_mismatch=True)
 
 
@@ -45,7 +46,7 @@ def test_a_classifier_s_checkpoint_is_not_taken_for_a_language_model_s(tmp_path)
     model.save_pretrained(tmp_path / "experts")
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load(tmp_path / "experts")
-    with pytest.raises(TypeError, match="no sequence classifier"):
+    with pytest.raises(TypeError, match="is not a sequence classifier"):
         load(tmp_path / "experts", classifier=True, base=causal_base())
 
 
@@ -56,7 +57,7 @@ def test_a_changed_base_folder_is_noticed_and_the_override_takes_it(tmp_path):
         load(tmp_path / "experts")
     forced = load(tmp_path / "experts", allow_base_mismatch=True)
     transplanted = mixture_on(causal_base(seed=7))
-    transplanted.load_state_dict(model.moelora.state_dict(prefix="moelora."))
+    transplanted.load_state_dict(tensors_to_save(model))
     assert same(forced, transplanted)
 
 
@@ -86,7 +87,7 @@ def test_a_few_changed_weights_in_fp32_are_enough():
     assert differences(print_, base, ())
 
 
-def test_what_training_changes_is_no_part_of_the_fingerprint():
+def test_what_training_changes_is_not_a_part_of_the_fingerprint():
     model = mixture_on(classifier_base(), classifier=True)
     before = fingerprint(model, [n for n, p in model.named_parameters() if p.requires_grad])
     with torch.no_grad():
@@ -94,7 +95,7 @@ def test_what_training_changes_is_no_part_of_the_fingerprint():
             if parameter.requires_grad:
                 parameter += 1
     assert fingerprint(model, [n for n, p in model.named_parameters() if p.requires_grad]) == before
-    assert not any(name.startswith(("moelora", "classifier")) for name in before["shapes"])
+    assert not any("moelora" in name or "classifier" in name for name in before["shapes"])
 
 
 def test_the_digest_tells_bases_and_dtypes_apart():

@@ -14,9 +14,11 @@ from safetensors import safe_open
 
 from moelora import MoeLoraForCausalLM
 from moelora.checkpoint.reading import read, sealed
+from moelora.validation import MAX_RANK, MAX_WIDTH
 
 # What a machine with other work to do still keeps.
 SECONDS = 1.0
+LINEAR = "model.layers.0.mlp.down_proj"
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000
 
@@ -180,11 +182,14 @@ def test_wrong_types_and_sizes_in_every_field_of_the_configuration(folder):
     [
         ({"num_experts": 10**9}, "num_experts is not the number of expert_names"),
         ({"num_experts": 10**9, "expert_names": None}, "num_experts is not the number"),
-        ({"r": 10**9}, r"asks for tensors of \[4000000000"),
-        ({"expert_ranks": {"model.layers.0.mlp.down_proj": [10**9] * 4}}, "asks for tensors of"),
-        ({"router": "mlp", "router_hidden_size": 10**9}, "asks for tensors of"),
+        ({"r": 10**9}, "r=1000000000 is too large"),
+        ({"r": MAX_RANK}, rf"asks for tensors of \[{4 * MAX_RANK}"),
+        ({"expert_ranks": {LINEAR: [10**9] * 4}}, "=1000000000 is too large"),
+        ({"expert_ranks": {LINEAR: [MAX_RANK] * 4}}, rf"asks for tensors of \[{4 * MAX_RANK}"),
+        ({"router": "mlp", "router_options": {"hidden_size": 10**9}}, "=1000000000 is too large"),
+        ({"router": "mlp", "router_options": {"hidden_size": MAX_WIDTH}}, "asks for tensors of"),
         ({"sites": None, "target_modules": "(a+a+)+$" + "x" * 50}, "sites is empty"),
-        ({"sites": [["model.layers.0.mlp.down_proj"]] * 2}, "a linear is in two sites"),
+        ({"sites": [[LINEAR]] * 2}, "a linear is in two sites"),
         ({"base_folder": "../../elsewhere"}, "not the name of a base's folder"),
         ({"base_config": {"dtype": "nn"}}, "dtype 'nn', which torch lacks"),
         ({"model_type": "llama"}, "not of model_type 'moelora'"),

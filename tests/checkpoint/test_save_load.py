@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from bases import CLASSIFIERS, VOCAB, causal_base
 from checkpoint.stored import WEIGHTS, load, logits, mixture_on, same, saved, write_base
-from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, tokens
+from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, own_parameters, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -34,7 +34,7 @@ def test_reloaded_logits_are_the_same_bits(tmp_path, name):
 def test_reloaded_classifier_and_its_trained_head_are_the_same_bits(tmp_path, name):
     model = mixture_on(write_base(tmp_path / "base", name, classifier=True), classifier=True)
     head = [
-        p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("moelora")
+        p for n, p in model.named_parameters() if p.requires_grad and not model.moelora.owns(n)
     ]
     assert head
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_every_scope_and_level_comes_back(tmp_path, scope, level):
 def test_the_default_checkpoint_holds_no_base_and_is_a_moelora_config(tmp_path):
     model = saved(tmp_path)
     folder = tmp_path / "experts"
-    assert all(key.startswith("moelora.") for key in safetensors.torch.load_file(folder / WEIGHTS))
+    assert all(map(model.moelora.owns, safetensors.torch.load_file(folder / WEIGHTS)))
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -140,7 +140,7 @@ def test_load_keywords_reach_the_base(tmp_path):
     assert model.config.output_hidden_states
     assert load(folder).config._attn_implementation != "eager"
     assert load(folder, output_attentions=True).config.output_attentions
-    assert {p.dtype for p in model.moelora.parameters()} == {torch.float32}
+    assert {p.dtype for p in own_parameters(model).values()} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
 
 

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from bases import causal_base, classifier_base
 from checkpoint.stored import WEIGHTS, contents, load, logits, mixture_on, same, saved, write_base
+from core.mixtures import own_parameters
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,7 +25,7 @@ def test_a_state_dict_gathered_elsewhere_is_saved_with_or_without_the_base_s_key
     model = mixture_on(write_base(tmp_path / "base"))
     gathered, expected = _state(model), logits(model)
     with torch.no_grad():
-        for parameter in model.moelora.parameters():
+        for parameter in own_parameters(model).values():
             parameter.zero_()
     own = {key: tensor for key, tensor in gathered.items() if model.moelora.owns(key)}
     assert 0 < len(own) < len(gathered)
@@ -56,7 +57,7 @@ def test_a_frozen_mixture_s_state_dict_raw_or_merged_is_saved_and_loaded(tmp_pat
     assert layout(model).keys() == layout(thawed).keys() <= merged.keys()
     for state in (raw, merged):
         with torch.no_grad():
-            for parameter in model.moelora.parameters():
+            for parameter in own_parameters(model).values():
                 parameter.zero_()
         model.load_state_dict(state)
         assert torch.equal(logits(model), expected)

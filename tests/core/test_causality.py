@@ -188,12 +188,17 @@ def test_a_router_mask_at_token_level_is_refused():
 def test_a_filled_cache_without_the_prompt_s_routing_is_refused():
     model = _sequence_model()
     prefix = model(tokens(2, 6), use_cache=True)
+    unknown = causal_base()(tokens(2, 6), use_cache=True).past_key_values
     for more in ({}, {"router_mask": torch.ones(2, 1)}):
         with pytest.raises(ValueError, match=r"expert_routing=outputs\.expert_routing"):
-            model(tokens(2, 1), past_key_values=prefix.past_key_values, **more)
-    model(
-        tokens(2, 1), past_key_values=prefix.past_key_values, expert_routing=prefix.expert_routing
-    )
+            model(tokens(2, 1), past_key_values=unknown, **more)
+    with pytest.raises(ValueError, match=r"expert_routing=outputs\.expert_routing"):
+        mask = torch.ones(2, 1)
+        model(tokens(2, 1), past_key_values=prefix.past_key_values, router_mask=mask)
+    again = model(tokens(2, 6), use_cache=True).past_key_values
+    step = model(tokens(2, 1), past_key_values=again, expert_routing=prefix.expert_routing)
+    carried = model(tokens(2, 1), past_key_values=prefix.past_key_values)
+    assert torch.equal(carried.logits, step.logits), "the cache carries its prompt's routing"
 
 
 def test_a_routing_of_other_sequences_is_refused():

@@ -170,7 +170,7 @@ def test_peft_on_top_adapts_the_base_s_linears_and_no_router(router, level):
     )
     inner = on_top.base_model.model
     found = [n for n, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
-    assert len(found) == 14 and not [n for n in found if n.startswith("moelora")]
+    assert len(found) == 14 and not [n for n in found if "moelora" in n]
     assert torch.equal(on_top(tokens()).logits, logits)
 
 
@@ -180,5 +180,5 @@ def test_a_base_with_a_mixture_takes_no_second_one():
         MoeLoraForCausalLM.from_base(model)
     with pytest.raises(TypeError, match="MoeLoraForSequenceClassification"):
         MoeLoraForCausalLM.from_base(classifier_base())
-    with pytest.raises(TypeError, match="no sequence classifier"):
+    with pytest.raises(TypeError, match="not a sequence classifier"):
         MoeLoraForSequenceClassification.from_base(causal_base())

@@ -4,8 +4,6 @@ on.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from adapters.peft_folders import peft_model, save_adapter
@@ -172,7 +170,7 @@ def test_an_expert_from_a_peft_adapter_gives_peft_s_logits(tmp_path):
 
 
 def _copied(model):
-    return copy.deepcopy(torch.nn.Module.state_dict(model)), model.moelora_config.own_fields()
+    return bits(model), model.moelora_config.own_fields()
 
 
 REFUSED = {

@@ -150,10 +150,14 @@ def test_each_class_takes_its_own_kind_of_base():
     refused(TypeError, "use MoeLoraForSequenceClassification", base=classifier_base("llama"))
     refused(
         TypeError,
-        "no sequence classifier.*MoeLoraForCausalLM",
+        "not a sequence classifier.*MoeLoraForCausalLM",
         public=MoeLoraForSequenceClassification,
     )
-    refused(TypeError, "no language modelling head", base=LlamaModel(causal_base().config).eval())
+    refused(
+        TypeError,
+        "does not have a language modelling head",
+        base=LlamaModel(causal_base().config).eval(),
+    )
     assert classifier().is_classifier and not causal().is_classifier
 
 
