@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Each room has a page: moelora's own holds only what is public.
 ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
 
-.PHONY: test test-compiled test-interpreted demo bench gpu docs lint format clean
+.PHONY: test test-compiled test-interpreted test-transformers demo bench gpu docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them, so the tests run in two, side by side.
 test: $(VENV)/.dev lint
@@ -19,6 +19,21 @@ test-compiled: $(VENV)/.dev
 
 test-interpreted: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest tests/interpreted tests/kernels/test_backends.py
+
+# transformers' own tests of models, from the sdist of the installed version: fetched, never committed.
+SUITE := $(VENV)/transformers-sdist
+
+test-transformers: $(SUITE)/.unpacked
+	PYTHONPATH=$(SUITE) $(TEST_ENV) $(BIN)/python -m pytest --tb=short tests/transformers_suite/suite.py
+
+$(SUITE)/.unpacked: $(VENV)/.dev tests/transformers_suite/unpack.py
+	rm -rf $(SUITE)
+	version="$$($(BIN)/python -c 'import transformers; print(transformers.__version__)')" && \
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+	  --dest $(SUITE) "transformers==$$version" && \
+	$(BIN)/python tests/transformers_suite/unpack.py $(SUITE)/transformers-$$version.tar.gz $(SUITE)
+	$(PIP) --no-deps --target $(SUITE) parameterized
+	touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(ARGS)

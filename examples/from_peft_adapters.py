@@ -29,7 +29,8 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.training.router_init import initialise
 
 RANKS = {"python": 4, "cpp": 8, "docs": 16, "licences": 32}
-LEARNING_RATE, ROUTER_LEARNING_RATE = 2e-3, 1e-2
+LEARNING_RATE = 2e-3
+ROUTER_LEARNING_RATE = 1e-2
 TEXTS = 8  # training blocks of each domain that the prototypes are made of
 
 
@@ -60,7 +61,8 @@ def train_adapters(
     """Train one PEFT LoRA on each domain and save it as PEFT does; return the folders and the
     table's lines.
     """
-    folders, results = {}, []
+    folders = {}
+    results = []
     for domain, rank in RANKS.items():
         reporting.headline(f"PEFT LoRA, rank {rank}, on {domain} alone")
         lora = single_lora(load_base(base), rank, recipe.seed)
@@ -136,7 +138,8 @@ def export_and_check(model: Any, base: str, corpus: Corpus, folder: Path, name: 
     peft = PeftModel.from_pretrained(load_base(base), folder).eval()
     ids = corpus[name][1].tokens[:4]
     with torch.no_grad(), model.eval().use_experts(name):
-        ours, theirs = model(ids).logits, peft(ids).logits
+        ours = model(ids).logits
+        theirs = peft(ids).logits
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     reporting.line(
         f"expert {name} in stock PEFT from {folder}: largest relative difference of logits "

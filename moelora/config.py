@@ -24,7 +24,9 @@ from .validation import (
     check_expert_names,
     check_flag,
     check_integer,
+    check_name_lists,
     check_number,
+    numbers,
     shown,
     string_list,
 )
@@ -171,6 +173,18 @@ class MoeLoraConfig(PreTrainedConfig):
     base_folder: str | None = None
     base_subfolder: str | None = None
     sites: list[list[str]] | None = None
+
+    # Beside the fields, since transformers saves and compares all that lies in __dict__.
+    __slots__ = ("as_read",)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; remembers in `as_read` what it was before keywords changed it."""
+        as_read = super().from_dict(copy.deepcopy(config_dict))
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.as_read = as_read
+        return made
 
     def __post_init__(self, **kwargs):
         for name in (vars(self).keys() | kwargs.keys()) - set(self.field_names()):
@@ -324,7 +338,8 @@ class MoeLoraConfig(PreTrainedConfig):
             check_integer("r", rank, 1, MAX_RANK)
         for alpha in self._per_expert("lora_alpha"):
             check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-        experts, inf = self.num_experts, math.inf
+        experts = self.num_experts
+        inf = math.inf
         check_by_linear("expert_ranks", self.expert_ranks, experts, check_integer, 0, MAX_RANK)
         check_by_linear("expert_scaling", self.expert_scaling, experts, check_number, -inf, inf)
         for name, ranks in {"r": self.ranks, **(self.expert_ranks or {})}.items():
@@ -362,7 +377,8 @@ class MoeLoraConfig(PreTrainedConfig):
 
     def _check_targets(self) -> None:
         """The fields that PEFT matches; sets and tuples become lists, which JSON can hold."""
-        targets, layers = self.target_modules, self.layers_to_transform
+        targets = self.target_modules
+        layers = self.layers_to_transform
         if isinstance(targets, str):
             check_regex("target_modules", targets)
         elif targets is not None:
@@ -372,14 +388,7 @@ class MoeLoraConfig(PreTrainedConfig):
                 "modules_to_save", self.modules_to_save, may_be_empty=True
             )
         if layers is not None:
-            numbers = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
-            if not numbers:
-                raise ValueError(
-                    "layers_to_transform is empty: give layer numbers, or None for all layers."
-                )
-            for number in numbers:
-                check_integer("layers_to_transform", number, 0)
-            self.layers_to_transform = layers if isinstance(layers, int) else sorted(numbers)
+            self.layers_to_transform = numbers("layers_to_transform", layers)
 
     def _check_base(self) -> None:
         """What `save_pretrained` fills in, which a damaged file may hold in any form."""
@@ -388,12 +397,5 @@ class MoeLoraConfig(PreTrainedConfig):
             expected = dict if name == "base_config" else str
             if name.startswith("base_") and not isinstance(value, (expected, type(None))):
                 raise TypeError(f"{name}={shown(value)}: expected a {expected.__name__} or None.")
-        if self.sites is not None and not (
-            isinstance(self.sites, list)
-            and self.sites
-            and all(isinstance(site, list) and string_list("sites", site) for site in self.sites)
-        ):
-            raise TypeError(
-                f"sites={shown(self.sites)}: expected lists of module names; leave it to "
-                "save_pretrained."
-            )
+        if self.sites is not None:
+            check_name_lists("sites", self.sites)

@@ -163,6 +163,39 @@ def string_list(name: str, value: Any, may_be_empty: bool = False) -> list[str]:
     return sorted(value) if isinstance(value, set) else list(value)
 
 
+def numbers(name: str, value: Any) -> int | list[int]:
+    """One whole number from 0, or several, which come back as a sorted list.
+
+    Args:
+        name: the argument, for errors.
+        value: what came.
+
+    Raises:
+        TypeError, ValueError: it is neither, or an empty list.
+    """
+    several = isinstance(value, (list, tuple, set))
+    if several and not value:
+        raise ValueError(f"{name} is empty: give numbers, or None for all.")
+    for number in value if several else [value]:
+        check_integer(name, number, 0)
+    return sorted(value) if several else value
+
+
+def check_name_lists(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is a list of lists of names.
+
+    Args:
+        name: the argument, for errors.
+        value: what came.
+    """
+    if not (isinstance(value, list) and value and all(isinstance(own, list) for own in value)):
+        raise TypeError(
+            f"{name}={shown(value)}: expected lists of module names; leave it to save_pretrained."
+        )
+    for own in value:
+        string_list(name, own)
+
+
 def check_names(given: Iterable[Any], known: Sequence[str], called: str = "choices") -> None:
     """Raise ValueError where one of `given` is not among the experts `known`, and list these.
 

@@ -69,7 +69,9 @@ def train(
 
 def train_experts(settings: Settings, seed: int) -> dict[str, Any]:
     """One adapter a task, the harder ones too, each from its own texts alone, saved as PEFT does."""
-    tokenizer, sizes, seconds = bases.load_tokenizer(settings.base), settings.sizes, {}
+    tokenizer = bases.load_tokenizer(settings.base)
+    sizes = settings.sizes
+    seconds = {}
     for task in settings.all_tasks:
         model = lora(bases.load(settings.base), sizes.rank, seed)
         texts = settings.expert_texts(task, seed, tokenizer)
@@ -83,7 +85,8 @@ def train_joint(settings: Settings, seed: int, rank: int) -> dict[str, Any]:
     """One LoRA on the texts of all tasks, mixed, for the experts' steps together; its score on each
     task.
     """
-    tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
+    tokenizer = bases.load_tokenizer(settings.base)
+    sizes = settings.sizes
     model = lora(bases.load(settings.base), rank, seed)
     texts = Texts.joined([settings.expert_texts(task, seed, tokenizer) for task in settings.tasks])
     folder = settings.folder / f"seed{seed}" / f"joint{rank}"

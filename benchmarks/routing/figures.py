@@ -14,11 +14,9 @@ from benchmarks.routing.parts import Results
 from benchmarks.routing.scoring import Score
 from benchmarks.routing.settings import Settings
 
-ORACLE, TOTAL, ACTIVE = (
-    "each task by its own expert (oracle)",
-    "joint LoRA, total",
-    "joint LoRA, active",
-)
+ORACLE = "each task by its own expert (oracle)"
+TOTAL = "joint LoRA, total"
+ACTIVE = "joint LoRA, active"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class Spread:
     def of(cls, values: Iterable[float]) -> Spread:
         """The spread of these values."""
         found = list(values)
-        low, high = min(found), max(found)
+        low = min(found)
+        high = max(found)
         # Rounding may put the mean of equal numbers beside them.
         return cls(min(max(sum(found) / len(found), low), high), low, high)
 
@@ -49,7 +48,8 @@ Scores = Mapping[str, Score]
 def candidates(settings: Settings, results: Results) -> dict[str, list[Scores]]:
     """By candidate its score on every task, one a seed."""
     mixtures = [found["scores"] for found in results["mixtures"]]
-    rank, many = settings.sizes.rank, len(settings.tasks) * settings.sizes.rank
+    rank = settings.sizes.rank
+    many = len(settings.tasks) * settings.sizes.rank
     found = {BASE: [m[BASE] for m in mixtures]}
     found |= {f"expert {name}": [m[name] for m in mixtures] for name in settings.names}
     found[UNIFORM] = [m[UNIFORM] for m in mixtures]
@@ -163,7 +163,8 @@ def targets(settings: Settings, results: Results) -> list[dict[str, Any]]:
     """What was to be reached, what came (mean over seeds, worst seed), and whether the mean reaches
     it.
     """
-    found, gates = candidates(settings, results), gate_accuracies(results)[MAIN]
+    found = candidates(settings, results)
+    gates = gate_accuracies(results)[MAIN]
     latency = results["latency"][0]["ratios"]
     singles = [f"expert {name}" for name in settings.names]
     rows = [

@@ -64,7 +64,8 @@ def gated(base: PreTrainedModel, names: list[str], seed: int, **changes: Any) ->
 @torch.no_grad()
 def choices(model: Any, texts: Texts, batch_size: int = 50) -> list[str]:
     """For each text the most probable choice for its prompt."""
-    prompts, found = texts.prompts(), {}
+    prompts = texts.prompts()
+    found = {}
     pad = PadRouting()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -91,11 +92,13 @@ def run_gates(settings: Settings, seed: int) -> dict[str, Any]:
     """Routing accuracy of every kind of gate on all test prompts, and the main one's confusion
     matrices.
     """
-    tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
+    tokenizer = bases.load_tokenizer(settings.base)
+    base = bases.load(settings.base)
     texts = settings.gate_texts(settings.all_tasks, seed, tokenizer)
     tests = {task.name: Texts.of(task.test, tokenizer) for task in settings.all_tasks}
     names = settings.names
-    own, own_tests = {n: texts[n] for n in names}, {n: tests[n] for n in names}
+    own = {n: texts[n] for n in names}
+    own_tests = {n: tests[n] for n in names}
     found: dict[str, Any] = {"accuracy": {}, "seconds": {}}
 
     def measured(
@@ -141,7 +144,8 @@ def run_bare(settings: Settings, seed: int) -> dict[str, Any]:
     """Routing accuracy of the gates where prompts, to learn from and to be asked, lack their
     template's words.
     """
-    tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
+    tokenizer = bases.load_tokenizer(settings.base)
+    base = bases.load(settings.base)
     tasks = [task.without_template() for task in settings.tasks]
     texts = settings.gate_texts(tasks, seed, tokenizer)
     tests = {task.name: Texts.of(task.test, tokenizer) for task in tasks}
@@ -172,7 +176,8 @@ def left_out(
     Its accuracy on all tasks, and on the prompts of the tasks that were left out; means over the
     tasks in turn.
     """
-    on_all, on_new = [], []
+    on_all = []
+    on_new = []
     for new in texts:
         others = {name: own for name, own in texts.items() if name != new}
         with gated(base, list(others), seed, router="descriptor") as model:

@@ -18,15 +18,19 @@ from benchmarks.routing.settings import Settings
 from benchmarks.routing.tasks import drawn
 from moelora.training import Texts
 
-ROUTE, WRITE, FORWARD = "gate: route()", "selector: generate the label", "base: forward"
-GATED, FORCED = "mixture: forward, gated", "mixture: forward, expert forced"
+ROUTE = "gate: route()"
+WRITE = "selector: generate the label"
+FORWARD = "base: forward"
+GATED = "mixture: forward, gated"
+FORCED = "mixture: forward, expert forced"
 
 
 def run_latency(settings: Settings, seed: int) -> dict[str, Any]:
     """Median milliseconds a prompt at batch 1, and ratios (median, minimum, maximum) taken round by
     round.
     """
-    tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
+    tokenizer = bases.load_tokenizer(settings.base)
+    sizes = settings.sizes
     count = sizes.latency_prompts
     rows = [
         row
@@ -34,10 +38,8 @@ def run_latency(settings: Settings, seed: int) -> dict[str, Any]:
         for row in drawn(task.test, count, seed, f"{task.name}, latency")
     ]
     prompts = [prompt[None] for prompt in Texts.of(rows, tokenizer).prompts()]
-    base, mixture = (
-        bases.load(settings.base),
-        sequence_gated(settings, settings.tasks, seed, tokenizer),
-    )
+    base = bases.load(settings.base)
+    mixture = sequence_gated(settings, settings.tasks, seed, tokenizer)
     selector = PeftModel.from_pretrained(
         bases.load(settings.base), str(settings.adapter(seed, SELECTOR))
     ).eval()

@@ -21,7 +21,10 @@ from moelora.training.router_init import initialise
 # Two experts a prompt, weights summing to 1: where tasks are alike, the gate is unsure which of
 # them it is.
 TOP_2 = "gated, sequence, top 2"
-SEQUENCE, TOKEN, UNIFORM, BASE = "gated, sequence", "gated, token", "uniform merge", "base"
+SEQUENCE = "gated, sequence"
+TOKEN = "gated, token"
+UNIFORM = "uniform merge"
+BASE = "base"
 ROUTER_LEARNING_RATE = 1e-2
 Scores = dict[str, Score]
 
@@ -85,7 +88,8 @@ def run_mixtures(settings: Settings, seed: int) -> dict[str, Any]:
     """The score on every task of the base, each expert, their even merge, and the mixture at both
     levels.
     """
-    tokenizer, tasks = bases.load_tokenizer(settings.base), settings.tasks
+    tokenizer = bases.load_tokenizer(settings.base)
+    tasks = settings.tasks
     sheets = {task.name: settings.sheet(task, seed, tokenizer) for task in tasks}
     seconds = _Clock()
     model = sequence_gated(settings, tasks, seed, tokenizer)
@@ -111,7 +115,8 @@ def run_harder(settings: Settings, seed: int) -> dict[str, Any]:
     """The score on all tasks, the harder ones too, of the gate among all of them, and of each
     task's own expert.
     """
-    tokenizer, tasks = bases.load_tokenizer(settings.base), settings.all_tasks
+    tokenizer = bases.load_tokenizer(settings.base)
+    tasks = settings.all_tasks
     sheets = {task.name: settings.sheet(task, seed, tokenizer) for task in tasks}
     model = sequence_gated(settings, tasks, seed, tokenizer)
     found = {SEQUENCE: scores(model, sheets), "oracle": {}}
@@ -133,8 +138,10 @@ class _Clock:
     """Seconds since the last call, by what they went to."""
 
     def __init__(self):
-        self.parts, self.last = {}, time.perf_counter()
+        self.parts = {}
+        self.last = time.perf_counter()
 
     def __call__(self, what: str) -> None:
         now = time.perf_counter()
-        self.parts[what], self.last = now - self.last, now
+        self.parts[what] = now - self.last
+        self.last = now

@@ -20,7 +20,8 @@ def run_outside(settings: Settings, seed: int) -> dict[str, Any]:
     The gate chooses among all tasks but the last, and the base, for which it learns texts of some
     sources. Where those sources are tasks themselves, it chooses among the other tasks.
     """
-    tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
+    tokenizer = bases.load_tokenizer(settings.base)
+    base = bases.load(settings.base)
     inside = [task for task in settings.tasks if task not in settings.outside]
     held_out = [inside.pop()] if len(inside) == len(settings.tasks) else []
     texts = settings.gate_texts(inside, seed, tokenizer)

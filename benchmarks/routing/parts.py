@@ -45,7 +45,8 @@ def parts_of(settings: Settings, only: str | None = None) -> list[Part]:
     """All parts but the timing, in the order in which they are begun: what others wait for, then
     long before short.
     """
-    rank, many = settings.sizes.rank, len(settings.tasks) * settings.sizes.rank
+    rank = settings.sizes.rank
+    many = len(settings.tasks) * settings.sizes.rank
     seeds = range(settings.seeds)
     kinds = [
         ("experts", train_experts, (), None),
@@ -78,7 +79,9 @@ def run_parts(settings: Settings, workers: int, only: str | None = None) -> Resu
     only: a key of `ALONE`. workers: processes side by side, each with one thread; 1 does all of it
     in this one.
     """
-    waiting, running, found = parts_of(settings, only), {}, {}
+    waiting = parts_of(settings, only)
+    running = {}
+    found = {}
     start = time.perf_counter()
     with _executor(workers) as executor:
         while waiting or running:
@@ -106,7 +109,8 @@ def run_parts(settings: Settings, workers: int, only: str | None = None) -> Resu
 
 def timed(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What `call` gives, and the seconds that it took, by the clock and of the processor."""
-    start, used = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    used = time.process_time()
     found = call(*arguments)
     return found | {"wall": time.perf_counter() - start, "processor": time.process_time() - used}
 

@@ -21,7 +21,8 @@ def run_replay(settings: Settings, seed: int) -> dict[str, Any]:
 
     Then the first of the old tasks is deleted: the accuracy of those that remain.
     """
-    tokenizer, base = bases.load_tokenizer(settings.base), bases.load(settings.base)
+    tokenizer = bases.load_tokenizer(settings.base)
+    base = bases.load(settings.base)
     texts = settings.gate_texts(settings.tasks, seed, tokenizer)
     tests = {task.name: Texts.of(task.test, tokenizer) for task in settings.tasks}
     rows = []

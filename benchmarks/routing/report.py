@@ -106,7 +106,8 @@ def seconds(results: Results) -> dict[str, list[float]]:
 
 def sections(settings: Settings, results: Results, source: str) -> list[str]:
     """The tables, each under its caption."""
-    sizes, found = settings.sizes, candidates(settings, results)
+    sizes = settings.sizes
+    found = candidates(settings, results)
     tests = sum(len(task.test) for task in settings.tasks)
     made = [
         f"Loss on the target tokens, nats a token, and share of right answers ({settings.seeds} seeds: mean, and least"
@@ -219,13 +220,15 @@ def plots(settings: Settings, results: Results, folder: Path) -> None:
         for (added, task), spread in spreads.items():
             by_name[f"{task}, {'new' if added == task else 'old'}"].append(spread)
         for name, own in by_name.items():
-            lows, highs = [s.low for s in own], [s.high for s in own]
+            lows = [s.low for s in own]
+            highs = [s.high for s in own]
             groups[name].append(Spread(_mean(own), min(lows), max(highs)))
     _bars(dict(sorted(groups.items())), labels, "routing accuracy", folder / "routing_replay.png")
 
 
 def _heatmap(counts: Sequence[Mapping[str, Mapping[str, int]]], path: Path, title: str) -> None:
-    sources, names = list(counts[0]), list(next(iter(counts[0].values())))
+    sources = list(counts[0])
+    names = list(next(iter(counts[0].values())))
     plot_routing_heatmap(torch.tensor(shares(counts)), sources, names, path, title)
 
 
@@ -238,7 +241,8 @@ def _bars(
     figure = Figure(
         figsize=(2 + 1.1 * len(labels) * max(1, len(groups) / 4), 3.6), layout="constrained"
     )
-    axes, width = figure.subplots(), 0.8 / len(groups)
+    axes = figure.subplots()
+    width = 0.8 / len(groups)
     for number, (name, spreads) in enumerate(groups.items()):
         places = [i + (number - (len(groups) - 1) / 2) * width for i in range(len(spreads))]
         means = [s.mean for s in spreads]

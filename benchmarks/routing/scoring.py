@@ -60,8 +60,10 @@ class Sheet:
         has_answers: bool,
     ):
         self.texts = Texts.of(rows, tokenizer)
-        self.eos, self.pad = tokenizer.eos_token_id, pad_id(tokenizer)
-        self.options, self.has_answers = options, has_answers
+        self.eos = tokenizer.eos_token_id
+        self.pad = pad_id(tokenizer)
+        self.options = options
+        self.has_answers = has_answers
         self.gold = [options.index(row["answer"]) for row in rows] if options else []
         stems = [row["output"].removesuffix(row.get("answer", "")) for row in rows]
         self.variants = [
@@ -90,7 +92,9 @@ class Sheet:
 @torch.no_grad()
 def score(model: Any, sheet: Sheet, batch_size: int = 16) -> Score:
     """Score a model, in eval mode, on the rows of a sheet; it routes, or is forced, as it comes."""
-    nats, tokens, right = 0.0, 0, 0
+    nats = 0.0
+    tokens = 0
+    right = 0
     for i, logits, labels in _targets(model, sheet.texts, sheet.pad, batch_size):
         nats += float(-logits.gather(1, labels[:, None]).sum())
         tokens += len(labels)
@@ -129,7 +133,8 @@ def _targets(
         labels = batch.pop("labels")
         batch.pop("expert_targets", None)
         logits = model(**batch).logits
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        logits = logits[:, :-1]
+        labels = labels[:, 1:]
         for row, i in enumerate(numbers):
             there = labels[row] != IGNORE
             yield i, logits[row, there].float().log_softmax(-1), labels[row, there]
@@ -152,7 +157,8 @@ class TailLogits:
 
     def __init__(self, collate: Any, model: Any):
         names = _parameters(model)
-        self.collate, self.keeps = collate, "logits_to_keep" in names
+        self.collate = collate
+        self.keeps = "logits_to_keep" in names
         self.routes = "router_mask" in names and model.moelora_config.routing_level == "sequence"
 
     def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:

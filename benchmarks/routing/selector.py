@@ -24,7 +24,8 @@ def run_selector(settings: Settings, seed: int) -> dict[str, Any]:
     """Train a selector on the texts that the gates learn from; the share of names that it writes
     right.
     """
-    tokenizer, sizes = bases.load_tokenizer(settings.base), settings.sizes
+    tokenizer = bases.load_tokenizer(settings.base)
+    sizes = settings.sizes
     rows = [
         {"instruction": row["instruction"], "output": task.name}
         for task in settings.tasks

@@ -49,7 +49,8 @@ class MergeReport:
     error: float
 
     def __str__(self) -> str:
-        low, high = min(self.ranks.values()), max(self.ranks.values())
+        low = min(self.ranks.values())
+        high = max(self.ranks.values())
         ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
         worst = max(self.errors, key=self.errors.__getitem__)
         return (

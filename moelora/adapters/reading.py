@@ -253,7 +253,8 @@ def _describe(adapter: Adapter, header: Header, scaling_of: Callable[[str], floa
         if missing:
             adapter.problems.append(f"{linear}.{missing[0]} is missing")
             continue
-        (a, a_dtype), (b, b_dtype) = header[keys["lora_A"]], header[keys["lora_B"]]
+        a, a_dtype = header[keys["lora_A"]]
+        b, b_dtype = header[keys["lora_B"]]
         wrong = _wrong_pair(linear, a, b)
         rank, scaling = (0, 0.0) if wrong else _expected(adapter, linear, patterns)
         if not wrong and rank != a[0]:

@@ -104,7 +104,8 @@ def _config(
     """
     ours = model.moelora_config
     stable = ours.use_rslora and None not in _alphas(model, deltas, True).values()
-    ranks, alphas = {}, {}
+    ranks = {}
+    alphas = {}
     for linear, alpha in _alphas(model, deltas, stable).items():
         rank = len(deltas[linear].A)
         ranks[linear] = rank if alpha is not None else 2 ** math.ceil(math.log2(rank))

@@ -83,7 +83,8 @@ def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         tensor = tensors[name]
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
-        now, then = torch.tensor(_values(tensor)), torch.tensor(values)
+        now = torch.tensor(_values(tensor))
+        then = torch.tensor(values)
         # Through 16 bits, then or now, the same weights come out nearly the same.
         same_bits = tensor.dtype in exact and getattr(torch, saved["dtypes"][name]) in exact
         rtol, atol = (0.0, 0.0) if same_bits else (1e-2, 1e-4)

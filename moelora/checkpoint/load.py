@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
@@ -67,8 +67,14 @@ def load(
 
     Raises:
         ValueError: not a checkpoint, a damaged or newer one, or another base, with what differs.
+        TypeError: `folder` is not a path or an id.
         OSError: the base that the checkpoint names cannot be loaded.
     """
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(
+            f"pretrained_model_name_or_path={folder!r} is a {type(folder).__name__}; expected the "
+            "folder that save_pretrained wrote, or the id of its repository."
+        )
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
     _join_dtypes(kwargs)
     source = Source(folder, kwargs)
@@ -142,11 +148,13 @@ def _changes(
     if given is None:
         asked = {name: kwargs.pop(name) for name in own if name in kwargs}
     else:
-        beside = _beside(source, saved)
-        asked = {n: getattr(given, n) for n in own if getattr(given, n) != getattr(beside, n)}
+        # Not what config.json says now: another save may have replaced it.
+        own_file = given.name_or_path == source.name
+        before = getattr(given, "as_read", saved) if own_file else saved
+        asked = {n: getattr(given, n) for n in own if getattr(given, n) != getattr(before, n)}
         inherited = {f.name for f in fields(given)} | {"output_attentions"}
         for name in inherited - {*own, "transformers_version", "architectures"}:
-            if getattr(given, name) != getattr(beside, name):
+            if getattr(given, name) != getattr(before, name):
                 kwargs.setdefault(name, getattr(given, name))
         if attention_of(given) is not None:
             kwargs.setdefault("attn_implementation", attention_of(given))
@@ -164,17 +172,6 @@ def _changes(
             f"{', '.join(CHANGEABLE)}."
         )
     return {name: value for name, value in asked.items() if name in CHANGEABLE}
-
-
-def _beside(source: Source, saved: MoeLoraConfig) -> MoeLoraConfig:
-    """The configuration in config.json; not `saved` where a save was cut off, or a person edited
-    it.
-    """
-    path = source.file(CONFIG_NAME)
-    try:
-        return saved if path is None else MoeLoraConfig.from_dict(read_json(path))
-    except (ValueError, TypeError, OSError):
-        return saved
 
 
 def _load_base(

@@ -128,7 +128,8 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[MoeLoraConfig, 
             "an older checkpoint."
         )
     with _blaming(path):
-        fields, print_ = _object(config), _object(base)
+        fields = _object(config)
+        print_ = _object(base)
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(

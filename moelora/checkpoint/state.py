@@ -59,7 +59,8 @@ def tensors_to_save(
     """
     state = nn.Module.state_dict(model) if state_dict is None else state_dict
     state = model.moelora.merged(state)
-    tensors, wrong = {}, []
+    tensors = {}
+    wrong = []
     for key, expected in layout(model).items():
         tensor = state.get(key)
         if tensor is None:
@@ -94,7 +95,8 @@ def load_state_dict(
     Raises:
         RuntimeError: a key of the mixture is missing, unknown, or of the wrong shape.
     """
-    state, expected = model.moelora.merged(state_dict), layout(model)
+    state = model.moelora.merged(state_dict)
+    expected = layout(model)
     missing = sorted(set(expected) - set(state))
     surplus = sorted(key for key in state if Mixture.owns(key) and key not in expected)
     if missing or surplus:
@@ -109,6 +111,7 @@ def load_state_dict(
             )
     load = base_class(type(model)).load_state_dict
     result = load(model, state, strict=False, assign=assign)
+    model.moelora.has_values = True
     if strict and result.unexpected_keys:
         raise RuntimeError(
             f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}."

@@ -218,7 +218,7 @@ class ForwardPass:
             banned = override.banned.to(x.device)
         if self.carried is not None:
             return self._carried(index, x, banned)
-        bias = self.context.load.selection_bias(index)
+        bias = self.context.load(index)
         # Custom routers that know of no ban need not take one where there is none.
         bans = () if banned is None else (banned,)
         if self.context.by_token:
@@ -292,5 +292,5 @@ class ForwardPass:
             return None
         if weight.shape != (router.num_choices, router.in_features):
             return None
-        spec = TopK(weight.float(), context.load.selection_bias(index), router.norm_topk_prob)
+        spec = TopK(weight.float(), context.load(index), router.norm_topk_prob)
         return build_decode_plan(spec, tokens, slots, tiles=context.tiles)

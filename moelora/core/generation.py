@@ -30,42 +30,44 @@ CARRIED = (
 )
 
 
-def overrides(base: Any) -> dict[str, Callable]:
-    """The methods of `base` that `generate()` calls, for the class of models with a mixture inside.
+def overrides(base: type, ours: Any) -> dict[str, Callable]:
+    """The methods that `generate()` calls, for the class of models with a mixture inside.
 
     Args:
         base: the base's class, which can generate.
+        ours: the class of ours that comes before it in the order of method resolution.
     """
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        prepare = partial(base.prepare_inputs_for_generation, self)
+        prepare = super(ours, self).prepare_inputs_for_generation
         return step_inputs(prepare, args, kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
     ):
-        # A static method of the base.
-        expand = partial(base._expand_inputs_for_generation, is_encoder_decoder=is_encoder_decoder)
+        expand = super(ours, self)._expand_inputs_for_generation
+        expand = partial(expand, is_encoder_decoder=is_encoder_decoder)
         return expanded_inputs(self.moelora, expand, expand_size, input_ids, model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        update = base._update_model_kwargs_for_generation
-        model_kwargs = update(self, outputs, model_kwargs, *args, **kwargs)
+        update = super(ours, self)._update_model_kwargs_for_generation
+        model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
         return keep_routing(self.moelora, outputs, model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         refuse_chunks(self.moelora, generation_config.prefill_chunk_size, model_kwargs)
-        return base._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        prefill = super(ours, self)._prefill
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         if assistant_model is not None:
             model_kwargs = for_assistant(model_kwargs)
-        return base._get_candidate_generator(
-            self, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        return super(ours, self)._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
 
     # generate() looks here whether it may be given inputs_embeds.
-    signature = inspect.signature(base.prepare_inputs_for_generation)
+    signature = inspect.signature(base.prepare_inputs_for_generation)  # type: ignore[attr-defined]
     prepare_inputs_for_generation.__signature__ = signature  # type: ignore[attr-defined]
     return {
         function.__name__: function

@@ -120,7 +120,7 @@ class LoadWindow(nn.Module):
         """
         return as_fractions(self.previous[index])
 
-    def selection_bias(self, index: int) -> Tensor | None:
+    def forward(self, index: int) -> Tensor | None:
         """What is added to router `index`'s probabilities when it chooses, `[C]`, or None."""
         return self.bias[index] if self.update_rate else None
 

@@ -56,6 +56,8 @@ class Mixture(nn.Module):
         self.unadapted: dict[str, str] = {}
         # What trained in the base before it was frozen, by name; `unload` gives that back.
         self.trained_before: list[str] = []
+        # False on the meta device, until values are drawn or loaded.
+        self.has_values = True
 
     @property
     def config(self) -> MoeLoraConfig:
@@ -201,21 +203,17 @@ class Mixture(nn.Module):
                 lora_B.merged_state(merged, f"{site.path}.lora_B.{i}.")  # type: ignore[operator]
         return merged
 
-
-@torch.no_grad()
-def reset(module: nn.Module, config: MoeLoraConfig) -> bool:
-    """Draw anew what `module` holds itself, if it is a part of a mixture; returns whether it is."""
-    if isinstance(module, LoraA):
-        module.reset_kaiming()
-    elif isinstance(module, LoraB):
-        module.fill(torch.zeros(sum(module.blocks), module.width))
-    elif isinstance(module, LoadWindow):
-        for counts in (module.current, module.previous, module.bias):
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Give every part the values of a new mixture; those made on the meta device have none."""
+        for site in self.site_list():
+            site.lora_A.reset_kaiming()
+            for lora_B in site.factors()[1:]:
+                nn.init.zeros_(lora_B.get_parameter("weight"))
+        for router in self.context.router_list:
+            fresh = type(router)(self.config, router.in_features).state_dict()
+            for name, tensor in router.state_dict().items():
+                tensor.copy_(fresh[name])
+        for counts in (self.load.current, self.load.previous, self.load.bias):
             counts.zero_()
-    elif isinstance(module, Router):
-        fresh = type(module)(config, module.in_features).state_dict()
-        for name, tensor in module.state_dict().items():
-            tensor.copy_(fresh[name])
-    else:
-        return isinstance(module, (Mixture, LayerExperts, Site))
-    return True
+        self.has_values = True

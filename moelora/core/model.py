@@ -22,7 +22,7 @@ from . import generation
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .gradient_checkpointing import RoutedCheckpoint
 from .inputs import OWN_INPUTS
-from .mixture import Mixture, reset
+from .mixture import Mixture
 
 # What the class of a model is made of, and what an instance of it is pickled by.
 MADE_OF = "_moelora_made_of"
@@ -75,10 +75,11 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     def __reduce_ex__(self, protocol):
         return rebuild, getattr(type(self), MADE_OF), self.__dict__
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """As the base's, and of ours what `init_weights()` after `to_empty()` asks for."""
-        if not reset(module, self.moelora_config):
-            super()._init_weights(module)  # type: ignore[misc]
+    def init_weights(self) -> None:
+        """As the base's; and values for a mixture that was made on the meta device."""
+        super().init_weights()
+        if not self.moelora.has_values and self.device.type != "meta":
+            self.moelora.redraw()
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
         MADE_OF: (public, base),
     }
     if hasattr(base, "prepare_inputs_for_generation"):
-        namespace |= generation.overrides(base)
+        namespace |= generation.overrides(base, MixtureModel)
     return type(f"MoeLora{base.__name__}", (public, base), namespace)
 
 

@@ -70,7 +70,8 @@ class PoolChange:
         """
         olds = dict(before.named_parameters())
         for name, new in after.named_parameters():
-            old, rows = olds.pop(name, None), len(new) if new.dim() else 1
+            old = olds.pop(name, None)
+            rows = len(new) if new.dim() else 1
             if old is None or old.shape[1:] != new.shape[1:]:
                 pieces = [(None, rows)]
             elif name in before.expert_rows:
@@ -88,7 +89,8 @@ class TrainedRows:
     def __init__(self, factor: Factor):
         self.parameter = factor.weight
         self.starts: dict[tuple[int, int], int] = {}
-        experts, start = len(set(factor.experts)), 0
+        experts = len(set(factor.experts))
+        start = 0
         for i, (expert, rows) in enumerate(zip(factor.experts, factor.blocks)):
             if expert not in factor.frozen_experts:
                 self.starts[i // experts, expert] = start

@@ -68,7 +68,9 @@ def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = 
     _add_routers(model, mixture)
     for names in config.sites:
         _add_site(model, mixture, names)
-    mixture.finish(next(mixture.factors()).block(0).device)
+    device = next(mixture.factors()).block(0).device
+    mixture.finish(device)
+    mixture.has_values = device.type != "meta"
     gradient_checkpointing.wrap(model, mixture.context)
     setattr(model, NAME, mixture)
     return mixture

@@ -18,7 +18,7 @@ from adapters.peft_folders import (
     save_adapter,
 )
 from bases import causal_base, classifier_base
-from core.mixtures import tokens
+from core.mixtures import own_parameters, tokens
 from peft import PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -151,7 +151,7 @@ def test_a_base_from_a_folder_and_its_keywords(tmp_path, pair):
     causal_base().save_pretrained(tmp_path / "base")
     model = MoeLoraForCausalLM.from_adapters(tmp_path / "base", pair, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in model.moelora.parameters())
+    assert all(p.dtype == torch.float32 for p in own_parameters(model).values())
     model.eval().save_pretrained(tmp_path / "mixture")
     again = MoeLoraForCausalLM.from_pretrained(tmp_path / "mixture").eval()
     assert again.dtype == torch.bfloat16 and torch.equal(

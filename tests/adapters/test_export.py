@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.adapters.deltas import expert_deltas
+from moelora.injection.inject import put_into
 
 INPUT = tokens(3, 9)
 FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -135,15 +136,18 @@ def test_the_bits_stay_the_same_on_the_way_out_and_back_in(tmp_path):
     for e in range(4):
         model.export_expert(f"expert_{e}", tmp_path / str(e))
         stored = load_file(tmp_path / str(e) / "adapter_model.safetensors")
-        for linear, (A, B) in factors(model, e).items():
-            assert torch.equal(stored[f"base_model.model.{linear}.lora_A.weight"], A)
-            assert torch.equal(stored[f"base_model.model.{linear}.lora_B.weight"], B)
+        for linear, own in model.moelora.expert(e).items():
+            assert torch.equal(stored[f"base_model.model.{linear}.lora_A.weight"], own.A)
+            assert torch.equal(stored[f"base_model.model.{linear}.lora_B.weight"], own.B.T)
     again = MoeLoraForCausalLM.from_adapters(
         causal_base("gpt2"), {f"expert_{e}": str(tmp_path / str(e)) for e in range(4)}
     )
     for e in range(4):
-        for (A, B), (A2, B2) in zip(factors(model, e).values(), factors(again, e).values()):
-            assert torch.equal(A, A2) and torch.equal(B, B2)
+        now = model.moelora.expert(e)
+        then = again.moelora.expert(e)
+        assert now.keys() == then.keys()
+        for linear, own in now.items():
+            assert torch.equal(own.A, then[linear].A) and torch.equal(own.B, then[linear].B)
         assert torch.equal(forced(model, f"expert_{e}"), forced(again, f"expert_{e}"))
 
 
@@ -207,14 +211,15 @@ def test_the_base_and_its_revision_are_named(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_casts_what_is_written_and_leaves_the_masters(dtype, tmp_path):
     model = causal("llama")
-    before = copy.deepcopy(model.moelora.state_dict())
+    before = copy.deepcopy(model.state_dict())
     model.export_expert("expert_0", tmp_path, dtype=dtype)
     for linear, (A, _) in factors(model, 0).items():
         stored = load_file(tmp_path / "adapter_model.safetensors")[
             f"base_model.model.{linear}.lora_A.weight"
         ]
         assert torch.equal(stored, A.to(dtype))
-    assert all(torch.equal(value, before[key]) for key, value in model.moelora.state_dict().items())
+    assert any(model.moelora.owns(key) for key in before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_overwriting_replaces_an_adapter_and_nothing_else(tmp_path):
@@ -323,7 +328,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
     # with.
     sites = [*causal("llama", **MIXED).moelora_config.sites, [f"spare.{LAST}"]]
     config = MoeLoraConfig(num_experts=4, r=3, target_modules="all-linear", sites=sites, **MIXED)
-    model = activate(MoeLoraForCausalLM.put_into(with_spare(causal_base("llama")), config))
+    model = activate(put_into(with_spare(causal_base("llama")), config, MoeLoraForCausalLM))
     model.export_expert("expert_1", tmp_path)
     made = PeftModel.from_pretrained(with_spare(causal_base("llama")), str(tmp_path))
     adapted = {

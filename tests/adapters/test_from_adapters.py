@@ -15,7 +15,7 @@ from adapters.peft_folders import (
     peft_model,
     save_adapter,
 )
-from core.mixtures import factors, tokens
+from core.mixtures import factors, own_parameters, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -96,12 +96,12 @@ def test_every_bit_arrives_and_everything_trains(mixed, base):
             if len(A):
                 assert torch.equal(A, stored[f"{prefix}A.weight"])
                 assert torch.equal(B, stored[f"{prefix}B.weight"])
-    assert all(p.requires_grad for p in model.moelora.parameters())
+    assert all(p.requires_grad for p in own_parameters(model).values())
     assert not any(
         p.requires_grad for n, p in model.named_parameters() if not model.moelora.owns(n)
     )
     model.train()(IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None for p in model.moelora.parameters() if p.numel())
+    assert all(p.grad is not None for p in own_parameters(model).values() if p.numel())
 
 
 def test_half_precision_adapters_keep_their_bits(tmp_path):

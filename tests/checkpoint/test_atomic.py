@@ -60,8 +60,10 @@ def kill_at_write(number: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("save_base", [False, True])
 def test_a_kill_before_any_write_leaves_the_old_or_the_new_checkpoint(tmp_path, save_base):
-    old, new = mixture_on(causal_base()), mixture_on(causal_base(seed=7), routing_level="sequence")
-    pristine, folder = tmp_path / "pristine", tmp_path / "experts"
+    old = mixture_on(causal_base())
+    new = mixture_on(causal_base(seed=7), routing_level="sequence")
+    pristine = tmp_path / "pristine"
+    folder = tmp_path / "experts"
     old.save_pretrained(pristine, save_base=True)
     expected = {"old": logits(old), "new": logits(new)}
     outcomes = []
@@ -89,7 +91,8 @@ def test_a_kill_before_any_write_leaves_the_old_or_the_new_checkpoint(tmp_path, 
 
 
 def test_a_first_save_that_is_killed_leaves_a_whole_checkpoint_or_none(tmp_path):
-    model, folder = mixture_on(causal_base()), tmp_path / "experts"
+    model = mixture_on(causal_base())
+    folder = tmp_path / "experts"
     whole = []
     for number in range(1, 80):
         shutil.rmtree(folder, ignore_errors=True)
@@ -122,7 +125,8 @@ def _half_a_file(tensors, path, metadata=None):
 
 @pytest.mark.parametrize("stage", ["half of the experts", "half of the base"])
 def test_a_kill_in_the_middle_of_a_file_leaves_the_old_checkpoint(tmp_path, monkeypatch, stage):
-    old, folder = saved(tmp_path), tmp_path / "experts"
+    old = saved(tmp_path)
+    folder = tmp_path / "experts"
     new = mixture_on(causal_base(seed=7))
     before = contents(folder)
 
@@ -178,8 +182,10 @@ def test_a_folder_that_cannot_be_written_is_an_oserror_that_names_it(tmp_path):
 def test_an_error_of_the_base_while_saving_leaves_folder_and_model_as_they_were(
     tmp_path, monkeypatch
 ):
-    model, folder = saved(tmp_path), tmp_path / "experts"
-    before, expected = contents(folder), logits(model)
+    model = saved(tmp_path)
+    folder = tmp_path / "experts"
+    before = contents(folder)
+    expected = logits(model)
 
     def fail(self, where, **kwargs):
         raise RuntimeError("no")

@@ -119,7 +119,8 @@ def test_damage_is_named_and_leaves_a_given_base_alone(folder, damage):
     load(folder)
     damage(folder)
     base = causal_base().train()
-    before, said = _state(base), logits(base.eval())
+    before = _state(base)
+    said = logits(base.eval())
     base.train()
     for given in ({}, {"base": base}):
         with pytest.raises(ValueError, match=DAMAGES[damage]):
@@ -164,7 +165,8 @@ def test_a_checkpoint_of_a_model_made_in_memory_asks_for_its_base(tmp_path):
 
 
 def test_load_state_dict_forgives_the_base_and_nothing_of_the_experts(folder):
-    model, held = load(folder), safetensors.torch.load_file(folder / WEIGHTS)
+    model = load(folder)
+    held = safetensors.torch.load_file(folder / WEIGHTS)
     with torch.no_grad():
         for parameter in own_parameters(model).values():
             parameter.zero_()

@@ -120,8 +120,10 @@ def _mutations(value, dice):
 
 
 def test_a_base_s_fingerprint_with_anything_at_any_place(folder):
-    path, dice = folder / WEIGHTS, random.Random(2)
-    whole, base = path.read_bytes(), json.loads(_metadata(path)["base"])
+    path = folder / WEIGHTS
+    dice = random.Random(2)
+    whole = path.read_bytes()
+    base = json.loads(_metadata(path)["base"])
     for _ in range(100):
         mutated = _mutations(base, dice)
         if mutated == base:
@@ -158,8 +160,10 @@ WRONG = [
 
 def test_wrong_types_and_sizes_in_every_field_of_the_configuration(folder):
     path = folder / WEIGHTS
-    whole, fields = path.read_bytes(), json.loads(_metadata(path)["moelora_config"])
-    expected, refusals = logits(load(folder)), 0
+    whole = path.read_bytes()
+    fields = json.loads(_metadata(path)["moelora_config"])
+    expected = logits(load(folder))
+    refusals = 0
     for name in fields:
         for value in WRONG:
             path.write_bytes(whole)

@@ -25,10 +25,11 @@ def _save_often(model, folder, save_base):
 @pytest.mark.parametrize("save_base", [False, True])
 @pytest.mark.parametrize("through_auto", [False, True])
 def test_two_save_while_a_third_loads(tmp_path, save_base, through_auto):
-    base, folder = write_base(tmp_path / "base"), tmp_path / "experts"
-    # The Auto class reads config.json before anything of ours runs: one configuration there.
-    fields = {} if through_auto else {"routing_level": "sequence", "r": 5}
-    models = [mixture_on(base), activate(mixture_on(base, **fields), seed=7)]
+    base = write_base(tmp_path / "base")
+    folder = tmp_path / "experts"
+    # The Auto class reads config.json before anything of ours runs, perhaps of the other model.
+    other = mixture_on(base, routing_level="sequence", r=5)
+    models = [mixture_on(base), activate(other, seed=7)]
     expected = [logits(model) for model in models]
     loader = load if through_auto else MoeLoraForCausalLM.from_pretrained
     models[0].save_pretrained(folder, save_base=save_base)
@@ -64,7 +65,8 @@ def _write_slowly(folder, started):
 def test_a_killed_writer_blocks_nobody_and_leaves_nothing(tmp_path):
     model = saved(tmp_path)
     folder = tmp_path / "experts"
-    before, started = contents(folder).keys(), PROCESSES.Event()
+    before = contents(folder).keys()
+    started = PROCESSES.Event()
     writer = PROCESSES.Process(target=_write_slowly, args=(folder, started))
     writer.start()
     assert started.wait(30)
@@ -99,7 +101,9 @@ def test_a_living_writer_is_waited_for(tmp_path):
 
 
 def test_files_appear_in_order_and_not_at_all_after_an_error(tmp_path, monkeypatch):
-    folder, order, replace = tmp_path / "folder", [], os.replace
+    folder = tmp_path / "folder"
+    order = []
+    replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
     with atomic_files(folder, commit="b") as staging:
         (staging / "inside").mkdir()

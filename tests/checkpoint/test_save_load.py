@@ -33,9 +33,7 @@ def test_reloaded_logits_are_the_same_bits(tmp_path, name):
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_reloaded_classifier_and_its_trained_head_are_the_same_bits(tmp_path, name):
     model = mixture_on(write_base(tmp_path / "base", name, classifier=True), classifier=True)
-    head = [
-        p for n, p in model.named_parameters() if p.requires_grad and not model.moelora.owns(n)
-    ]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and not model.moelora.owns(n)]
     assert head
     with torch.no_grad():
         for parameter in head:

@@ -23,7 +23,8 @@ def _state(model):
 
 def test_a_state_dict_gathered_elsewhere_is_saved_with_or_without_the_base_s_keys(tmp_path):
     model = mixture_on(write_base(tmp_path / "base"))
-    gathered, expected = _state(model), logits(model)
+    gathered = _state(model)
+    expected = logits(model)
     with torch.no_grad():
         for parameter in own_parameters(model).values():
             parameter.zero_()
@@ -36,7 +37,8 @@ def test_a_state_dict_gathered_elsewhere_is_saved_with_or_without_the_base_s_key
 
 def test_a_state_dict_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     model = saved(tmp_path)
-    before, key = contents(tmp_path / "experts"), next(iter(layout(model)))
+    before = contents(tmp_path / "experts")
+    key = next(iter(layout(model)))
     state = _state(model)
     for wrong, said in (
         ({k: t for k, t in state.items() if k != key}, f"{key} is missing"),
@@ -51,7 +53,8 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_is_written(tm
 def test_a_frozen_mixture_s_state_dict_raw_or_merged_is_saved_and_loaded(tmp_path):
     model = mixture_on(write_base(tmp_path / "base"))
     model.freeze_experts(["expert_1"])
-    raw, expected = _state(model), logits(model)
+    raw = _state(model)
+    expected = logits(model)
     merged = model.moelora.merged(raw)
     thawed = mixture_on(causal_base())
     assert layout(model).keys() == layout(thawed).keys() <= merged.keys()
@@ -124,7 +127,8 @@ def test_as_base_takes_the_mixture_out_wherever_it_sits_and_puts_it_back(fails):
     model.bert.encoder.layer[0].moelora = nn.Linear(2, 2)
     model.bert.encoder.layer[0].add_module("after", nn.Identity())
     before = [name for name, _ in model.named_modules()]
-    state, settings = _state(model), dict(model.config.__dict__)
+    state = _state(model)
+    settings = dict(model.config.__dict__)
     try:
         with as_base(model) as base:
             assert type(base) is type(classifier_base())
@@ -144,7 +148,8 @@ def test_the_base_inside_a_checkpoint_is_the_base_s_own(tmp_path):
     model.save_pretrained(tmp_path / "whole", save_base=True)
     causal_base().save_pretrained(tmp_path / "base")
     (inside,) = (tmp_path / "whole").glob("base-*")
-    ours, theirs = contents(inside), contents(tmp_path / "base")
+    ours = contents(inside)
+    theirs = contents(tmp_path / "base")
     assert ours == theirs
 
 

@@ -86,3 +86,25 @@ def test_the_text_classification_pipeline_runs(tokenizer):
     expected = pipeline("text-classification", model=base, tokenizer=tokenizer)("w5 w6")
     model = into(base, active=False)
     assert pipeline("text-classification", model=model, tokenizer=tokenizer)("w5 w6") == expected
+
+
+def test_a_save_between_the_configuration_and_the_weights_is_not_a_change(tmp_path):
+    """The Auto class reads config.json first; keywords are compared with what it read then."""
+    model = causal()
+    model.save_pretrained(tmp_path, save_base=True)
+    read = AutoConfig.from_pretrained(tmp_path, num_experts_per_tok=1)
+    assert read.num_experts_per_tok == 1 and read.as_read.num_experts_per_tok == 2
+    assert "as_read" not in read.to_dict()
+    other = causal(routing_level="sequence", r=5)
+    other.save_pretrained(tmp_path, save_base=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, config=read)
+    assert again.moelora_config.num_experts_per_tok == 1
+    assert again.moelora_config.routing_level == "sequence" and again.moelora_config.r == 5
+
+
+def test_the_configuration_of_another_folder_is_refused(tmp_path):
+    causal().save_pretrained(tmp_path / "one", save_base=True)
+    causal(r=5).save_pretrained(tmp_path / "other", save_base=True)
+    read = AutoConfig.from_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"\br\b.* cannot be changed when loading"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one", config=read)

@@ -21,7 +21,8 @@ def nested(kind: type, depth: int = 100_000) -> Any:
     return value
 
 
-DEEP_LIST, DEEP_DICT = nested(list), nested(dict)
+DEEP_LIST = nested(list)
+DEEP_DICT = nested(dict)
 LOOP: list[Any] = []
 LOOP.extend([LOOP, LOOP])
 WRONG = {

@@ -1,4 +1,4 @@
-"""Gradient accumulation and the window of the balancing loss: cutting a batch up changes nothing."""
+"""Gradient accumulation and the window of the balancing loss: cuts change nothing."""
 
 from __future__ import annotations
 

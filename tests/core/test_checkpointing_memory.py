@@ -64,7 +64,7 @@ def test_a_checkpointed_classifier_has_the_gradients_of_none(level, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CHECKPOINTING)
 def test_every_trainable_parameter_gets_its_gradient(name, kind):
-    """Over frozen embeddings: reentrant checkpointing drops a layer whose input needs no gradient."""
+    """Frozen embeddings: reentrant checkpointing drops a layer whose input needs no gradient."""
     model = causal(name, **LOSSES)
     expected = gradients(model, **batch())
     assert all(g.abs().max() > 0 for g in expected.values())

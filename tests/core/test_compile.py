@@ -1,4 +1,6 @@
-"""torch.compile keeps the router losses' scale: it is a tensor of the graph, not a constant in it."""
+"""torch.compile keeps the router losses' scale: it is a tensor of the graph, not a constant in
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new mixture is its base, bit for bit; one expert is PEFT's LoRA; forced experts are adapters."""
+"""A new mixture is its base, bit for bit; one expert is PEFT's LoRA; a forced one its adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""generate() with a mixture inside: the cache, padding, and every way of decoding, at both levels."""
+"""generate() with a mixture inside: the cache, padding, and every way of decoding, at both
+levels.
+"""
 
 from __future__ import annotations
 

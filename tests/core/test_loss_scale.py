@@ -1,4 +1,6 @@
-"""By how much the loop scales the loss, where it does not come from the model; when a window ends."""
+"""By how much the loop scales the loss, where it does not come from the model; when a window
+ends.
+"""
 
 from __future__ import annotations
 

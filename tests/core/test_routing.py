@@ -1,4 +1,4 @@
-"""What a site computes, written by hand; who gets a gradient; fp32 inside; a router of one's own."""
+"""What a site computes, written by hand; who gets a gradient; fp32 inside; own routers."""
 
 from __future__ import annotations
 

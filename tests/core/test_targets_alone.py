@@ -38,9 +38,18 @@ def test_stock_trainer_trains_the_routers_of_every_scope(scope, level, tmp_path)
     model.freeze_experts(model.moelora_config.expert_names)
     experts = {name: p.clone() for name, p in expert_parameters(model).items()}
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), learning_rate=0.05, num_train_epochs=8, per_device_train_batch_size=8, seed=0,
-        save_strategy="no", report_to=[], use_cpu=True, weight_decay=0.0, logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        learning_rate=0.05,
+        num_train_epochs=8,
+        per_device_train_batch_size=8,
+        seed=0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        weight_decay=0.0,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows(level))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -44,7 +44,8 @@ def _experts(model):
 
 def _assert_kept(before, after, names):
     for name in names:
-        (a, rows_a, load_a, frozen_a), (b, rows_b, load_b, frozen_b) = before[name], after[name]
+        a, rows_a, load_a, frozen_a = before[name]
+        b, rows_b, load_b, frozen_b = after[name]
         assert frozen_a == frozen_b and a.keys() == b.keys()
         for linear in a:
             assert all(torch.equal(x, y) for x, y in zip(a[linear][:2], b[linear][:2]))
@@ -158,7 +159,8 @@ def test_an_expert_from_a_peft_adapter_gives_peft_s_logits(tmp_path):
     expected = peft_model("llama", **fields)(tokens()).logits
     for change in ("add", "replace"):
         model = _trained(**BY_LINEAR)
-        before, name = _experts(model), "law" if change == "add" else "expert_1"
+        before = _experts(model)
+        name = "law" if change == "add" else "expert_1"
         (model.add_expert if change == "add" else model.replace_expert)(name, adapter=folder)
         _assert_kept(before, _experts(model), [n for n in NAMES if n != name])
         with model.use_experts(name):

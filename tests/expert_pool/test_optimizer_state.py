@@ -28,7 +28,8 @@ BY_LINEAR = {
 
 def _optimizer(model):
     trains = [p for p in model.parameters() if p.requires_grad]
-    matrices, others = [p for p in trains if p.dim() == 2], [p for p in trains if p.dim() != 2]
+    matrices = [p for p in trains if p.dim() == 2]
+    others = [p for p in trains if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-2)
 
@@ -36,10 +37,7 @@ def _optimizer(model):
 def _factors(model):
     """Each expert's (A, B) by the linear's name, copied, whatever is frozen."""
     return [
-        {
-            linear: (own.A.clone(), own.B.clone())
-            for linear, own in model.moelora.expert(e).items()
-        }
+        {linear: (own.A.clone(), own.B.clone()) for linear, own in model.moelora.expert(e).items()}
         for e in range(model.moelora_config.num_experts)
     ]
 
@@ -68,7 +66,8 @@ GROWTH = {
 @pytest.mark.parametrize("growth", GROWTH)
 @pytest.mark.parametrize("fields", [{}, BY_LINEAR], ids=["alike", "mixed ranks"])
 def test_the_optimizer_goes_on_as_without_the_change(growth, fields):
-    model, twin = causal(**fields), causal(**fields)
+    model = causal(**fields)
+    twin = causal(**fields)
     optimizers = [_optimizer(m) for m in (model, twin)]
     for _ in range(2):
         for m, o in zip((model, twin), optimizers):
@@ -165,7 +164,8 @@ class _Resizing(_Hidden):
         """Columns move."""
         mean = self.up.detach().mean(1)
         columns = [mean if e is None else self.up.detach()[:, e] for e in keep]
-        self.up, self.num_experts = nn.Parameter(torch.stack(columns, 1)), len(keep)
+        self.up = nn.Parameter(torch.stack(columns, 1))
+        self.num_experts = len(keep)
 
 
 @pytest.fixture
@@ -178,7 +178,8 @@ def custom():
 
 def test_a_router_of_another_form_says_how_it_grows(custom):
     model = causal(router="test_hidden")
-    state, config = copy.deepcopy(bits(model)), model.moelora_config.own_fields()
+    state = copy.deepcopy(bits(model))
+    config = model.moelora_config.own_fields()
     with pytest.raises(ValueError, match="_Hidden cannot be resized.*down, up.*override resize"):
         model.add_expert("law")
     assert_bits(bits(model), state)

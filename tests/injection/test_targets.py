@@ -1,4 +1,4 @@
-"""What cannot be adapted is an error that says which module and why, and the base stays as it was."""
+"""What cannot be adapted is an error that says which module and why; the base stays as it was."""
 
 import peft
 import pytest

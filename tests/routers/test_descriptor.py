@@ -72,7 +72,8 @@ def test_scores_are_the_cosines_of_what_is_projected():
         centre = (
             router.descriptors[rows].mean(0) if described else torch.zeros(7, dtype=torch.float64)
         )
-        scores, projection = router.score(x).detach(), router.projection.detach()
+        scores = router.score(x).detach()
+        projection = router.projection.detach()
         apart = torch.stack([projection @ (router.descriptors[e] - centre) for e in rows])
         shortest = 1e-4 * apart.square().sum() / 4
         for n in range(6):
@@ -116,7 +117,8 @@ def test_the_projection_is_the_inverse_covariance_where_the_classes_differ(each)
     )
     away = means - means.mean(0)
     x = torch.randn(30, 20, dtype=torch.float64)
-    found, wanted = x @ projection.T @ projection @ away.T, x @ inverse @ away.T
+    found = x @ projection.T @ projection @ away.T
+    wanted = x @ inverse @ away.T
     factor = (found * wanted).sum() / wanted.square().sum()
     torch.testing.assert_close(
         found, factor * wanted, rtol=1e-3, atol=1e-3 * float(found.abs().max())
@@ -154,7 +156,8 @@ def test_descriptors_are_of_what_the_router_reads(pooling, norm):
 
 def trained(model: Any, names: str, steps: int = 60) -> list[float]:
     """Train the router on these experts' texts by cross-entropy; the losses."""
-    given, losses = texts(names), []
+    given = texts(names)
+    losses = []
     parameters = list(model.moelora.routers.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     ids = torch.cat([torch.stack(own) for own in given.values()])
@@ -242,7 +245,8 @@ def test_the_base_may_be_described_too():
 
 
 def test_prototypes_are_descriptors_here_and_begin_anew():
-    model, other = mixture(), mixture()
+    model = mixture()
+    other = mixture()
     model.describe_experts({"a": texts_of(2)})
     initialise(model, "prototype", texts())
     other.describe_experts(texts())

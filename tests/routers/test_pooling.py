@@ -117,7 +117,8 @@ def test_everything_that_attention_adds_takes_gradients(router, scope):
 
 def test_a_query_of_zeros_is_the_mean():
     ids = tokens()
-    mean, attention = causal(**GATE), causal(**GATE, router_pooling="attention")
+    mean = causal(**GATE)
+    attention = causal(**GATE, router_pooling="attention")
     attention.moelora.routers.load_state_dict(mean.moelora.routers.state_dict(), strict=False)
     torch.testing.assert_close(attention(ids).logits, mean(ids).logits, rtol=1e-5, atol=1e-6)
 
