@@ -377,18 +377,16 @@ class MoeLoraConfig(PreTrainedConfig):
 
     def _check_targets(self) -> None:
         """The fields that PEFT matches; sets and tuples become lists, which JSON can hold."""
-        targets = self.target_modules
-        layers = self.layers_to_transform
-        if isinstance(targets, str):
-            check_regex("target_modules", targets)
-        elif targets is not None:
-            self.target_modules = string_list("target_modules", targets)
+        if isinstance(self.target_modules, str):
+            check_regex("target_modules", self.target_modules)
+        elif self.target_modules is not None:
+            self.target_modules = string_list("target_modules", self.target_modules)
         if self.modules_to_save is not None:
             self.modules_to_save = string_list(
                 "modules_to_save", self.modules_to_save, may_be_empty=True
             )
-        if layers is not None:
-            self.layers_to_transform = numbers("layers_to_transform", layers)
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = numbers("layers_to_transform", self.layers_to_transform)
 
     def _check_base(self) -> None:
         """What `save_pretrained` fills in, which a damaged file may hold in any form."""

@@ -50,8 +50,7 @@ class MoeLoraModel(MixtureModel):
             kwargs: for the base's `from_pretrained`: dtype, device_map, quantization_config …
 
         Raises:
-            ValueError, TypeError: a base of the wrong kind, keywords beside a loaded model, or no
-                module to adapt.
+            ValueError, TypeError: a base of the wrong kind, or no module to adapt.
         """
         config = MoeLoraConfig() if config is None else config
         if not isinstance(config, MoeLoraConfig):
@@ -89,8 +88,7 @@ class MoeLoraModel(MixtureModel):
             kwargs: for the base's `from_pretrained`.
 
         Raises:
-            ValueError: an adapter that does not fit, with all that is wrong in a table; nothing is
-                loaded then.
+            ValueError: an adapter that does not fit, with all that is wrong in a table.
         """
         return composing.from_adapters(
             cls,
@@ -126,15 +124,14 @@ class MoeLoraModel(MixtureModel):
         return load.load(cls, pretrained_model_name_or_path, **kwargs)
 
     def unload(self) -> PreTrainedModel:
-        """Take the mixture out, in place; returns the base with its own class, as it was before."""
+        """Take the mixture out, in place; returns the base as it was before."""
         return unload(self)
 
     @torch.no_grad()
     def route(self, **inputs: Any) -> RoutingReport:
         """Report which experts the routers choose, and how surely.
 
-        With router_scope="model" the forward pass stops once its router has read: at router_layer=0
-        nothing but the embeddings is computed.
+        With router_scope="model" the forward pass stops once its router has read.
 
         Args:
             inputs: of forward: input_ids, attention_mask …
@@ -186,7 +183,7 @@ class MoeLoraModel(MixtureModel):
             tokenizer: for texts that are strings.
 
         Raises:
-            ValueError: another router, an unknown expert, no text, strings without a tokenizer.
+            ValueError: another router, an unknown expert, no text, no tokenizer for strings.
         """
         router_init.describe_experts(self, texts, tokenizer)
 
@@ -221,8 +218,7 @@ class MoeLoraModel(MixtureModel):
             What `resume_optimizer` needs to go on with an optimizer.
 
         Raises:
-            ValueError, TypeError: a name that is taken or unfit, an adapter that does not fit, or
-                arguments at odds; the model is as it was then.
+            ValueError, TypeError: a name or an adapter that does not fit, or arguments at odds.
         """
         return changes.add_expert(
             self,
@@ -244,19 +240,15 @@ class MoeLoraModel(MixtureModel):
             options: as those of `add_expert`.
 
         Raises:
-            ValueError, TypeError: as `add_expert`, or an unknown name; the model is as it was then.
+            ValueError, TypeError: as `add_expert`, or an unknown name.
         """
         return changes.replace_expert(self, name, **options)
 
     def remove_expert(self, name: str) -> PoolChange:
-        """Remove an expert with its router rows; the others keep their bits. Returns as
-        `add_expert`.
+        """Remove an expert with its router rows; the others keep their bits.
 
         Args:
-            name: of the expert.
-
-        Raises:
-            ValueError: an unknown name, or fewer than num_experts_per_tok experts would remain.
+            name: of the expert. At least num_experts_per_tok experts must remain.
         """
         return changes.remove_expert(self, name)
 
@@ -264,8 +256,7 @@ class MoeLoraModel(MixtureModel):
         """Freeze experts: no gradient, no optimizer state, no weight decay.
 
         Args:
-            names: of the experts. Call it before the optimizer is made, or hand what it returns to
-                `resume_optimizer`.
+            names: of the experts. Hand what comes back to `resume_optimizer` if there is one.
         """
         return changes.freeze_experts(self, names)
 
@@ -273,7 +264,7 @@ class MoeLoraModel(MixtureModel):
         """Train frozen experts again.
 
         Args:
-            names: of the experts; when to call it is as with `freeze_experts`.
+            names: as in `freeze_experts`.
         """
         return changes.unfreeze_experts(self, names)
 
@@ -287,8 +278,7 @@ class MoeLoraModel(MixtureModel):
     ) -> None:
         """Write one expert as a LoRA folder that `PeftModel.from_pretrained` loads to its logits.
 
-        Its A, B and trained head keep their bits. Atomic: the folder is there as a whole or not at
-        all.
+        Its A, B and trained head keep their bits. The folder is there as a whole or not at all.
 
         Args:
             name: of the expert.
@@ -297,10 +287,8 @@ class MoeLoraModel(MixtureModel):
             overwrite: replace a folder that holds an adapter.
 
         Raises:
-            ValueError, TypeError: no such expert, one without any rank or with NaN, or not a dtype
-                of floats.
-            FileExistsError: the folder is not empty.
-            OSError: it cannot be written.
+            ValueError, TypeError: no such expert, one without any rank or with NaN, no such dtype.
+            FileExistsError, OSError: the folder is not empty, or cannot be written.
         """
         export.export_expert(self, name, folder, dtype=dtype, overwrite=overwrite)
 
@@ -325,24 +313,14 @@ class MoeLoraModel(MixtureModel):
             dtype: what A and B are cast to.
             recipe: one of `moelora.adapters.merging.RECIPES`; those whose ΔW does not have a low
                 rank (ties, dare_linear, dare_ties, breadcrumbs) need `rank`.
-            overwrite: replace a folder that holds an adapter.
-            options: what the recipe takes: density, seed …
+            overwrite, options: replace an adapter; what the recipe takes (density, seed …).
 
         Raises:
-            ValueError, TypeError: weights of no or unknown experts or not finite, a rank out of
-                range, an unknown recipe or option.
+            ValueError, TypeError: as `export_expert`; an unknown recipe or option, a wrong rank.
             FileExistsError, OSError: as `export_expert`.
         """
-        return export.export_merged(
-            self,
-            weights,
-            folder,
-            rank=rank,
-            dtype=dtype,
-            recipe=recipe,
-            overwrite=overwrite,
-            **options,
-        )
+        how = {"rank": rank, "recipe": recipe, "dtype": dtype, "overwrite": overwrite}
+        return export.export_merged(self, weights, folder, **how, **options)
 
     def merge_and_unload(
         self, weights: Mapping[str, float], *, recipe: str = "linear", **options: Any
@@ -352,13 +330,10 @@ class MoeLoraModel(MixtureModel):
         Sums are in float64 and cast once. Nothing is changed where one linear fails.
 
         Args:
-            weights: by expert's name.
-            recipe: as in `export_merged`.
-            options: likewise.
+            weights, recipe, options: as in `export_merged`.
 
         Raises:
-            ValueError, TypeError: as `export_merged`; or a linear that is quantised, offloaded or
-                tied, or whose merged weights the base's dtype cannot hold.
+            ValueError, TypeError: as `export_merged`; a quantised, offloaded or tied linear.
         """
         merge_into_base(self, weights, recipe, options)
         return self.unload()
@@ -373,8 +348,7 @@ class MoeLoraModel(MixtureModel):
     ) -> None:
         """Write the experts, routers and config, and with `save_base` the base beside them.
 
-        Atomic: until the last file is in place the folder holds the checkpoint that was there
-        before.
+        Until the last file is in place the folder holds the checkpoint that was there before.
 
         Args:
             save_directory: the folder.
@@ -385,8 +359,7 @@ class MoeLoraModel(MixtureModel):
 
         Raises:
             OSError: the folder cannot be written; the checkpoint that was there is left as it was.
-            ValueError, TypeError: the folder holds another model, tensors with NaN, or a keyword
-                that does not exist.
+            ValueError, TypeError: another model in the folder, NaN, an unknown keyword.
         """
         if is_main_process:
             save.save(self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs)
@@ -397,9 +370,8 @@ class MoeLoraModel(MixtureModel):
         """Load tensors; missing keys of the base are forgiven, missing keys of the mixture never.
 
         Args:
-            state_dict: by the model's names; frozen and trained rows of a factor may be one tensor.
-            strict: refuse keys that the model lacks.
-            assign: as in `torch.nn.Module`.
+            state_dict: by the model's names; a factor's frozen and trained rows may be one tensor.
+            strict, assign: as in `torch.nn.Module`.
 
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
@@ -408,14 +380,11 @@ class MoeLoraModel(MixtureModel):
 
 
 class MoeLoraForCausalLM(MoeLoraModel):
-    """A causal language model with a mixture of LoRA experts inside; also an instance of its base's
-    class.
+    """A causal language model with a mixture inside; also an instance of its base's class.
 
-    `forward` and `generate` take what the base's take, and six inputs of ours: router_mask,
-    expert_routing, expert_targets, output_expert_routing, expert_weights and banned_experts, which
-    `help(model.forward)` describes. The output is the base's own, with `expert_aux_loss` (0-dim,
-    what the router losses come to; not part of `loss`) and `expert_routing` (one `Routing` a
-    router).
+    `forward` and `generate` take what the base's take, and six inputs of ours, which
+    `help(model.forward)` describes with what the output gains: router_mask, expert_routing,
+    expert_targets, output_expert_routing, expert_weights and banned_experts.
     """
 
     auto_class = AutoModelForCausalLM

@@ -15,6 +15,7 @@ PACKAGES = {"moelora": ROOT / "moelora", "moelora_kernels": ROOT / "kernels" / "
 # Each line imports the lines above it alone, and the rooms of one line do not import each other.
 ROOMS = (
     ("validation", "host_internals"),
+    ("backtracking",),
     ("config",),
     ("routers",),
     ("core",),
@@ -27,6 +28,7 @@ ROOMS = (
     ("modeling",),
     ("serving",),
     ("cli",),
+    ("__main__",),
 )
 LEVELS = {room: level for level, line in enumerate(ROOMS) for room in line}
 # The package itself hands out what is public, so it stands above every room but the command line.

@@ -25,13 +25,20 @@ LINES_OF_A_FUNCTION = 60
 # What `from moelora import …` promises: a new name is a decision, and so is one that goes.
 PUBLIC = [
     "ROUTERS",
+    "LoraFactors",
+    "MoeLoraCallback",
     "MoeLoraConfig",
     "MoeLoraForCausalLM",
     "MoeLoraForSequenceClassification",
+    "PadRouting",
+    "PoolChange",
     "Router",
     "Routing",
     "RoutingReport",
+    "Texts",
     "register_router",
+    "resume_optimizer",
+    "train_gate",
 ]
 # What other libraries call by these names is documented there, and by the class.
 DOCUMENTED_BY_THE_CLASS = {"forward", "backward"}

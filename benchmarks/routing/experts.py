@@ -68,7 +68,7 @@ def train(
 
 
 def train_experts(settings: Settings, seed: int) -> dict[str, Any]:
-    """One adapter a task, the harder ones too, each from its own texts alone, saved as PEFT does."""
+    """One adapter a task, the harder ones too, from its own texts alone, saved as PEFT does."""
     tokenizer = bases.load_tokenizer(settings.base)
     sizes = settings.sizes
     seconds = {}

@@ -70,7 +70,7 @@ def mean_loss(scores: Scores) -> float:
 
 
 def mean_accuracy(scores: Scores) -> float | None:
-    """The mean over tasks with answers of the share that is right, or None where no task has any."""
+    """The mean share of right answers over tasks with answers, or None where no task has any."""
     found = [score.accuracy for score in scores.values() if score.accuracy is not None]
     return sum(found) / len(found) if found else None
 

@@ -109,27 +109,25 @@ def sections(settings: Settings, results: Results, source: str) -> list[str]:
     sizes = settings.sizes
     found = candidates(settings, results)
     tests = sum(len(task.test) for task in settings.tasks)
+    latency = results["latency"][0]
     made = [
-        f"Loss on the target tokens, nats a token, and share of right answers ({settings.seeds} seeds: mean, and least"
-        f"–greatest where they differ; {sizes.scored_texts} test texts a task; adapters of rank {sizes.rank} from "
+        "Loss on the target tokens, nats a token, and share of right answers "
+        f"({settings.seeds} seeds: mean, and least–greatest where they differ; "
+        f"{sizes.scored_texts} test texts a task; adapters of rank {sizes.rank} from "
         f"{sizes.expert_texts} texts a task). {source}",
         table([_candidate_line(name, seeds) for name, seeds in found.items()]),
-        f"Share of prompts that go to their own task's expert: {tests} test prompts, {sizes.gate_texts} training texts "
-        f"a task (before a deeper layer {sizes.deep_texts} prompts a task, the selector {sizes.selector_samples}; "
+        f"Share of prompts that go to their own task's expert: {tests} test prompts, "
+        f"{sizes.gate_texts} training texts a task (before a deeper layer {sizes.deep_texts} "
+        f"prompts a task, the selector {sizes.selector_samples}; "
         f"seeds with a selector: {len(results['selector'])}).",
         table(
             [{"gate": k, "accuracy": s.text(".4f")} for k, s in gate_accuracies(results).items()]
         ),
         "What choosing costs for one prompt, batch 1, one thread, medians "
-        f"({results['latency'][0]['prompts']} prompts of {results['latency'][0]['tokens']:.0f} tokens on average).",
-        table(
-            [
-                {"what": k, "ms": f"{v:.1f}"}
-                for k, v in results["latency"][0]["milliseconds"].items()
-            ]
-        ),
-        "Adding each task last to the others, with a share of their texts replayed: routing accuracy, and that of the "
-        "tasks that remain when one of the old ones is deleted again.",
+        f"({latency['prompts']} prompts of {latency['tokens']:.0f} tokens on average).",
+        table([{"what": k, "ms": f"{v:.1f}"} for k, v in latency["milliseconds"].items()]),
+        "Adding each task last to the others, with a share of their texts replayed: routing "
+        "accuracy, and that of the tasks that remain when one of the old ones is deleted again.",
         table([_replay_line(results, share) for share in SHARES]),
     ]
     if "outside" in results:
@@ -191,7 +189,8 @@ def _harder_section(settings: Settings, results: Results) -> list[str]:
     lines = [_candidate_line(name, [s[name] for s in scores]) for name in scores[0]]
     names = ", ".join(task.name for task in settings.harder)
     return [
-        f"With {names} added: routing accuracy {own.text('.3f')}; losses of the gate and the oracle.",
+        f"With {names} added: routing accuracy {own.text('.3f')}; losses of the gate and the "
+        "oracle.",
         table(lines),
     ]
 

@@ -20,9 +20,9 @@ from ..core.model import MixtureModel
 from ..injection.base import base_for, check_base
 from ..injection.inject import put_into
 from ..training.router_init import initialise
+from ..validation import shown
 from .preflight import Sources, preflight
 from .reading import Adapter
-from .supported import short
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
 FROM_ADAPTERS = (
@@ -121,7 +121,7 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         actual = getattr(composed, name)
         if asked not in (getattr(default, name), actual):
             raise ValueError(
-                f"config.{name}={asked!r}, but the adapters make it {short(actual)}: leave it out "
+                f"config.{name}={asked!r}, but the adapters make it {shown(actual)}: leave it out "
                 f"of the configuration. It gives the routing; {', '.join(FROM_ADAPTERS)} come from "
                 "the adapters."
             )

@@ -5,10 +5,14 @@ for long.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Iterable
+from typing import NoReturn
 
 import regex
+
+from ..backtracking import plain_names
 
 # Compiling cannot be interrupted; this much compiles within a second.
 MAX_LENGTH = 2**16
@@ -30,6 +34,8 @@ class Patterns:
         self._spent = 0.0
         self._length = 0
         self._compiled = functools.cache(self._compile)
+        self._names = functools.cache(plain_names)
+        self._is_one_name = functools.cache(self._one_name)
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether `pattern` matches the whole of `name`.
@@ -40,23 +46,46 @@ class Patterns:
         start = time.thread_time()
         try:
             left = self.seconds - self._spent
-            matched = left > 0 and self._compiled(pattern).fullmatch(name, timeout=left)
+            matched = left > 0 and self._fullmatch(pattern, name, left)
         except TimeoutError:
             left = 0.0
         self._spent += time.thread_time() - start
         if left <= 0:
-            self._spent = self.seconds
-            raise ValueError(
-                f"its patterns take more than {self.seconds:.1f} seconds to match, as "
-                f"{pattern[:60]!r} does: name the modules instead"
-            )
+            self._give_up(pattern)
         return bool(matched)
 
     def first(self, patterns: Iterable[str], linear: str) -> str | None:
         """The first of PEFT's `rank_pattern` or `alpha_pattern` keys that matches the end of a
         linear's name, or None.
         """
-        return next((p for p in patterns if self.matches(rf"(.*\.)?({p})$", linear)), None)
+        # As `export_expert` writes them: one for each linear, by its whole name.
+        own = "^" + re.escape(linear)
+        start = time.thread_time()
+        candidates = [p for p in patterns if p == own or not self._is_one_name(p)]
+        self._spent += time.thread_time() - start
+        for pattern in candidates:
+            if pattern == own or self.matches(rf"(.*\.)?({pattern})$", linear):
+                return pattern
+        if self._spent >= self.seconds:
+            self._give_up("".join(candidates[:1]))
+        return None
+
+    def _give_up(self, pattern: str) -> NoReturn:
+        self._spent = self.seconds
+        raise ValueError(
+            f"its patterns take more than {self.seconds:.1f} seconds to match, as "
+            f"{pattern[:60]!r} does: name the modules instead"
+        )
+
+    def _fullmatch(self, pattern: str, name: str, seconds: float) -> bool:
+        names = self._names(pattern)
+        if names:
+            return name in names
+        return self._compiled(pattern).fullmatch(name, timeout=seconds) is not None
+
+    def _one_name(self, pattern: str) -> bool:
+        """Whether a pattern of PEFT's is the whole name of one linear."""
+        return pattern.startswith("^") and len(plain_names(pattern[1:])) == 1
 
     def _compile(self, pattern: str) -> regex.Pattern:
         self._length += len(pattern)

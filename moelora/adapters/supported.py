@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from ..validation import shown
 from .patterns import Patterns
 
 # Fields that say how an adapter came about or which file is whose, or that are read where they
@@ -87,14 +88,14 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
     defaults = {f.name: _default(f) for f in fields(LoraConfig)}
     for name, value in config.items():
         if not isinstance(value, TYPES.get(name, object)):
-            reasons.append(f"{name}={short(value)} has the wrong type: {type(value).__name__}")
+            reasons.append(f"{name}={shown(value)} has the wrong type: {type(value).__name__}")
         if name in HARMLESS or name == "init_lora_weights":
             continue
         # A field that this PEFT does not know is off where it is empty.
         default = defaults.get(name)
         if value != default and (value or default):
             reason = REASONS.get(name, "what it does is not the plain delta s·BA of an expert")
-            reasons.append(f"{name}={short(value)}: {reason}")
+            reasons.append(f"{name}={shown(value)}: {reason}")
     return reasons + _initialisation(config.get("init_lora_weights", True))
 
 
@@ -121,7 +122,7 @@ def untargeted(
     for name in [in_layers] if isinstance(in_layers, str) else in_layers or []:
         # PEFT makes a regular expression of it, which is therefore checked here.
         if not all(part.isidentifier() for part in str(name).split(".")):
-            raise ValueError(f"layers_pattern={short(name)} is not a module's name")
+            raise ValueError(f"layers_pattern={shown(name)} is not a module's name")
     lora = LoraConfig(
         target_modules=targets,
         exclude_modules=None if isinstance(excluded, str) else excluded,
@@ -152,7 +153,7 @@ def _initialisation(how: Any) -> list[str]:
             f"init_lora_weights={how!r} changed the base's weights when training began, so that A "
             f"and B are not a delta on the base as it is: {remedy}"
         ]
-    return [f"init_lora_weights={short(how)} is not known; expected one of: {_names(PLAIN_INITS)}"]
+    return [f"init_lora_weights={shown(how)} is not known; expected one of: {_names(PLAIN_INITS)}"]
 
 
 def _default(field: Any) -> Any:
@@ -163,9 +164,3 @@ def _default(field: Any) -> Any:
 
 def _names(values: tuple) -> str:
     return ", ".join(str(v) for v in values)
-
-
-def short(value: Any) -> str:
-    """A value as a message shows it: at most 60 letters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -70,11 +70,6 @@ def load(
         TypeError: `folder` is not a path or an id.
         OSError: the base that the checkpoint names cannot be loaded.
     """
-    if not isinstance(folder, (str, PathLike)):
-        raise TypeError(
-            f"pretrained_model_name_or_path={folder!r} is a {type(folder).__name__}; expected the "
-            "folder that save_pretrained wrote, or the id of its repository."
-        )
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
     _join_dtypes(kwargs)
     source = Source(folder, kwargs)
@@ -91,8 +86,7 @@ def load(
     trained_on = saved.base_model_name_or_path
     model, info = _load_base(cls, source, saved, base, kwargs, allow_base_mismatch)
     check_base(cls, model)
-    differing = [] if allow_base_mismatch else differences(base_print, model, tensors)
-    if differing:
+    if not allow_base_mismatch and (differing := differences(base_print, model, tensors)):
         raise ValueError(
             f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
             f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "

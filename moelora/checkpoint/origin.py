@@ -22,9 +22,17 @@ class Source:
     Args:
         name: the folder, or the id of the repository.
         kwargs: keywords of `from_pretrained`; those that say how to find it are taken out.
+
+    Raises:
+        TypeError: `name` is neither.
     """
 
     def __init__(self, name: str | PathLike[str], kwargs: dict[str, Any]):
+        if not isinstance(name, (str, PathLike)):
+            raise TypeError(
+                f"pretrained_model_name_or_path={name!r} is a {type(name).__name__}; expected the "
+                "folder that save_pretrained wrote, or the id of its repository."
+            )
         self.name = str(name)
         self.access = {k: kwargs.pop(k) for k in ACCESS if k in kwargs}
         self.revision = kwargs.pop("revision", None)

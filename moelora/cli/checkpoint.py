@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,25 +20,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
-    _, config, base = read_checkpoint(checkpoint)
+    tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
-    linears = [linear for site in sites for linear in site]
-    # d_in and d_out together; a quantised weight has no shape that says them.
-    widths = {linear: base["shapes"].get(f"{linear}.weight") for linear in linears}
+    widths = _widths(tensors, sites)
     title = f"{checkpoint}: {config.num_experts} experts"
     table = Table("expert", "rank", "alpha", "parameters", title=title)
     for e, name in enumerate(config.expert_names):
-        parameters = "unknown"
-        if all(widths.values()):
-            count = sum(config.ranks_of(linear)[e] * sum(widths[linear]) for linear in linears)
-            parameters = f"{count:,}"
+        parameters = sum(config.ranks_of(linear)[e] * width for linear, width in widths.items())
         rank = config.ranks[e]
-        table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", parameters)
+        table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", f"{parameters:,}")
     out.print(table)
     out.print(f"base: {config.base_model_name_or_path} ({config.base_architecture})")
     out.print(
         f"router: {config.router}, top {config.num_experts_per_tok}, {config.routing_level} level, "
-        f"scope {config.router_scope}; {len(linears)} linears at {len(sites)} sites"
+        f"scope {config.router_scope}; {len(widths)} linears at {len(sites)} sites"
     )
 
 
@@ -85,6 +81,30 @@ def merge(
         )
     out.print(f"{' + '.join(f'{w:g}·{name}' for name, w in weights.items())} in {out_folder}")
     out.print(str(report))
+
+
+def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int]:
+    """d_in + d_out of each adapted linear, from the experts' own tensors: a quantised base's
+    weights have other shapes.
+    """
+    last_dims = {
+        _plain(key): tensor.shape[-1] for key, tensor in tensors.items() if tensor.dim() == 2
+    }
+    widths = {}
+    for site in sites:
+        prefix = site[0].replace(".", "-")
+        for i, linear in enumerate(site):
+            factors = (f"{prefix}-lora_A-weight", f"{prefix}-lora_B-{i}-weight")
+            if not all(factor in last_dims for factor in factors):
+                raise ValueError(f"The checkpoint lacks the experts of {linear}: copy it again.")
+            widths[linear] = sum(last_dims[factor] for factor in factors)
+    return widths
+
+
+def _plain(key: str) -> str:
+    """A key without what says where in the model its site is: `layer.moelora.sites.linear`."""
+    name = key.replace("moelora.outside.sites.", "").replace("moelora.sites.", "")
+    return name.replace(".", "-")
 
 
 def _number(name: str, value: str) -> float:

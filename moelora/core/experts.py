@@ -10,7 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-TRAINED, FROZEN = "weight", "frozen_weight"
+TRAINED = "weight"
+FROZEN = "frozen_weight"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def _begin(
     tokens = token_mask(kwargs.get("attention_mask"), batch, length)
     learning = model.training and torch.is_grad_enabled()
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
-    weights, bans = own.expert_weights, own.banned_experts
+    weights = own.expert_weights
+    bans = own.banned_experts
     override = override_of(mixture.context, weights, bans, batch, length, model.device)
     own.check_bans(override)
     running = ForwardPass(

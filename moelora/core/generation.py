@@ -59,12 +59,11 @@ def overrides(base: type, ours: Any) -> dict[str, Callable]:
         prefill = super(ours, self)._prefill
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
-        if assistant_model is not None:
-            model_kwargs = for_assistant(model_kwargs)
-        return super(ours, self)._get_candidate_generator(
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
-        )
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # An assistant, also this model's own first layers, routes the prompt itself if it routes,
+        # and keeps that on its own cache.
+        others = {name: value for name, value in model_kwargs.items() if name not in CARRIED}
+        return super(ours, self)._get_candidate_generator(*args, model_kwargs=others, **kwargs)
 
     # generate() looks here whether it may be given inputs_embeds.
     signature = inspect.signature(base.prepare_inputs_for_generation)  # type: ignore[attr-defined]
@@ -144,13 +143,6 @@ def refuse_chunks(mixture: Mixture, chunk_size: int | None, model_kwargs: dict[s
             "prefill_chunk_size cuts the prompt, which routing_level='sequence' must read as a "
             "whole: drop it."
         )
-
-
-def for_assistant(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What an assistant may be given: it routes the prompt itself, if it routes, and keeps that on
-    its own cache.
-    """
-    return {name: value for name, value in model_kwargs.items() if name not in CARRIED}
 
 
 def _reads_prompts(mixture: Mixture, model_kwargs: dict[str, Any]) -> bool:

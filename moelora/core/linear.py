@@ -45,7 +45,8 @@ class LoraB(Factor):
 
     def forward(self, h: Tensor, plan: Plan, output: Tensor, inplace: bool) -> Tensor:
         """`output + Σ_e w_e s_e h_e B_e` `[…, d_out]`."""
-        stacked, offsets = self.stacked(), self.rank_offsets
+        stacked = self.stacked()
+        offsets = self.rank_offsets
         return expand(
             h, stacked, offsets, self.scaling, plan, output, inplace=inplace, checked=True
         )

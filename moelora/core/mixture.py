@@ -89,6 +89,7 @@ class Mixture(nn.Module):
 
     @backend.setter
     def backend(self, name: str | None) -> None:
+        """Set it here and in every router."""
         self.context.backend = name
         for router in self.context.router_list:
             router.backend = name
@@ -100,6 +101,7 @@ class Mixture(nn.Module):
 
     @tiles.setter
     def tiles(self, name: str) -> None:
+        """Set it."""
         self.context.tiles = name
 
     @property
@@ -109,6 +111,7 @@ class Mixture(nn.Module):
 
     @loss_scale.setter
     def loss_scale(self, scale: float | None) -> None:
+        """Set it; None: the model sees the scale by itself, or it is 1."""
         self.context.loss_scale = scale
 
     @property

@@ -150,7 +150,8 @@ def _checked(router_mask: Any, prompt: Prompt) -> Tensor:
             f"router_mask is a {type(router_mask).__name__}; expected a tensor [batch, length], "
             "True on prompt tokens."
         )
-    batch, length = prompt.batch, prompt.length
+    batch = prompt.batch
+    length = prompt.length
     if router_mask.dim() != 2 or len(router_mask) != batch or router_mask.shape[1] > length:
         raise ValueError(
             f"router_mask has shape {tuple(router_mask.shape)}; expected [{batch}, {length}] (or "

@@ -63,7 +63,9 @@ class RoutingReport:
         names = mixture.config.choice_names
         mask = inputs.get("attention_mask")
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
-        by_router, by_sequence, probabilities = [], torch.zeros(batch, len(names)), 0.0
+        by_router = []
+        by_sequence = torch.zeros(batch, len(names))
+        probabilities = 0.0
         for router in routing:
             per_sequence = _by_sequence(_slots(router, mixture.config), present)
             by_router.append(_shares(per_sequence.sum(0)))
@@ -119,7 +121,8 @@ def _by_sequence(rows: Tensor, present: Tensor) -> Tensor:
     """rows `[N, C]` of tokens or sequences, summed over the tokens in present `[batch, S]`:
     `[batch, C]`.
     """
-    batch, choices = len(present), rows.shape[-1]
+    batch = len(present)
+    choices = rows.shape[-1]
     if len(rows) == present.numel():
         return (rows.view(*present.shape, choices) * present.unsqueeze(-1)).sum(1)
     return rows.view(batch, -1, choices).sum(1)

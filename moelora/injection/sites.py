@@ -92,7 +92,8 @@ def _quiet() -> Iterator[None]:
     met below.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    before = log.disabled
+    log.disabled = True
     try:
         yield
     finally:
@@ -117,7 +118,8 @@ def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict
 
 class _Recorder:
     def __init__(self, name: str, inputs: dict[str, Tensor]):
-        self.name, self.inputs = name, inputs
+        self.name = name
+        self.inputs = inputs
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         # Keeping the tensor keeps its id from being used again.

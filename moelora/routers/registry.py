@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..validation import shown
 from .base import Router
 
 ROUTERS: dict[str, type[Router]] = {}
+R = TypeVar("R", bound=Router)
 
 
-def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
+def register_router(name: str) -> Callable[[type[R]], type[R]]:
     """Class decorator that makes a `Router` available as `MoeLoraConfig(router=name)`.
 
     Args:
@@ -23,7 +24,7 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
         TypeError: the class is not a `Router`, or its `Options` are not a dataclass with defaults.
     """
 
-    def register(cls: type[Router]) -> type[Router]:
+    def register(cls: type[R]) -> type[R]:
         if not (isinstance(cls, type) and issubclass(cls, Router)):
             raise TypeError(f"@register_router({name!r}) takes a subclass of Router, not {cls!r}.")
         _check_declared_options(cls)

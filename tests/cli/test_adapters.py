@@ -4,16 +4,20 @@ refuses.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moelora import MoeLoraForCausalLM
+from moelora.checkpoint.reading import read, sealed
 from moelora.cli import app
 from tests.adapters.peft_folders import base_of, save_adapter
 
@@ -108,6 +112,31 @@ def test_info_needs_no_base(folders: dict[str, Path]) -> None:
     assert {"math", "code"} <= set(text.replace("│", " ").split())
     assert experts in {a + b for a in counts for b in counts}
     assert "arrow, top 1, token level, scope site" in text
+
+
+def test_info_counts_the_parameters_on_a_quantised_base(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a quantised weight the fingerprint does not know the shape."""
+    whole = run("info", folders["mixture"])
+    path = folders["mixture"] / "model.safetensors"
+    tensors, config, base = read(path)
+    assert base["shapes"][f"{config.sites[0][0]}.weight"] is not None
+    base["shapes"] |= {f"{linear}.weight": None for site in config.sites for linear in site}
+    metadata = sealed(config.to_json_string(), json.dumps(base))
+    save_file(tensors, tmp_path / path.name, metadata=metadata)
+    text = run("info", tmp_path)
+    assert text.splitlines()[1:] == whole.splitlines()[1:]
+
+
+def test_info_tells_of_experts_that_are_not_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = folders["mixture"] / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors.pop(next(key for key in tensors if key.endswith(".lora_B.0.weight")))
+    save_file(tensors, tmp_path / path.name, metadata=metadata)
+    assert "error" in run("info", tmp_path, status=1)
 
 
 def test_export_gives_the_adapter_back(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moelora import MoeLoraConfig
-from moelora.backtracking import check_regex
+from moelora.backtracking import check_regex, plain_names
 from moelora.validation import MAX_TOTAL_RANK, expert_name_problem
 
 
@@ -119,6 +119,19 @@ def test_long_and_deep_patterns_are_refused():
     refused("expected at most 10000", target_modules="a" * 10_001)
     refused("not a valid regular expression", target_modules="(" * 4_000 + "a" + ")" * 4_000)
     refused("not a valid regular expression", target_modules="a{99999999999999999999}")
+
+
+def test_an_alternation_of_names_is_valid_however_long():
+    names = [f"model.layers.{i // 4}.self_attn.{'qkvo'[i % 4]}_proj" for i in range(2_000)]
+    pattern = "|".join(map(re.escape, names))
+    start = time.perf_counter()
+    assert plain_names(pattern) == set(names) and len(pattern) > 60_000
+    assert MoeLoraConfig(target_modules=pattern).target_modules == pattern
+    assert time.perf_counter() - start < 0.5
+    # Anything else keeps its limit.
+    for other in (f"({pattern})", f"{pattern}|", f"{pattern}|(a+)+b", f"{pattern}|a.b", "a|b*"):
+        assert plain_names(other) == set()
+    refused("expected at most 10000", target_modules=f"{pattern}|a.b")
 
 
 NAMES = [
