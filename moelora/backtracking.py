@@ -39,14 +39,12 @@ def check_regex(name: str, value: str) -> None:
         raise ValueError(
             f"{name} is empty: give module names, a regex, 'all-linear', or None for the default."
         )
-    names = plain_names(value)
-    longest = max(map(len, names)) if names else len(value)
-    if longest > MAX_LENGTH:
+    if plain_names(value):
+        return
+    if len(value) > MAX_LENGTH:
         raise ValueError(
             f"{name} has {len(value)} letters; expected at most {MAX_LENGTH}: list the names."
         )
-    if names:
-        return
     try:
         re.compile(value)
         ways = _ways(list(parser.parse(value)), anchored=True)
@@ -76,7 +74,7 @@ def plain_names(pattern: str) -> frozenset[str]:
     names = set()
     for escaped in pattern.split("|", MAX_ITEMS):
         name = re.sub(r"\\(.)", r"\1", escaped)
-        if not name or re.escape(name) != escaped:
+        if not 0 < len(name) <= MAX_LENGTH or re.escape(name) != escaped:
             return frozenset()
         names.add(name)
     return frozenset(names)

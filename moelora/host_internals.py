@@ -16,14 +16,11 @@ PEFT_ATTACHED = "_hf_peft_config_loaded"
 # transformers: what the Auto classes add to the keywords of from_pretrained.
 AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
+# torch: the hooks on every module of the process, by number; one may keep what it was shown.
+GLOBAL_FORWARD_HOOKS = _module._global_forward_hooks
 # The standard library's parser has had no public name since 3.11, and only the parsed form shows
 # repetitions inside of repetitions (moelora/backtracking.py).
 regex_parser: Any = re._parser  # type: ignore[attr-defined]
-
-
-def global_forward_hooks() -> bool:
-    """Whether anybody hooks every module of the process; such a hook may keep what it was shown."""
-    return bool(_module._global_forward_hooks)
 
 
 def is_data_parallel_replica(model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LINES = (
     "base", "adapter python, r=4", "adapter licences, r=32", "own adapter (oracle)", "arrow",
-    "uniform merge", "prototype", "prototype, then router on the loss", "random, then router on labels",
+    "uniform merge", "prototype", "prototype, then router on the loss",
+    "random, then router on labels",
 )  # fmt: skip
 
 
