@@ -6,8 +6,11 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from peft.tuners import tuners_utils as _peft
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor as _fake_tensor
 from torch.nn.modules import module as _module
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig
 
 # transformers: Trainer looks for this attribute before it trains a quantised base; the base's own
@@ -16,6 +19,16 @@ PEFT_ATTACHED = "_hf_peft_config_loaded"
 # transformers: what the Auto classes add to the keywords of from_pretrained.
 AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
+# PEFT's own rules of what an adapter can be put on; its public functions apply them to a PeftModel.
+check_mamba_targets = _peft._check_lora_target_modules_mamba
+include_all_linear = _peft._maybe_include_all_linear_layers
+in_out_features = _peft._get_in_out_features
+# torch: the base class of all convolutions.
+Convolution = _ConvNd
+# torch: a forward pass that computes shapes alone. The mode has no public name yet; its log prints
+# tracebacks of what is met by a real forward.
+FakeTensorMode = _fake_tensor.FakeTensorMode
+FAKE_TENSOR_LOG = _fake_tensor.__name__
 # torch: the hooks on every module of the process, by number; one may keep what it was shown.
 GLOBAL_FORWARD_HOOKS = _module._global_forward_hooks
 # The standard library's parser has had no public name since 3.11, and only the parsed form shows
@@ -66,3 +79,23 @@ def attention_of(config: PreTrainedConfig) -> str | None:
 def commit_of_config(config: PreTrainedConfig) -> str | None:
     """The hub commit that a configuration was loaded from, or None; transformers notes it there."""
     return getattr(config, "_commit_hash", None)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of `module` itself, to put back what a forward pass replaced."""
+    return module._buffers
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The forward hooks and pre-hooks of `module`; torch shows them by the handles alone."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def has_one_hook(module: nn.Module) -> bool:
+    """Whether `module` has a single forward hook."""
+    return len(module._forward_hooks) == 1
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows `tensor` as a view of another."""
+    return tensor._is_view()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import MoeLoraConfig
-from ..host_internals import GLOBAL_FORWARD_HOOKS
+from ..host_internals import GLOBAL_FORWARD_HOOKS, has_one_hook, is_view
 from ..routers import Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors, rank_offsets
@@ -186,8 +186,8 @@ class ExpertHook:
     def _may_write(self, linear: nn.Module, output: Tensor) -> bool:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
         # writing into it would cost the backward pass a copy.
-        alone = len(linear._forward_hooks) == 1 and not GLOBAL_FORWARD_HOOKS
-        return alone and not (torch.is_grad_enabled() and output._is_view())
+        alone = has_one_hook(linear) and not GLOBAL_FORWARD_HOOKS
+        return alone and not (torch.is_grad_enabled() and is_view(output))
 
 
 class LayerRoutingHook:

@@ -15,6 +15,7 @@ from ..core import gradient_checkpointing
 from ..core.linear import ExpertHook, LayerRoutingHook, Site
 from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
+from ..host_internals import hooks_of
 from .sites import check_sites, device_of, find_sites
 from .targets import decoder_layer, features, saved_modules
 
@@ -89,11 +90,11 @@ def eject(model: nn.Module) -> None:
     """Take every part of a mixture out of `model`, in place."""
     gradient_checkpointing.unwrap(model)
     for module in model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for hook in hooks_of(module):
             if isinstance(hook, (ExpertHook, LayerRoutingHook)):
                 hook.handle.remove()
     for module in holders(model):
-        del module._modules[NAME]
+        delattr(module, NAME)
 
 
 def holders(model: nn.Module) -> list[nn.Module]:
@@ -101,7 +102,7 @@ def holders(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(module._modules.get(NAME), (Mixture, LayerExperts))
+        if isinstance(getattr(module, NAME, None), (Mixture, LayerExperts))
     ]
 
 

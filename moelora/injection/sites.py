@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..core.model import evaluating
+from ..host_internals import FAKE_TENSOR_LOG, FakeTensorMode, buffers_of
 from .targets import decoder_layer, features, find_targets, layer_number
 
 NOT_CALLED = "its forward is not called (the base reads its weight directly)"
@@ -91,7 +91,7 @@ def _quiet() -> Iterator[None]:
     """Keep torch from logging the traceback of an operator without a fake implementation, which is
     met below.
     """
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOG)
     before = log.disabled
     log.disabled = True
     try:
@@ -105,7 +105,7 @@ def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict
     """Record the first input of each target; afterwards buffers and training mode are as before."""
     inputs: dict[str, Tensor] = {}
     handles = [m.register_forward_pre_hook(_Recorder(name, inputs)) for name, m in targets.items()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(module, dict(buffers_of(module))) for module in model.modules()]
     try:
         with torch.no_grad(), evaluating(model):
             yield inputs
@@ -113,7 +113,7 @@ def _recording(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[dict
         for handle in handles:
             handle.remove()
         for module, before in buffers:
-            module._buffers.update(before)
+            buffers_of(module).update(before)
 
 
 class _Recorder:

@@ -9,19 +9,14 @@ import warnings
 from collections.abc import Iterator
 
 import peft
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _check_lora_target_modules_mamba,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
+from ..host_internals import Convolution, check_mamba_targets, in_out_features, include_all_linear
 
 ALL_LINEAR = "all-linear"
 
@@ -60,12 +55,12 @@ def find_targets(
 
 def features(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
-    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+    if isinstance(module, (nn.Embedding, Convolution)):
         return None
     with warnings.catch_warnings():
         # PEFT warns where it answers None, which the caller handles.
         warnings.simplefilter("ignore", UserWarning)
-        d_in, d_out = _get_in_out_features(module)
+        d_in, d_out = in_out_features(module)
     return (d_in, d_out) if d_in is not None and d_out is not None else None
 
 
@@ -122,7 +117,7 @@ def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[
     """What `lora` names in `model`, without what PEFT refuses; raises instead where the user named
     it.
     """
-    _maybe_include_all_linear_layers(lora, model)
+    include_all_linear(lora, model)
     found = {}
     for name, module in model.named_modules():
         if not name or not check_target_module_exists(lora, name):
@@ -136,7 +131,7 @@ def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[
                 "quantised ones) can carry LoRA experts. Name its linears, or use a narrower regex."
             )
         try:
-            _check_lora_target_modules_mamba(lora, model, name.rpartition(".")[2])
+            check_mamba_targets(lora, model, name.rpartition(".")[2])
         except ValueError:
             if refuse:
                 raise
