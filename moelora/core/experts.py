@@ -33,8 +33,7 @@ def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 class Factor(nn.Module):
-    """A stacked low-rank factor `[Σ blocks, width]`: one block of rows for each (linear and)
-    expert.
+    """A stacked low-rank factor `[Σ blocks, width]`: a block of rows for each (linear and) expert.
 
     The rows that train are one parameter, `weight`. Frozen experts' rows lie in a second one,
     `frozen_weight`, without gradient: rows that shared a trainable parameter would decay under
@@ -119,8 +118,7 @@ class Factor(nn.Module):
 
     @torch.no_grad()
     def carry(self, to: Factor, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> None:
-        """Fill a factor of changed experts: its expert i is this one's `keep[i]`, and frozen if
-        that is.
+        """Fill a factor of changed experts, whose expert i is this one's `keep[i]`.
 
         Args:
             to: a new factor for `len(keep)` experts.

@@ -26,9 +26,7 @@ OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What a forward with output_expert_routing="only" gives: one `Routing` a router, with
-    gradients.
-    """
+    """What output_expert_routing="only" gives: one `Routing` a router, with gradients."""
 
     expert_routing: tuple[Routing, ...] | None = None
 
@@ -140,9 +138,7 @@ def _begin(
 
 
 def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
-    """Whether the router losses are computed: to learn from, or because the caller asked to see
-    them.
-    """
+    """Whether router losses are computed: to learn from, or because the caller asked for them."""
     config = mixture.config
     if own.expert_routing is not None or mixture.context.trained_router_parameter() is None:
         return False

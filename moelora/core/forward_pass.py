@@ -46,9 +46,7 @@ _running = _Running()
 
 
 def running_pass(context: MixtureContext) -> ForwardPass | None:
-    """The innermost forward pass of this thread that goes through the mixture of `context`, or
-    None.
-    """
+    """This thread's innermost forward pass through the mixture of `context`, or None."""
     running = _running.innermost
     while running is not None and running.context is not context:
         running = running.outer

@@ -1,5 +1,4 @@
-"""What `generate()` carries from step to step: weights of experts, and at sequence level the
-prompt's mask, then its routing.
+"""What `generate()` carries from step to step: weights of experts, and the prompt's routing.
 
 It travels in the model's keyword arguments and on the cache, so beams, several return sequences and
 an assistant each see their own; nothing is kept on the model.
@@ -103,9 +102,7 @@ def expanded_inputs(
     input_ids: Tensor | None,
     model_kwargs: dict[str, Any],
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """The inputs with each row `size` times, and the prompt marked before anything is appended to
-    it: assisted decoding's first forward holds candidates.
-    """
+    """The inputs with each row `size` times, and the prompt marked: later steps append to it."""
     weights = model_kwargs.get("expert_weights")
     prompt = _prompt(input_ids, model_kwargs)
     if weights is not None:

@@ -108,9 +108,7 @@ def token_mask(mask: Any, batch: int, length: int) -> Tensor | None:
 
 
 def _check_targets(targets: Any, config: MoeLoraConfig, batch: int, length: int) -> None:
-    """Raise where `targets` are not choices' numbers `[batch]`, or `[batch, length]` at token
-    level.
-    """
+    """Raise where `targets` are not numbers of choices `[batch]`, or `[batch, length]`."""
     if not isinstance(targets, Tensor):
         raise TypeError(
             f"expert_targets is a {type(targets).__name__}; expected a tensor of expert numbers."

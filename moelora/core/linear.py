@@ -1,5 +1,4 @@
-"""What hangs on the base's modules: a `Site` shrinks once for all of its linears and expands for
-each.
+"""What hangs on the base's modules: a `Site` shrinks once for its linears, and expands for each.
 
 A site lies in its decoder layer, and each part of it is called as a module: whatever brings the
 layer's own weights to where they are needed (FSDP2, ZeRO-3, offload, device maps) brings its too.
@@ -191,9 +190,7 @@ class ExpertHook:
 
 
 class LayerRoutingHook:
-    """Forward pre-hook of a decoder layer: routes its input for all of the layer's (or model's)
-    sites.
-    """
+    """Forward pre-hook of a decoder layer: routes its input for the layer's or model's sites."""
 
     handle: RemovableHandle
 

@@ -63,8 +63,7 @@ class LoadWindow(nn.Module):
 
     @torch.no_grad()
     def begin_forward(self, parameter: nn.Parameter | None) -> None:
-        """Start a new window if an optimizer step lies between the last training forward and this
-        one.
+        """Start a new window if an optimizer step lies behind the last training forward.
 
         It does where `parameter`, a router's, has other values than then, or was given a gradient
         that the loop has cleared since (a step whose learning rate is 0 changes no value).
@@ -104,9 +103,7 @@ class LoadWindow(nn.Module):
         self.current += total
 
     def count(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """How many rows with a weight `[N]` above 0 (no padding) chose each expert (and none),
-        `[C]`.
-        """
+        """How many rows with a weight `[N]` above 0 (not padding) made each choice, `[C]`."""
         num_experts = self.current.shape[1] - int(self.null_expert)
         present = (weights > 0).to(torch.int64).unsqueeze(1).expand_as(expert_ids)
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
@@ -115,9 +112,7 @@ class LoadWindow(nn.Module):
         return counts.roll(-1) if self.null_expert else counts[1:]
 
     def fractions(self, index: int) -> Tensor:
-        """Each expert's share of the slots of the previous step, `[C]`; equal shares before the
-        first.
-        """
+        """Each choice's share of the slots of the previous step, `[C]`; at first equal shares."""
         return as_fractions(self.previous[index])
 
     def forward(self, index: int) -> Tensor | None:

@@ -23,8 +23,7 @@ IGNORE = -100
 
 
 def load_balancing_loss(logits: Tensor, fractions: Tensor) -> Tensor:
-    """E · Σ_e f_e p_e of each row (arXiv:2101.03961, eq. 4, before the mean over tokens); 1 when
-    balanced.
+    """E · Σ_e f_e p_e of each row (arXiv:2101.03961, eq. 4, without the mean); 1 when balanced.
 
     Args:
         logits: `[N, E]`; with `null_expert` that choice counts as an expert.
@@ -37,23 +36,18 @@ def load_balancing_loss(logits: Tensor, fractions: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """(log Σ_e exp(logit_e))² of each row `[N]` (arXiv:2202.08906, eq. 5, before the mean over
-    tokens).
-    """
+    """(log Σ_e exp(logit_e))² of each row `[N]` (arXiv:2202.08906, eq. 5, without the mean)."""
     return logits.logsumexp(-1).square()
 
 
 def expert_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row's logits `[N, E]` with its expert `[N]`; 0 where the target is
-    −100.
-    """
+    """Cross-entropy of each row's logits `[N, E]` with its expert `[N]`; 0 for the target −100."""
     return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
 @dataclass
 class LossScale:
-    """d(what backward was called on)/d(the model's loss), as a tensor that a compiled graph reads
-    too.
+    """d(what backward was called on)/d(the model's loss), as a tensor.
 
     Args:
         value: 0-dim fp32; the factor that is assumed until a backward pass shows it at the loss.
@@ -164,8 +158,7 @@ class RouterLosses:
         return self._ride(_ProbeLoss.apply(loss, self.scale))
 
     def alone(self, logits: Tensor) -> Tensor:
-        """The router losses as a loss of their own (0-dim): backward reaches what is tied, and no
-        more.
+        """The router losses as a loss of their own, 0-dim: backward reaches what is tied alone.
 
         It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed
         layers too).
@@ -200,9 +193,7 @@ class RouterLosses:
         return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)
 
     def targets_of(self, rows: int) -> Tensor | None:
-        """The targets of `rows` routed rows `[rows]`; a sequence's target is that of all its
-        tokens.
-        """
+        """The targets of `rows` routed rows `[rows]`; a sequence's is that of all its tokens."""
         targets = self.targets
         if targets is None:
             return None

@@ -17,9 +17,7 @@ from .overrides import entered_override
 
 
 class LayerExperts(nn.Module):
-    """What a decoder layer has of a mixture: its sites, and its router in scopes "layer" and
-    "model".
-    """
+    """What a decoder layer has of a mixture: sites, and in scopes "layer" and "model" a router."""
 
     def __init__(self):
         super().__init__()

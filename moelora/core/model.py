@@ -1,6 +1,4 @@
-"""The class of a model with a mixture inside: made on the fly as a subclass of its base's own
-class.
-"""
+"""The class of a model with a mixture inside, made on the fly as a subclass of its base's."""
 
 from __future__ import annotations
 

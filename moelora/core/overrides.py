@@ -1,6 +1,4 @@
-"""Deciding in the routers' place: `use_experts`, and the inputs `expert_weights` and
-`banned_experts`.
-"""
+"""Deciding in the routers' place: `use_experts`, `expert_weights` and `banned_experts`."""
 
 from __future__ import annotations
 
@@ -134,9 +132,7 @@ def override_of(
 
 
 def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
-    """Raise TypeError or ValueError unless `weights` is finite and `[E]`, `[batch, E]` or `[batch,
-    length, E]`.
-    """
+    """Raise unless `weights` is finite and `[E]`, `[batch, E]` or `[batch, length, E]`."""
     if not isinstance(weights, Tensor) or weights.is_complex() or weights.dtype == torch.bool:
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(
@@ -165,9 +161,7 @@ def step_weights(weights: Tensor, first: int, num_tokens: int) -> Tensor:
 
 
 def _of_weights(override: Override, weights: Tensor) -> Override:
-    """`override` by weights `[…, E]` as slots: of those in use, or where they learn of every
-    expert.
-    """
+    """`override` by weights `[…, E]` as slots: of those in use, or of all where they learn."""
     rows = weights.reshape(-1, weights.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if rows.requires_grad:

@@ -1,6 +1,4 @@
-"""Sequence-level routing reads the prompt alone: which tokens those are, and which labels take no
-loss.
-"""
+"""Sequence routing reads the prompt alone: which tokens those are, which labels take no loss."""
 
 from __future__ import annotations
 

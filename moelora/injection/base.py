@@ -78,9 +78,7 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
 
 
 def commit_of(base: str | PathLike[str], kwargs: Mapping[str, Any]) -> str | None:
-    """The commit of the hub repository `base` that the keywords mean; what they say where it is not
-    known.
-    """
+    """The commit of the hub repository `base` that the keywords mean, as far as it is known."""
     revision = kwargs.get("revision")
     if Path(base).is_dir():
         return revision

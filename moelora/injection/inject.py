@@ -45,8 +45,7 @@ def put_into(
 
 
 def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
-    """Put a mixture into `model`, in place: freeze the base, make sites and routers, hook the
-    linears.
+    """Put a mixture into `model`, in place: freeze it, make sites and routers, hook linears.
 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
 

@@ -88,9 +88,7 @@ def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from logging the traceback of an operator without a fake implementation, which is
-    met below.
-    """
+    """Keep torch from logging the traceback of an operator without a fake implementation."""
     log = logging.getLogger(FAKE_TENSOR_LOG)
     before = log.disabled
     log.disabled = True
@@ -157,9 +155,7 @@ def _why_not(
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes: its weights' device, or the one that accelerate brings offloaded
-    weights to.
-    """
+    """Where `module` computes: its weights' device, or where accelerate brings them."""
     for part in module.modules():
         execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if execution_device is not None:

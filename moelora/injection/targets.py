@@ -1,6 +1,4 @@
-"""Which modules of a base are adapted: PEFT's tables and matching rules, and errors with the
-nearest names.
-"""
+"""Which modules of a base are adapted: PEFT's tables and rules, errors with the nearest names."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ def find_targets(
     """The modules to adapt, by name in the model's order, and whether the user named them.
 
     Raises:
-        ValueError: nothing matches (with the nearest names), or a named module is no linear.
+        ValueError: nothing matches (with the nearest names), or a named module is not a linear.
     """
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -41,16 +39,20 @@ def find_targets(
         modules_to_save=modules_to_save(model, config, is_classifier) or None,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
     )
-    found = _match(model, lora, refuse=named)
+    targeted = _match(model, lora, refuse=named)
     if targets == ALL_LINEAR and config.layers_to_transform is not None:
         # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they
         # say.
         layers = config.layers_to_transform
         wanted = {layers} if isinstance(layers, int) else set(layers)
-        found = {n: m for n, m in found.items() if layer_number(decoder_layer(model, n)) in wanted}
-    if not found:
+        targeted = {
+            name: module
+            for name, module in targeted.items()
+            if layer_number(decoder_layer(model, name)) in wanted
+        }
+    if not targeted:
         raise ValueError(_nothing_matched(model, config))
-    return found, named
+    return targeted, named
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -88,9 +90,7 @@ def has_peft_layers(model: nn.Module) -> bool:
 def modules_to_save(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> list[str]:
-    """The base's modules that train and are saved with the experts: the configured ones, else a
-    classifier's head.
-    """
+    """The base's modules that train: the configured ones, else a classifier's head."""
     if config.modules_to_save is not None:
         return list(config.modules_to_save)
     return [n for n in SEQ_CLS_HEAD_NAMES if is_classifier and hasattr(model, n)]
@@ -99,26 +99,26 @@ def modules_to_save(
 def saved_modules(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that `modules_to_save` names, whole or by the end of their path; ValueError for
-    none.
-    """
+    """The modules that `modules_to_save` names, whole or by their end; ValueError for none."""
     for name in modules_to_save(model, config, is_classifier):
-        found = [(p, m) for p, m in model.named_modules() if p == name or p.endswith("." + name)]
-        if not found:
+        matches = [
+            (path, module)
+            for path, module in model.named_modules()
+            if path == name or path.endswith("." + name)
+        ]
+        if not matches:
             raise ValueError(
                 f"modules_to_save names {name!r}, which matches no module of "
                 f"{type(model).__name__}. "
                 f"Its parts are called: {', '.join(n for n, _ in model.named_children())}."
             )
-        yield from found
+        yield from matches
 
 
 def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[str, nn.Module]:
-    """What `lora` names in `model`, without what PEFT refuses; raises instead where the user named
-    it.
-    """
+    """What `lora` names in `model`, without what PEFT refuses; `refuse` raises instead."""
     include_all_linear(lora, model)
-    found = {}
+    targeted = {}
     for name, module in model.named_modules():
         if not name or not check_target_module_exists(lora, name):
             continue
@@ -136,8 +136,8 @@ def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[
             if refuse:
                 raise
             continue
-        found[name] = module
-    return found
+        targeted[name] = module
+    return targeted
 
 
 def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
