@@ -16,6 +16,7 @@ from .adapters.merge_into_base import merge_into_base
 from .adapters.merging import MergeReport
 from .checkpoint import load, save, state
 from .config import MoeLoraConfig
+from .core.forward import compute_device
 from .core.inputs import ROUTING_ONLY
 from .core.model import MixtureModel
 from .core.overrides import Experts, overriding
@@ -165,7 +166,7 @@ class MoeLoraModel(MixtureModel):
             ValueError, TypeError: an unknown name, no expert left, an expert that is both used and
                 banned, weights that are not finite, or neither experts nor ban.
         """
-        with overriding(self.moelora.context, experts, ban, self.device):
+        with overriding(self.moelora.context, experts, ban, compute_device(self)):
             yield self
 
     def describe_experts(

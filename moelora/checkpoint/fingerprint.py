@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core.experts import is_sharded
 from ..core.mixture import Mixture
 
 SAMPLED_TENSORS = 32
 SAMPLED_VALUES = 8
 
 
-def fingerprint(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Any]:
+def fingerprint(
+    model: PreTrainedModel, excluded: Iterable[str], gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Shapes by name, and a few values of a few tensors, of the base inside `model`.
 
     Args:
         model: the base, with or without a mixture inside.
         excluded: the keys that are not part of it, since they are trained.
+        gathered: whole tensors by key, where the model's own are sharded or offloaded.
     """
     tensors = _base_tensors(model, excluded)
+    for name in tensors.keys() & (gathered or {}).keys():
+        tensors[name] = (gathered or {})[name]
     sample = _sample(tensors)
     dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name in sample}
     return {"shapes": _shapes(tensors), "sample": sample, "dtypes": dtypes}
@@ -81,7 +87,7 @@ def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     changed = []
     for name, values in saved["sample"].items():
         tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        if not _has_values(tensor):
             continue
         now = torch.tensor(_values(tensor))
         then = torch.tensor(values)
@@ -108,14 +114,17 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The values of some of the tensors; one on the meta device has none."""
-    names = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()
-    ]
+    """The values of some of the tensors."""
+    names = [name for name, tensor in tensors.items() if _has_values(tensor)]
     step = max(1, len(names) // SAMPLED_TENSORS)
     return {name: _values(tensors[name]) for name in names[::step]}
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether this process has values of `tensor` to compare, as a whole."""
+    if not tensor.is_floating_point() or tensor.is_meta or is_sharded(tensor):
+        return False
+    return tensor.numel() > 0
 
 
 def _values(tensor: Tensor) -> list[float]:

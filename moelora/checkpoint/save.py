@@ -73,9 +73,10 @@ def save(
     _check_keywords(kwargs)
     _check_nothing_foreign(folder)
     tensors = tensors_to_save(model, state_dict)
-    base_print = fingerprint(model, tensors)
+    base_print = fingerprint(model, tensors, state_dict)
     config = describe(model, folder)
     if save_base:
+        model.moelora.check_resident("save its base")
         # Else it is None, or where this model's base lies in this folder already.
         config.base_folder = f"base-{digest(base_print)}"
     text = json.dumps(config.own_fields(), indent=2) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -13,9 +14,27 @@ from ..config import MoeLoraConfig
 from ..routers import Router
 from .load_window import LoadWindow
 
-# The overrides entered by `use_experts` in this thread or task: whose, and what; innermost last.
-# Two requests of a server do not see each other's.
-ENTERED: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("entered_overrides", default=())
+
+@dataclass
+class Entered:
+    """A `use_experts` that was entered.
+
+    Args:
+        owner: the key of the mixture that it overrides.
+        override: what it decides.
+        key: its own key, by which copies made inside of it are overridden too.
+        is_open: whether it has not been left; some leave in another order than they entered.
+    """
+
+    owner: str
+    override: Any
+    key: str = field(default_factory=lambda: uuid4().hex)
+    is_open: bool = True
+
+
+# What this thread or task has entered, innermost last. Two requests of a server do not see each
+# other's.
+ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("entered", default=())
 
 
 class MixtureContext:
@@ -41,7 +60,7 @@ class MixtureContext:
 
     def __init__(self, config: MoeLoraConfig):
         self.config = config
-        # Its own first; after it that of the mixture that it was copied from inside `use_experts`.
+        # Its own first; after it those of the `use_experts` that it was copied inside of.
         self.keys: tuple[str, ...] = (uuid4().hex,)
         self.routers = nn.ModuleDict()
         self.router_names: list[str] = []
@@ -58,9 +77,17 @@ class MixtureContext:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be a copy: a mixture of its own, overridden like the original that it is made of."""
         self.__dict__.update(state)
-        entered = {key for key, _ in ENTERED.get()} & set(self.keys)
-        self.keys = (uuid4().hex, *entered)
-        self.overrides_entered = len(entered)
+        inside = [entered.key for entered in self.entered()]
+        self.keys = (uuid4().hex, *inside)
+        self.overrides_entered = len(inside)
+
+    def entered(self) -> list[Entered]:
+        """The `use_experts` of this mixture that this thread or task is in, innermost last."""
+        return [
+            entered
+            for entered in ENTERED.get()
+            if entered.is_open and not {entered.owner, entered.key}.isdisjoint(self.keys)
+        ]
 
     def refresh(self, ranks: Iterable[int]) -> None:
         """Read again what is kept at hand, after experts or routers changed.

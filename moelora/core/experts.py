@@ -27,6 +27,11 @@ class LoraFactors:
     scaling: float
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of `tensor` alone (FSDP2's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
     """Where each expert's rows begin, `[E + 1]`: the running sum of the ranks."""
     return tuple(accumulate(ranks, initial=0))

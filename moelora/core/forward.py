@@ -63,6 +63,8 @@ def run_forward(
         kwargs.update(_by_name(base_forward, model, args))
     running = _begin(model, mixture, own, kwargs, is_classifier)
     learning = model.training and torch.is_grad_enabled()
+    if learning:
+        mixture.check_resident("train")
     losses = running.losses if learning else None
     if losses is not None:
         losses.load.begin_forward(mixture.context.trained_router_parameter())
@@ -78,7 +80,7 @@ def run_forward(
         losses.load.end_forward(losses.counts)
     if not (mixture.by_token or running.forced):
         note_on_cache(outputs, running.kept_routings())
-    return _extended(outputs, running, probe=learning and kwargs.get("labels") is not None)
+    return _extended(outputs, running, learning, kwargs.get("labels") is not None)
 
 
 def _begin(
@@ -97,7 +99,7 @@ def _begin(
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
     weights = own.expert_weights
     bans = own.banned_experts
-    override = override_of(mixture.context, weights, bans, batch, length, model.device)
+    override = override_of(mixture.context, weights, bans, batch, length, compute_device(model))
     own.check_bans(override)
     running = ForwardPass(
         mixture.context,
@@ -159,7 +161,7 @@ def _loss_scale(
     scale = mixture.loss_scale
     unknown = ""
     if scale is None and learning:
-        device = model.device.type
+        device = compute_device(model).type
         half = torch.is_autocast_enabled(device)
         half = half and torch.get_autocast_dtype(device) == torch.float16
         if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -170,7 +172,12 @@ def _loss_scale(
         # In a compiled graph, where nothing can be raised, NaN says it.
         scale = float("nan") if unknown else 1.0
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    return LossScale(torch.full((), scale, dtype=dtype, device=model.device), unknown)
+    return LossScale(torch.full((), scale, dtype=dtype, device=compute_device(model)), unknown)
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """The model's device; of an offloaded one, whose weights are nowhere, the CPU."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def _by_name(base_forward: Callable, model: PreTrainedModel, args: tuple) -> dict[str, Any]:
@@ -179,9 +186,10 @@ def _by_name(base_forward: Callable, model: PreTrainedModel, args: tuple) -> dic
     return dict(list(bound.items())[1:])
 
 
-def _extended(outputs: Any, running: ForwardPass, probe: bool) -> Any:
+def _extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bool) -> Any:
     """The base's outputs with the loss probed and ours added; a tuple stays as long as it is."""
     losses = running.losses
+    probe = learning and has_labels
     if isinstance(outputs, tuple):
         return (losses.probe(outputs[0]), *outputs[1:]) if probe and losses else outputs
     if losses is not None and probe and outputs.loss is not None:
@@ -189,7 +197,7 @@ def _extended(outputs: Any, running: ForwardPass, probe: bool) -> Any:
     gained: dict[str, Any] = {}
     if losses is not None and losses.values:
         gained["expert_aux_loss"] = losses.total()
-        if outputs.get("loss") is None and losses.targets is not None:
+        if losses.targets is not None and not has_labels:
             # Nothing but the choice of experts is learned: Trainer asks for a loss all the same.
             gained["loss"] = losses.alone(outputs.logits)
     if running.keep_routings:

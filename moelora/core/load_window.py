@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
+from .experts import is_sharded
 
 
 class LoadWindow(nn.Module):
@@ -66,13 +67,16 @@ class LoadWindow(nn.Module):
         """Start a new window if an optimizer step lies behind the last training forward.
 
         It does where `parameter`, a router's, has other values than then, or was given a gradient
-        that the loop has cleared since (a step whose learning rate is 0 changes no value).
+        that the loop has cleared since (a step whose learning rate is 0 changes no value). The
+        gradient of a sharded one says nothing: between micro-batches FSDP2 keeps it elsewhere.
         """
         if parameter is None:
             return
-        values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
+        sharded = is_sharded(parameter)
+        values = parameter.full_tensor() if sharded else parameter  # type: ignore[operator]
         unknown = self.last_seen.shape != values.shape
-        if unknown or (parameter.grad is None and self.learned):
+        cleared = parameter.grad is None and self.learned and not sharded
+        if unknown or cleared:
             self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
         else:
             # Not by the tensor's version, which fused optimizers leave as it is; and without asking

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..routers import ROUTERS, Router
 from .context import MixtureContext
-from .experts import Factor, LoraFactors
+from .experts import Factor, LoraFactors, is_sharded
 from .linear import LoraA, LoraB, Site
 from .load_window import LoadWindow
 from .overrides import entered_override
@@ -172,6 +172,26 @@ class Mixture(nn.Module):
         offsets = (own for site in self.site_list() for own in site.lora_A.rank_offsets)
         self.context.refresh(own[-1] for own in offsets)
 
+    def check_resident(self, what: str) -> None:
+        """Raise ValueError where experts or routers are not in this process's memory as a whole.
+
+        Args:
+            what: what cannot be done with them then.
+        """
+        modules = (*self.factors(), *self.context.router_list)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if self.has_values and any(p.device.type == "meta" for p in parameters):
+            raise ValueError(
+                f"This mixture cannot {what} while it is offloaded: its weights are elsewhere. "
+                "Load it without offload, or take accelerate's hooks off "
+                "(remove_hook_from_submodules)."
+            )
+        if what != "train" and any(is_sharded(p) for p in parameters):
+            raise ValueError(
+                f"This mixture cannot {what} while it is sharded: each process has a part. "
+                "Do it before it is sharded, or in one process with a saved checkpoint."
+            )
+
     def factors(self) -> Iterator[Factor]:
         """Every stacked factor of the mixture."""
         return (factor for site in self.site_list() for factor in site.factors())
@@ -182,6 +202,7 @@ class Mixture(nn.Module):
 
     def expert(self, expert: int) -> dict[str, LoraFactors]:
         """Expert number `expert`'s factors by the linear's full name; rank 0 where it is absent."""
+        self.check_resident("show or change single experts")
         factors: dict[str, LoraFactors] = {}
         for site in self.site_list():
             factors |= site.expert(expert, self.num_experts)

@@ -98,6 +98,9 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
     others = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
 
     def forward(self, *args, **kwargs):
+        if "labels" in signature.parameters:
+            # Always there: after a graph break torch.compile does not notice a key that is new.
+            kwargs.setdefault("labels", None)
         return run_forward(self, self.moelora, base.forward, args, kwargs, public.is_classifier)
 
     forward.__doc__ = f"{base.forward.__doc__ or ''}\n{OWN_INPUTS_DOC}"

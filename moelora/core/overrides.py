@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import MoeLoraConfig
 from ..routers import Routing
 from ..validation import check_number
-from .context import ENTERED, MixtureContext
+from .context import ENTERED, Entered, MixtureContext
 
 Experts = str | Iterable[str] | Mapping[str, float]
 
@@ -81,7 +81,8 @@ def entered_override(context: MixtureContext) -> Override | None:
     # torch.compile cannot read a context variable, so none is read where nobody is inside.
     if not context.overrides_entered:
         return None
-    return next((own for key, own in reversed(ENTERED.get()) if key in context.keys), None)
+    entered = context.entered()
+    return entered[-1].override if entered else None
 
 
 @contextmanager
@@ -100,13 +101,20 @@ def overriding(
     if experts is not None:
         override = _of_names(override, experts, context.config, device)
     override = with_bans(override, ban, context.config, device)
-    token = ENTERED.set((*ENTERED.get(), (context.keys[0], override)))
+    entered = Entered(context.keys[0], override)
+    ENTERED.set((*_open(), entered))
     _count(context, 1)
     try:
         yield
     finally:
+        # Not by a token: a generator may leave later than one that it entered before, or elsewhere.
+        entered.is_open = False
         _count(context, -1)
-        ENTERED.reset(token)
+        ENTERED.set(_open())
+
+
+def _open() -> tuple[Entered, ...]:
+    return tuple(entered for entered in ENTERED.get() if entered.is_open)
 
 
 def _count(context: MixtureContext, change: int) -> None:

@@ -84,6 +84,7 @@ def _frozen(mixture: Mixture) -> frozenset[int]:
 
 
 def _set_frozen(mixture: Mixture, experts: frozenset[int]) -> PoolChange:
+    mixture.check_resident("freeze experts")
     change = PoolChange()
     for factor in mixture.factors():
         before = TrainedRows(factor)
@@ -114,6 +115,7 @@ def _rebuild(
 
     Everything is prepared before anything is put in, so that an error leaves the mixture as it was.
     """
+    mixture.check_resident("change its experts")
     change = PoolChange()
     config = _config(mixture, keep, names, new)
     load = copy.deepcopy(mixture.load)
