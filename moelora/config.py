@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .backtracking import check_regex
+from .registry import router_class
 from .validation import (
     MAX_EXPERTS,
     MAX_RANK,
@@ -350,8 +351,6 @@ class MoeLoraConfig(PreTrainedConfig):
                 )
 
     def _check_router(self) -> None:
-        from .routers import router_class
-
         options = router_class(self.router).read_options(self.router_options)
         self.router_options = asdict(options)
         if self.router_pooling != "mean" and self.routing_level != "sequence":

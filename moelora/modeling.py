@@ -238,10 +238,7 @@ class MoeLoraModel(MixtureModel):
 
         Args:
             name: of the expert.
-            options: as those of `add_expert`.
-
-        Raises:
-            ValueError, TypeError: as `add_expert`, or an unknown name.
+            options: as those of `add_expert`, which raises the same errors.
         """
         return changes.replace_expert(self, name, **options)
 
@@ -356,7 +353,7 @@ class MoeLoraModel(MixtureModel):
             is_main_process: False writes nothing.
             state_dict: the model's tensors, where someone else has gathered them.
             save_base: write the base too, in a folder of its own inside.
-            kwargs: those of transformers: max_shard_size for the base, others that change nothing.
+            kwargs: those of transformers, such as max_shard_size for the base.
 
         Raises:
             OSError: the folder cannot be written; the checkpoint that was there is left as it was.

@@ -15,7 +15,7 @@ PACKAGES = {"moelora": ROOT / "moelora", "moelora_kernels": ROOT / "kernels" / "
 # Each line imports the lines above it alone, and the rooms of one line do not import each other.
 ROOMS = (
     ("validation", "host_internals"),
-    ("backtracking",),
+    ("backtracking", "registry"),
     ("config",),
     ("routers",),
     ("core",),
@@ -85,24 +85,10 @@ def targets_of(node: ast.Import | ast.ImportFrom, name: str, modules: dict[str, 
     return named if named == inner else named | ({source} & modules.keys())
 
 
-def is_lazy_lookup(statement: Import) -> bool:
-    """Whether it is the one exception: a configuration asks the registry of routers for a class.
-
-    A router's settings are checked by the router's own class, which users register after the
-    configuration's module was imported; so config looks it up while it checks, in a function.
-    """
-    from_config_to_routers = (statement.importer, room_of(statement.imported)) == (
-        "moelora.config",
-        "routers",
-    )
-    return from_config_to_routers and statement.in_function
-
-
 def all_imports(package: str) -> list[Import]:
-    """Every import of a module of the package by another one, but for the exception."""
+    """Every import of a module of the package by another one."""
     modules = modules_of(package)
-    statements = [statement for name in modules for statement in imports_of(name, modules)]
-    return [statement for statement in statements if not is_lazy_lookup(statement)]
+    return [statement for name in modules for statement in imports_of(name, modules)]
 
 
 def room_of(module: str) -> str:

@@ -1,10 +1,11 @@
 """Routers: from hidden states to the experts that act. Importing it registers the built-in ones."""
 
+from ..registry import ROUTERS, router_class
 from .arrow import ArrowRouter
 from .base import Router, Routing
 from .descriptor import DescriptorRouter
 from .mlp import MlpRouter
-from .registry import ROUTERS, changed_options, register_router, router_class
+from .registry import changed_options, register_router
 from .top_k import TopKRouter
 
 __all__ = [

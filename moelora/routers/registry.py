@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
-from ..validation import shown
+from ..registry import ROUTERS, router_class
 from .base import Router
 
-ROUTERS: dict[str, type[Router]] = {}
 R = TypeVar("R", bound=Router)
 
 
@@ -38,24 +37,6 @@ def register_router(name: str) -> Callable[[type[R]], type[R]]:
         return cls
 
     return register
-
-
-def router_class(name: object) -> type[Router]:
-    """The class of `MoeLoraConfig(router=name)`.
-
-    Args:
-        name: a name in `ROUTERS`.
-
-    Raises:
-        ValueError: there is no such router, with the ones that there are.
-    """
-    if not isinstance(name, str) or name not in ROUTERS:
-        raise ValueError(
-            f"router={shown(name)} is not registered. "
-            f"The routers are: {', '.join(sorted(ROUTERS))}. A new "
-            "one is a class with @register_router(name)."
-        )
-    return ROUTERS[name]
 
 
 def changed_options(
