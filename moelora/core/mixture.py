@@ -178,15 +178,18 @@ class Mixture(nn.Module):
         Args:
             what: what cannot be done with them then.
         """
-        modules = (*self.factors(), *self.context.router_list)
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        if self.has_values and any(p.device.type == "meta" for p in parameters):
+        # Of each site one parameter, since this is asked at every forward pass that trains.
+        factors = [site.lora_A for site in self.site_list()]
+        parameters = [
+            own.weight if own.frozen_weight is None else own.frozen_weight for own in factors
+        ]
+        if self.has_values and any(p is not None and p.is_meta for p in parameters):
             raise ValueError(
                 f"This mixture cannot {what} while it is offloaded: its weights are elsewhere. "
                 "Load it without offload, or take accelerate's hooks off "
                 "(remove_hook_from_submodules)."
             )
-        if what != "train" and any(is_sharded(p) for p in parameters):
+        if what != "train" and any(p is not None and is_sharded(p) for p in parameters):
             raise ValueError(
                 f"This mixture cannot {what} while it is sharded: each process has a part. "
                 "Do it before it is sharded, or in one process with a saved checkpoint."
