@@ -29,6 +29,8 @@ Convolution = _ConvNd
 # tracebacks of what is met by a real forward.
 FakeTensorMode = _fake_tensor.FakeTensorMode
 FAKE_TENSOR_LOG = _fake_tensor.__name__
+# torch: whether autograd knows a tensor as a view of another.
+is_view = Tensor._is_view
 # torch: the hooks on every module of the process, by number; one may keep what it was shown.
 GLOBAL_FORWARD_HOOKS = _module._global_forward_hooks
 # The standard library's parser has had no public name since 3.11, and only the parsed form shows
@@ -89,13 +91,3 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def hooks_of(module: nn.Module) -> list[Any]:
     """The forward hooks and pre-hooks of `module`; torch shows them by the handles alone."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
-def has_one_hook(module: nn.Module) -> bool:
-    """Whether `module` has a single forward hook."""
-    return len(module._forward_hooks) == 1
-
-
-def is_view(tensor: Tensor) -> bool:
-    """Whether autograd knows `tensor` as a view of another."""
-    return tensor._is_view()

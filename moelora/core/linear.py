@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import MoeLoraConfig
-from ..host_internals import GLOBAL_FORWARD_HOOKS, has_one_hook, is_view
+from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors, rank_offsets
@@ -179,13 +179,14 @@ class ExpertHook:
         self.handle = linear.register_forward_hook(self)
 
     def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        inplace = not torch.compiler.is_compiling() and self._may_write(linear, output)
+        inplace = not torch.compiler.is_compiling() and self._may_write(output)
         return self.site(args[0], output, self.index, inplace)
 
-    def _may_write(self, linear: nn.Module, output: Tensor) -> bool:
+    def _may_write(self, output: Tensor) -> bool:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
         # writing into it would cost the backward pass a copy.
-        alone = has_one_hook(linear) and not GLOBAL_FORWARD_HOOKS
+        hooks = self.handle.hooks_dict_ref() or ()
+        alone = len(hooks) == 1 and not GLOBAL_FORWARD_HOOKS
         return alone and not (torch.is_grad_enabled() and is_view(output))
 
 
