@@ -30,6 +30,7 @@ from transformers.utils import (
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, base_class
 from ..host_internals import PEFT_ATTACHED, submodules
+from ..injection.inject import NAME, holders
 from .atomic import atomic_files
 from .fingerprint import digest, fingerprint
 from .origin import base_inside
@@ -114,13 +115,9 @@ def describe(model: MixtureModel, folder: Path) -> MoeLoraConfig:
 def as_base(model: MixtureModel) -> Iterator[PreTrainedModel]:
     """`model` with its base's class and without the mixture's tensors, while inside; hooks stay."""
     cls = type(model)
-    before = {
-        module: dict(submodules(module))
-        for module in model.modules()
-        if "moelora" in submodules(module)
-    }
+    before = {module: dict(submodules(module)) for module in holders(model)}
     for module in before:
-        del submodules(module)["moelora"]
+        delattr(module, NAME)
     ignored = model.config.__dict__.pop("keys_to_ignore_at_inference", None)
     attached = model.__dict__.pop(PEFT_ATTACHED, None)
     model.__class__ = base_class(cls)  # type: ignore[assignment]
