@@ -2,11 +2,13 @@
 
 from .api import BACKENDS, expand, lora_mixture, router_logits, shrink
 from .dispatch import PATHS, Shape, can_decode, choose_backend, explain
+from .layout import Layout
 from .plan import Plan, TopK, build_decode_plan, build_plan
 
 __all__ = [
     "BACKENDS",
     "PATHS",
+    "Layout",
     "Plan",
     "Shape",
     "TopK",

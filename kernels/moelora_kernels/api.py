@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .dispatch import HAS_TRITON, Shape, choose_backend
+from .layout import Layout, Offsets, layout_of
 from .plan import Plan, build_plan
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
@@ -16,13 +17,12 @@ if HAS_TRITON:
     from . import triton
 
     BACKENDS["triton"] = triton
-Offsets = tuple[int, ...]
 
 
 def shrink(
     x: Tensor,
     lora_A: Tensor,
-    rank_offsets: tuple[Offsets, ...],
+    layout: Layout,
     plan: Plan,
     *,
     backend: str | None = None,
@@ -36,7 +36,7 @@ def shrink(
     Args:
         x: [..., d_in], of plan.num_tokens tokens.
         lora_A: [Σ_l R_l, d_in], linear after linear, in each expert after expert.
-        rank_offsets: For each linear the E + 1 places where its experts' rows begin.
+        layout: Of lora_A, on its device.
         plan: From `build_plan` or `build_decode_plan`.
         backend: A name of `BACKENDS`; None is the plan's own.
         checked: The caller vouches for the arguments, as a model does for its own at every token.
@@ -47,22 +47,21 @@ def shrink(
     module = _backend(backend or plan.backend)
     if not checked:
         _check_x(x, lora_A, plan)
-        _check_factor("lora_A", lora_A, rank_offsets, plan, x)
+        _check_factor("lora_A", lora_A, layout, plan, x)
     _check_runs(module, x, plan.weights)
     x = x.reshape(plan.num_tokens, x.shape[-1])
     if not _autocasts(x.device.type):
-        return module.shrink(x, lora_A, rank_offsets, plan)
+        return module.shrink(x, lora_A, layout, plan)
     if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        return module.shrink(x, lora_A, rank_offsets, plan)
+        return module.shrink(x, lora_A, layout, plan)
 
 
 def expand(
     h: Tensor,
     lora_B: Tensor,
-    rank_offsets: Offsets,
-    scaling: tuple[float, ...],
+    layout: Layout,
     plan: Plan,
     out: Tensor | None = None,
     *,
@@ -76,8 +75,7 @@ def expand(
     Args:
         h: One of the tensors that `shrink` returned, for the same plan and backend.
         lora_B: [R, d_out], expert after expert.
-        rank_offsets: The E + 1 places where the experts' rows begin.
-        scaling: s_e of each of the E experts.
+        layout: Of lora_B with its scaling, on its device.
         plan: The plan that `shrink` had.
         out: [..., d_out], of plan.num_tokens tokens; None stands for 0, and y is then [T, d_out].
         inplace: Whether the backend may write into out; use only what is returned.
@@ -90,18 +88,13 @@ def expand(
     """
     module = _backend(backend or plan.backend)
     if not checked:
-        _check_factor("lora_B", lora_B, (rank_offsets,), plan, h)
-        _check_scaling(scaling, plan)
+        _check_factor("lora_B", lora_B, layout, plan, h)
         if out is not None:
             _check_out(out, lora_B.shape[1], plan, h)
     if not _autocasts(h.device.type):
-        return module.expand(
-            h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype
-        )
+        return module.expand(h, lora_B, layout, plan, out, inplace=inplace, dtype=dtype)
     with torch.autocast(h.device.type, enabled=False):
-        return module.expand(
-            h, lora_B, rank_offsets, scaling, plan, out, inplace=inplace, dtype=dtype
-        )
+        return module.expand(h, lora_B, layout, plan, out, inplace=inplace, dtype=dtype)
 
 
 def lora_mixture(
@@ -145,7 +138,7 @@ def lora_mixture(
         total_rank=rank_offsets[-1],
         tokens_per_row=tokens_per_row,
         path=path,
-        validate=expert_ids.device.type == "cpu" and not torch.compiler.is_compiling(),
+        validate=expert_ids.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling(),
         backend=backend,
         dtype=x.dtype,
         tiles=tiles,
@@ -153,8 +146,9 @@ def lora_mixture(
     dtype = x.dtype
     if dtype != torch.float64 and _autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    (h,) = shrink(x, lora_A, (rank_offsets,), plan)
-    return expand(h, lora_B, rank_offsets, scaling, plan, out, dtype=dtype)
+    layout = layout_of(tuple(rank_offsets), tuple(scaling), x.device)
+    (h,) = shrink(x, lora_A, layout, plan)
+    return expand(h, lora_B, layout, plan, out, dtype=dtype)
 
 
 def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -208,7 +202,8 @@ def _backend(name: str) -> ModuleType:
 
 def _autocasts(device_type: str) -> bool:
     """Whether autocast is on; it is unknown to some devices, as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Not torch.amp.is_autocast_available, which torch.compile could not trace before 2.13.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _check_runs(module: ModuleType, x: Tensor, weights: Tensor) -> None:
@@ -228,42 +223,34 @@ def _check_x(x: Tensor, lora_A: Tensor, plan: Plan) -> None:
         )
 
 
-def _check_scaling(scaling: tuple[float, ...], plan: Plan) -> None:
-    """Raise unless there is a scaling for each expert."""
-    if len(scaling) != plan.num_experts:
-        raise ValueError(
-            f"scaling has {len(scaling)} values, expected one for each of the"
-            f" {plan.num_experts} experts: pass lora_alpha_e / r_e of every expert"
-        )
-
-
-def _check_factor(
-    name: str, factor: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan, other: Tensor
-) -> None:
-    """Raise unless the factor's rows are those of the offsets, and all is of one device."""
+def _check_factor(name: str, factor: Tensor, layout: Layout, plan: Plan, other: Tensor) -> None:
+    """Raise unless the factor's rows are those of the layout, and all is of one device."""
     if not (factor.is_floating_point() and other.is_floating_point()):
         raise TypeError(
             f"{name} is {factor.dtype} and its input {other.dtype}, expected floating point:"
             " dequantize the factor, pass embeddings and not ids"
         )
-    rows = 0
-    for offsets in rank_offsets:
-        if len(offsets) != plan.num_experts + 1 or offsets[0] != 0 or sorted(offsets) != [*offsets]:
-            raise ValueError(
-                f"rank_offsets of a linear is {offsets}, expected {plan.num_experts + 1} ints from"
-                " 0 on, never falling (the plan's num_experts + 1): pass the running sums of the"
-                " experts' ranks"
-            )
-        rows += offsets[-1]
-    if factor.dim() != 2 or factor.shape[0] != rows:
+    if layout.num_experts != plan.num_experts:
         raise ValueError(
-            f"{name} is {tuple(factor.shape)}, expected 2 dimensions and {rows} rows, the sum of"
-            " the ranks in rank_offsets: stack the experts along rank, one after another"
+            f"the layout of {name} has {layout.num_experts} experts, expected {plan.num_experts}"
+            " (the plan's num_experts): pass the layout of this factor"
         )
-    if not factor.device == other.device == plan.weights.device:
+    if name == "lora_B" and (layout.scaling is None or layout.num_linears != 1):
+        raise ValueError(
+            f"the layout of lora_B has {layout.num_linears} linears and"
+            f" scaling={layout.scaling}, expected one linear and a scaling for each expert:"
+            " Layout((rank_offsets,), scaling)"
+        )
+    if factor.dim() != 2 or factor.shape[0] != layout.total_rank:
+        raise ValueError(
+            f"{name} is {tuple(factor.shape)}, expected 2 dimensions and {layout.total_rank} rows,"
+            " the sum of the ranks in rank_offsets: stack the experts along rank, one after another"
+        )
+    if not factor.device == other.device == plan.weights.device == layout.device:
         raise ValueError(
             f"{name} is on {factor.device}, its input on {other.device}, the plan on"
-            f" {plan.weights.device}, expected one device: move them to one"
+            f" {plan.weights.device}, the layout on {layout.device}, expected one device: move them"
+            " to one"
         )
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-PATHS = ("dense", "grouped", "sequence")
+PATHS = ("dense", "matmul", "grouped", "sequence")
 DECODE_RANKS = 128
 HAS_TRITON = find_spec("triton") is not None
 
@@ -60,6 +60,18 @@ RULES = (
         "T ≤ 64, T·K < E, R > 256",
         lambda s: _few(s) and s.total_rank > 256,
         "decoding is bound by the experts' bytes: read only those chosen",
+    ),
+    Rule(
+        "triton",
+        "matmul",
+        "CUDA, 16 bits, T ≥ 256, R ≤ 256·K",
+        lambda s: (
+            s.device == "cuda"
+            and s.dtype.itemsize == 2
+            and s.tokens >= 256
+            and s.total_rank <= 256 * s.num_slots
+        ),
+        "thin products are cuBLAS's: only gates, which it cannot apply, are kernels of ours",
     ),
     Rule(
         "triton",

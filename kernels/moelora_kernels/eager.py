@@ -9,33 +9,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import inference
+from .layout import Layout
 from .paths import PRODUCTS, path_weights
 from .plan import Plan
 from .router import logits as logits
 
-Offsets = tuple[int, ...]
 
-
-def shrink(
-    x: Tensor, lora_A: Tensor, rank_offsets: tuple[Offsets, ...], plan: Plan
-) -> tuple[Tensor, ...]:
+def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l of the site, of the experts that the path computes.
 
     x [T, d_in], lora_A [Σ_l R_l, d_in]. h_l: dense [T, R_l]; grouped and sequence
     [rows, tokens_per_row, K, max_e r_e].
     """
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
-        return _Shrink.apply(x, lora_A, rank_offsets, plan)
-    if inference.applies(rank_offsets, plan):
-        return inference.shrink(x, lora_A, rank_offsets, plan)
-    return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
+        return _Shrink.apply(x, lora_A, layout, plan)
+    if inference.applies(layout, plan):
+        return inference.shrink(x, lora_A, layout, plan)
+    return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), layout, plan)
 
 
 def expand(
     h: Tensor,
     lora_B: Tensor,
-    rank_offsets: Offsets,
-    scaling: tuple[float, ...],
+    layout: Layout,
     plan: Plan,
     out: Tensor | None = None,
     *,
@@ -48,21 +44,21 @@ def expand(
     inputs = (out, h, lora_B, path_weights(plan))
     inplace = inplace and out is not None and out.is_contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Expand.apply(*inputs, rank_offsets, scaling, plan, inplace)
-    if inference.applies((rank_offsets,), plan):
-        return inference.expand(h, lora_B, scaling, plan, out, inplace)
-    return _expand(*inputs, rank_offsets, scaling, plan, inplace)
+        return _Expand.apply(*inputs, layout, plan, inplace)
+    if inference.applies(layout, plan):
+        return inference.expand(h, lora_B, layout, plan, out, inplace)
+    return _expand(*inputs, layout, plan, inplace)
 
 
 class _Shrink(torch.autograd.Function):
     """h_l = x A_lᵀ; dx = Σ_l dh_l A_l, dA_l = dh_lᵀ x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, rank_offsets: Any, plan: Plan) -> Any:
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> Any:
         ctx.save_for_backward(x, lora_A)
-        ctx.rank_offsets = rank_offsets
+        ctx.layout = layout
         ctx.plan = plan
-        return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), rank_offsets, plan)
+        return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), layout, plan)
 
     @staticmethod
     @once_differentiable
@@ -71,9 +67,9 @@ class _Shrink(torch.autograd.Function):
         products = PRODUCTS[ctx.plan.path]
         dx = dA = None
         if ctx.needs_input_grad[0]:
-            dx = products.up(dh, lora_A.to(x.dtype), ctx.rank_offsets, ctx.plan)
+            dx = products.up(dh, lora_A.to(x.dtype), ctx.layout, ctx.plan)
         if ctx.needs_input_grad[1]:
-            dA = products.outer(dh, x, ctx.rank_offsets, ctx.plan).to(lora_A.dtype)
+            dA = products.outer(dh, x, ctx.layout, ctx.plan).to(lora_A.dtype)
         return dx, dA, None, None
 
 
@@ -90,42 +86,40 @@ class _Expand(torch.autograd.Function):
         h: Tensor,
         lora_B: Tensor,
         weights: Tensor,
-        rank_offsets: Offsets,
-        scaling: tuple[float, ...],
+        layout: Layout,
         plan: Plan,
         inplace: bool,
     ) -> Tensor:
         ctx.save_for_backward(h, lora_B, weights)
-        ctx.rank_offsets = rank_offsets
-        ctx.scaling = scaling
+        ctx.layout = layout
         ctx.plan = plan
         if inplace:
             ctx.mark_dirty(out)
-        return _expand(out, h, lora_B, weights, rank_offsets, scaling, plan, inplace)
+        return _expand(out, h, lora_B, weights, layout, plan, inplace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         h, lora_B, weights = ctx.saved_tensors
-        offsets = ctx.rank_offsets
+        layout = ctx.layout
         plan = ctx.plan
         need_out, need_h, need_B, need_weights = ctx.needs_input_grad[:4]
         products = PRODUCTS[plan.path]
-        scale = products.scale(weights, ctx.scaling, plan)
+        scale = products.scale(weights, layout, plan)
         gate = weights * scale
         flat = dy.reshape(plan.num_tokens, dy.shape[-1])
         dh = dB = dweights = None
         if need_h or need_weights:
-            (u,) = products.down(flat, lora_B.to(dy.dtype), (offsets,), plan)
+            (u,) = products.down(flat, lora_B.to(dy.dtype), layout, plan)
             if need_h:
-                dh = products.weighted(u, gate, offsets, plan).to(h.dtype)
+                dh = products.weighted(u, gate, layout, plan).to(h.dtype)
             if need_weights:
                 terms = u.to(weights.dtype) * h
-                dweights = products.collect(terms, offsets, plan) * scale
+                dweights = products.collect(terms, layout, plan) * scale
         if need_B:
-            gated = products.weighted(h, gate, offsets, plan).to(dy.dtype)
-            dB = products.outer((gated,), flat, (offsets,), plan).to(lora_B.dtype)
-        return dy if need_out else None, dh, dB, dweights, None, None, None, None
+            gated = products.weighted(h, gate, layout, plan).to(dy.dtype)
+            dB = products.outer((gated,), flat, layout, plan).to(lora_B.dtype)
+        return dy if need_out else None, dh, dB, dweights, None, None, None
 
 
 def _expand(
@@ -133,18 +127,17 @@ def _expand(
     h: Tensor,
     lora_B: Tensor,
     weights: Tensor,
-    rank_offsets: Offsets,
-    scaling: tuple[float, ...],
+    layout: Layout,
     plan: Plan,
     inplace: bool,
 ) -> Tensor:
     """The sum itself: the gate in fp32, one cast, the product in the dtype of out."""
     products = PRODUCTS[plan.path]
     dtype = h.dtype if out is None else out.dtype
-    scaled = weights * products.scale(weights, scaling, plan)
-    gated = products.weighted(h, scaled, rank_offsets, plan).to(dtype)
+    scaled = weights * products.scale(weights, layout, plan)
+    gated = products.weighted(h, scaled, layout, plan).to(dtype)
     flat = None if out is None else out.reshape(plan.num_tokens, out.shape[-1])
-    y = products.up((gated,), lora_B.to(dtype), (rank_offsets,), plan, flat, inplace)
+    y = products.up((gated,), lora_B.to(dtype), layout, plan, flat, inplace)
     if out is None:
         return y
     return out if inplace else y.view(out.shape)

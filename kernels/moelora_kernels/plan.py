@@ -124,7 +124,7 @@ def build_plan(
         total_rank: The largest R of the linears that share the plan.
         tokens_per_row: T / rows: 1, or the length of sequences that are routed as a whole.
         path: A name of `PATHS`; None lets the table of `dispatch` choose, see `explain`.
-        validate: Whether to look for ids out of range, which waits for the device.
+        validate: Whether to look for ids out of range; a CUDA device asserts it in its own time.
         complete: No slot is empty and no row names an expert twice, as with a top-k; then neither
             is looked for.
         backend: A name of `BACKENDS`; None lets the table choose.
@@ -219,7 +219,11 @@ def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_ro
 
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:
-    """Raise for an id that names no expert; waits for the device."""
+    """Raise for an id that names no expert; a GPU raises later, so that nobody waits for it."""
+    if ids.is_cuda:
+        message = f"expert_ids names an expert that is not one of -1 to {num_experts - 1}"
+        torch._assert_async(((ids >= -1) & (ids < num_experts)).all(), message)
+        return
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
     if low < -1 or high >= num_experts:
         raise ValueError(

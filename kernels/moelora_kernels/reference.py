@@ -6,6 +6,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from .layout import Layout
 from .plan import Plan
 
 
@@ -53,13 +54,11 @@ def top_k(
     return ids, weights / weights.sum(1, keepdim=True) if norm else weights
 
 
-def shrink(
-    x: Tensor, lora_A: Tensor, rank_offsets: tuple[tuple[int, ...], ...], plan: Plan
-) -> tuple[Tensor, ...]:
+def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ [T, R_l] of every linear l of the site, for all experts on every path."""
     hidden = []
     first = 0
-    for offsets in rank_offsets:
+    for offsets in layout.rank_offsets:
         hidden.append(x @ lora_A[first : first + offsets[-1]].to(x.dtype).T)
         first += offsets[-1]
     return tuple(hidden)
@@ -68,8 +67,7 @@ def shrink(
 def expand(
     h: Tensor,
     lora_B: Tensor,
-    rank_offsets: tuple[int, ...],
-    scaling: tuple[float, ...],
+    layout: Layout,
     plan: Plan,
     out: Tensor | None = None,
     *,
@@ -81,8 +79,9 @@ def expand(
     gate = _gate(plan)
     shape = (len(h), lora_B.shape[1])
     y = h.new_zeros(shape, dtype=dtype) if out is None else out.reshape(shape)
-    for expert, scale in enumerate(scaling):
-        rows = slice(rank_offsets[expert], rank_offsets[expert + 1])
+    (offsets,) = layout.rank_offsets
+    for expert, scale in enumerate(layout.scaling or ()):
+        rows = slice(offsets[expert], offsets[expert + 1])
         gated = (h[:, rows] * gate[:, expert, None] * scale).to(dtype)
         y = y + gated @ lora_B[rows].to(dtype)
     return y if out is None else y.reshape(out.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from moelora_kernels import Layout
 from torch import Tensor, nn
 
 TRAINED = "weight"
@@ -46,23 +47,44 @@ class Factor(nn.Module):
     these names; `merge` makes one tensor of them, which loads whatever is frozen.
 
     Args:
-        blocks: the number of rows of each block.
-        experts: whose block it is.
+        ranks: for each linear the rank of each expert.
         width: d_in or d_out.
+        scaling: s_e of each expert, where the factor is scaled.
     """
 
     weight: nn.Parameter | None
     frozen_weight: nn.Parameter | None
 
-    def __init__(self, blocks: Sequence[int], experts: Sequence[int], width: int, **factory):
+    def __init__(
+        self,
+        ranks: Sequence[Sequence[int]],
+        width: int,
+        scaling: Sequence[float] | None = None,
+        **factory,
+    ):
         super().__init__()
-        self.blocks = tuple(blocks)
-        self.experts = tuple(experts)
+        self.blocks = tuple(rank for own in ranks for rank in own)
+        self.experts = tuple(expert for own in ranks for expert in range(len(own)))
         self.width = width
         self.frozen_experts: frozenset[int] = frozenset()
         rows = torch.zeros(sum(self.blocks), width, **factory)
         self.register_parameter(TRAINED, nn.Parameter(rows))
         self.register_parameter(FROZEN, None)
+        self.layout = Layout([rank_offsets(own) for own in ranks], scaling, rows.device)
+
+    def layout_on(self, device: torch.device) -> Layout:
+        """The layout with its tables on `device`; remembered, as the factor hardly ever moves."""
+        # Not buffers: those would be cast with the model, and be empty after `to_empty`.
+        if self.layout.device != device:
+            self.layout = self.layout.to(device)
+        return self.layout
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # Before a first call, which may be one that a compiler or a CUDA graph records.
+        for parameter in self.parameters():
+            self.layout_on(parameter.device)
+        return self
 
     def reset_kaiming(self) -> None:
         """PEFT's initialisation of lora_A: uniform in ±1/√width, the same for every rank."""

@@ -17,38 +17,30 @@ from ..config import MoeLoraConfig
 from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
-from .experts import Factor, LoraFactors, rank_offsets
+from .experts import Factor, LoraFactors
 from .forward_pass import ForwardPass, current_pass
 
 
 class LoraA(Factor):
     """A site's stacked `lora_A` `[Σ_l R_l, d_in]`: linear after linear, expert after expert."""
 
-    def __init__(self, ranks: Sequence[Sequence[int]], width: int, **factory):
-        experts = [expert for own in ranks for expert in range(len(own))]
-        super().__init__([rank for own in ranks for rank in own], experts, width, **factory)
-        self.rank_offsets = tuple(rank_offsets(own) for own in ranks)
-
     def forward(self, x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         """h_l = x A_lᵀ for every linear l: x `[…, d_in]` → in the form of the plan's backend."""
-        return shrink(x, self.stacked(), self.rank_offsets, plan, checked=True)
+        return shrink(x, self.stacked(), self.layout_on(x.device), plan, checked=True)
 
 
 class LoraB(Factor):
     """The stacked `lora_B` `[R, d_out]` of one linear, with the scaling s_e of each expert."""
 
     def __init__(self, ranks: Sequence[int], scaling: Sequence[float], width: int, **factory):
-        super().__init__(ranks, range(len(ranks)), width, **factory)
-        self.rank_offsets = rank_offsets(ranks)
+        super().__init__([ranks], width, scaling, **factory)
         self.scaling = tuple(scaling)
 
     def forward(self, h: Tensor, plan: Plan, output: Tensor, inplace: bool) -> Tensor:
         """`output + Σ_e w_e s_e h_e B_e` `[…, d_out]`."""
         stacked = self.stacked()
-        offsets = self.rank_offsets
-        return expand(
-            h, stacked, offsets, self.scaling, plan, output, inplace=inplace, checked=True
-        )
+        layout = self.layout_on(output.device)
+        return expand(h, stacked, layout, plan, output, inplace=inplace, checked=True)
 
 
 class Site(nn.Module):

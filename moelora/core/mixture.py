@@ -169,8 +169,8 @@ class Mixture(nn.Module):
 
     def refresh(self) -> None:
         """Read again what is kept at hand, after experts or routers changed."""
-        offsets = (own for site in self.site_list() for own in site.lora_A.rank_offsets)
-        self.context.refresh(own[-1] for own in offsets)
+        sites = self.site_list()
+        self.context.refresh(total for site in sites for total in site.lora_A.layout.totals)
 
     def check_resident(self, what: str) -> None:
         """Raise ValueError where experts or routers are not in this process's memory as a whole.

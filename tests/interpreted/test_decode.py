@@ -10,15 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelora_kernels import Plan, TopK, build_decode_plan, expand, reference, shrink, triton
+from moelora_kernels import Layout, Plan, TopK, build_decode_plan, expand, reference, shrink
 from torch import Tensor
 
 from tests.kernels.cases import DTYPES, Case, assert_close, make, with_ranks
-
-ONE_LAUNCH, TWO_LAUNCHES = 1 << 30, -1
-launches = pytest.mark.parametrize(
-    "fused_bytes", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"]
-)
 
 
 def router_of(case: Case, bias: bool = False, norm: bool = True) -> TopK:
@@ -32,10 +27,8 @@ def router_of(case: Case, bias: bool = False, norm: bool = True) -> TopK:
 
 def decode(case: Case, router: TopK, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Plan]:
     plan = build_decode_plan(router, case.rows, case.num_slots)
-    (h,) = shrink(inputs["x"], inputs["lora_A"], (case.offsets,), plan)
-    return expand(
-        h, inputs["lora_B"], case.offsets, case.scales, plan, inputs["out"], **options
-    ), plan
+    (h,) = shrink(inputs["x"], inputs["lora_A"], case.layout, plan)
+    return expand(h, inputs["lora_B"], case.layout, plan, inputs["out"], **options), plan
 
 
 def assert_decodes(case: Case, router: TopK, dtype: torch.dtype) -> None:
@@ -57,22 +50,17 @@ def assert_decodes(case: Case, router: TopK, dtype: torch.dtype) -> None:
     assert_close({"y": y}, {"y": wanted}, dtype, 1e-5)
 
 
-@launches
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_options(
-    bias: bool, norm: bool, dtype: torch.dtype, fused_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton, "FUSED_BYTES", fused_bytes)
+def test_options(bias: bool, norm: bool, dtype: torch.dtype) -> None:
     case = with_ranks((4, 0, 3, 8, 1), rows=5, d_in=40, d_out=72)
     assert_decodes(case, router_of(case, bias, norm), dtype)
 
 
-@launches
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_shape(fused_bytes: int, data: st.DataObject) -> None:
+def test_any_shape(data: st.DataObject) -> None:
     ranks = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=20), label="ranks")
     case = with_ranks(
         ranks,
@@ -82,9 +70,7 @@ def test_any_shape(fused_bytes: int, data: st.DataObject) -> None:
         with_out=data.draw(st.booleans(), label="out"),
     )
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "FUSED_BYTES", fused_bytes)
-        assert_decodes(case, router_of(case), torch.float32)
+    assert_decodes(case, router_of(case), torch.float32)
 
 
 def test_a_site_is_routed_and_shrunk_at_once() -> None:
@@ -94,15 +80,13 @@ def test_a_site_is_routed_and_shrunk_at_once() -> None:
     other = make(case, torch.float32, seed=1)[1]
     plan = build_decode_plan(router, 3, 2)
     factors = torch.cat([inputs["lora_A"], other["lora_A"]])
-    hs = shrink(inputs["x"], factors, (case.offsets, case.offsets), plan)
+    hs = shrink(inputs["x"], factors, Layout((case.offsets,) * 2), plan)
     for h, own in zip(hs, (inputs, {**other, "x": inputs["x"]}), strict=True):
-        y = expand(h, own["lora_B"], case.offsets, case.scales, plan, own["out"])
+        y = expand(h, own["lora_B"], case.layout, plan, own["out"])
         torch.testing.assert_close(y, decode(case, router, own)[0], rtol=1e-5, atol=1e-5)
 
 
-@launches
-def test_in_place_and_not(fused_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "FUSED_BYTES", fused_bytes)
+def test_in_place_and_not() -> None:
     case = with_ranks((4, 4), rows=3)
     router = router_of(case)
     _, inputs = make(case, torch.float32)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from moelora_kernels import PATHS, TopK, build_decode_plan, build_plan, expand, shrink
-from moelora_kernels.triton import fused_mixture, op, op_decode
+from moelora_kernels import PATHS, Layout, TopK, build_decode_plan, build_plan, expand, shrink
+from moelora_kernels.triton import operators
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.cases import Case, make, mixture, run
 
 CASE = Case(rows=5, ranks=(2, 5, 3), tokens_per_row=2)
-DIFFERENTIABLE = ("shrink", "expand", "fused")
 
 
 class Calls(TorchDispatchMode):
@@ -38,40 +37,34 @@ def _copy(value: Any) -> Any:
 
 
 def every_call() -> list[tuple[Any, tuple]]:
-    """Calls of every operator, as the paths, the single launch and decoding make them."""
+    """Calls of every operator, as the paths and decoding make them in a graph."""
     ids, inputs = make(CASE, torch.float32)
     router = TopK(torch.randn(3, 16))
-    with Calls() as calls:
+    layout = CASE.layout
+    with pytest.MonkeyPatch.context() as patch, Calls() as calls:
+        patch.setattr(operators, "in_graph", lambda tensor: True)
         for path in PATHS:
             run(mixture(CASE, ids, path=path, backend="triton"), inputs)
         x, lora_A, lora_B, weights, out = inputs.values()
         plan = build_plan(
             ids, weights, 3, total_rank=10, tokens_per_row=2, path="dense", backend="triton"
         )
-        fused_mixture(x, lora_A, lora_B, CASE.offsets, CASE.scales, plan, out)
-        fixed = (CASE.offsets, CASE.scales)
         with torch.no_grad():
-            (h,) = shrink(x, lora_A, (CASE.offsets,), plan)
-            expand(h, lora_B, *fixed, plan, out.clone(), inplace=True)
+            (h,) = shrink(x, lora_A, layout, plan)
+            expand(h, lora_B, layout, plan, out.clone(), inplace=True)
             decoding = build_decode_plan(router, 10, 2)
             for linears in (1, 2):
-                hs = shrink(x, lora_A.repeat(linears, 1), (CASE.offsets,) * linears, decoding)
-                expand(hs[0], lora_B, *fixed, decoding, out)
+                site = Layout((CASE.offsets,) * linears)
+                hs = shrink(x, lora_A.repeat(linears, 1), site, decoding)
+                expand(hs[0], lora_B, layout, decoding, out)
     return calls.seen
 
 
 def test_opcheck() -> None:
     calls = every_call()
     for func, args in calls:
-        if func._opname in DIFFERENTIABLE:
-            args = tuple(a.requires_grad_() if _is_float(a) else a for a in args)
         opcheck(func, args)
-    known = {f._opoverload._opname for f in (*op.OPERATORS, *op_decode.OPERATORS)}
-    assert {func._opname for func, _ in calls} == known
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    assert {func._opname for func, _ in calls} == {f.name for f in operators.OPERATORS}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -95,8 +88,8 @@ def test_decoding_compiles_as_one_graph() -> None:
 
     def step(x: Tensor, out: Tensor) -> Tensor:
         plan = build_decode_plan(router, 10, 2)
-        (h,) = shrink(x, inputs["lora_A"], (CASE.offsets,), plan)
-        return expand(h, inputs["lora_B"], CASE.offsets, CASE.scales, plan, out)
+        (h,) = shrink(x, inputs["lora_A"], CASE.layout, plan)
+        return expand(h, inputs["lora_B"], CASE.layout, plan, out)
 
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

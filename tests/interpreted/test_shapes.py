@@ -6,21 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moelora_kernels import PATHS, build_plan
-from moelora_kernels.triton import fused_mixture
-from torch import Tensor
+from moelora_kernels import PATHS
 
-from tests.kernels.cases import (
-    CASES,
-    DTYPES,
-    Case,
-    assert_close,
-    expected,
-    make,
-    mixture,
-    run,
-    with_ranks,
-)
+from tests.kernels.cases import DTYPES, Case, assert_close, expected, make, mixture, run, with_ranks
 
 # Each with its reason.
 LARGE = {
@@ -36,7 +24,6 @@ LARGE = {
     "an expert with more slots than a tile": Case(rows=90, ranks=(4, 4), ids="one", num_slots=1),
     "a d that is not a multiple of 8": Case(d_in=41, d_out=67),
 }
-ONE_LAUNCH = {name: case for name, case in CASES.items() if case.offsets[-1] <= 64}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -55,38 +42,3 @@ def test_a_thousand_experts(path: str) -> None:
     ids, inputs = make(case, torch.float32)
     actual = run(mixture(case, ids, path=path, backend="triton"), inputs)
     assert_close(actual, expected(case, ids, inputs), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ONE_LAUNCH.values(), ids=ONE_LAUNCH.keys())
-def test_the_single_launch(case: Case, dtype: torch.dtype) -> None:
-    ids, inputs = make(case, dtype)
-
-    def function(
-        x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None
-    ) -> Tensor:
-        plan = build_plan(
-            ids,
-            weights,
-            len(case.ranks),
-            total_rank=case.offsets[-1],
-            tokens_per_row=case.tokens_per_row,
-            path="dense",
-            backend="triton",
-        )
-        return fused_mixture(x, lora_A, lora_B, case.offsets, case.scales, plan, out)
-
-    assert_close(run(function, inputs), expected(case, ids, inputs), dtype)
-
-
-def test_the_single_launch_holds_all_ranks_or_says_so() -> None:
-    ids, inputs = make(with_ranks((40, 40)), torch.float32)
-    plan = build_plan(
-        ids.clamp(max=1), inputs["weights"], 2, total_rank=80, path="dense", backend="triton"
-    )
-    with pytest.raises(
-        ValueError, match="R=80, expected path='dense' and at most 64 ranks in torch.float32"
-    ):
-        fused_mixture(
-            inputs["x"], inputs["lora_A"], inputs["lora_B"], (0, 40, 80), (1.0, 1.0), plan
-        )

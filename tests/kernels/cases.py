@@ -8,7 +8,7 @@ from itertools import accumulate, product
 from typing import Any
 
 import torch
-from moelora_kernels import BACKENDS, PATHS, lora_mixture, reference, triton
+from moelora_kernels import BACKENDS, PATHS, Layout, lora_mixture, reference, triton
 from torch import Tensor
 
 # Largest error over the largest value of the float64 reference: about 8 roundings of the dtype.
@@ -47,6 +47,10 @@ class Case:
     @property
     def scales(self) -> tuple[float, ...]:
         return self.scaling or tuple(0.5 + i for i in range(len(self.ranks)))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout((self.offsets,), self.scales)
 
 
 # Each odd shape with its reason.

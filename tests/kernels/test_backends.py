@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelora_kernels import PATHS, build_plan, expand, lora_mixture, shrink
+from moelora_kernels import PATHS, Layout, build_plan, expand, lora_mixture, shrink
 from torch import Tensor
 
 from tests.kernels.cases import (
@@ -102,10 +102,10 @@ def test_a_site_shrinks_its_linears_at_once(ranks: Any, backend: str, path: str)
 
     def both(x: Tensor, weights: Tensor, A0: Tensor, A1: Tensor, B0: Tensor, B1: Tensor) -> Tensor:
         plan = build_plan(ids, weights, 2, total_rank=8, tokens_per_row=2, path=path)
-        site = tuple(case.offsets for case in cases)
+        site = Layout([case.offsets for case in cases])
         hs = shrink(x, torch.cat([A0, A1]), site, plan, backend=backend)
         parts = zip(hs, (B0, B1), cases, strict=True)
-        ys = [expand(h, B, c.offsets, c.scales, plan, backend=backend) for h, B, c in parts]
+        ys = [expand(h, B, c.layout, plan, backend=backend) for h, B, c in parts]
         return torch.cat(ys, dim=1)
 
     names = {"A0": first["lora_A"], "A1": second["lora_A"], "B0": first["lora_B"]}
@@ -131,8 +131,8 @@ def test_an_activation_between(phi: Callable[[Tensor], Tensor], backend: str, pa
     def function(name: str, path: str) -> Callable[..., Tensor]:
         def activated(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor) -> Tensor:
             plan = build_plan(ids, weights, 3, total_rank=5, path=path)
-            (h,) = shrink(x, lora_A, (case.offsets,), plan, backend=name)
-            return expand(phi(h), lora_B, case.offsets, case.scales, plan, backend=name)
+            (h,) = shrink(x, lora_A, case.layout, plan, backend=name)
+            return expand(phi(h), lora_B, case.layout, plan, backend=name)
 
         return activated
 
@@ -202,9 +202,9 @@ def test_in_place_writes_into_out_and_nowhere_else(backend: str, path: str) -> N
             x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor
         ) -> Tensor:
             plan = build_plan(ids, weights, 3, total_rank=9, path=path)
-            (h,) = shrink(x, lora_A, (case.offsets,), plan, backend=backend)
+            (h,) = shrink(x, lora_A, case.layout, plan, backend=backend)
             base = (out * 1).view(2, 3, -1)
-            fixed = (lora_B, case.offsets, case.scales, plan)
+            fixed = (lora_B, case.layout, plan)
             before = base.detach().clone()
             y = expand(h, *fixed, base, inplace=inplace, backend=backend)
             assert inplace or torch.equal(base, before)
@@ -225,12 +225,12 @@ def test_eager_in_place_uses_the_memory_of_out(path: str) -> None:
     ids, inputs = make(case, torch.float32)
     x, lora_A, lora_B, weights, out = inputs.values()
     plan = build_plan(ids, weights, 3, total_rank=12, path=path)
-    (h,) = shrink(x, lora_A, (case.offsets,), plan)
+    (h,) = shrink(x, lora_A, case.layout, plan)
     for own in (out, out.clone().requires_grad_() * 1):  # without and with gradients
-        assert expand(h, lora_B, case.offsets, case.scales, plan, own, inplace=True) is own
+        assert expand(h, lora_B, case.layout, plan, own, inplace=True) is own
     strided = torch.zeros(case.d_out, len(x)).T  # cannot be flattened: the copy is returned
-    y = expand(h, lora_B, case.offsets, case.scales, plan, strided, inplace=True)
-    fresh = expand(h, lora_B, case.offsets, case.scales, plan)
+    y = expand(h, lora_B, case.layout, plan, strided, inplace=True)
+    fresh = expand(h, lora_B, case.layout, plan)
     torch.testing.assert_close(y, fresh)
 
 

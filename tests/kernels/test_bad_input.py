@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from moelora_kernels import BACKENDS, build_plan, lora_mixture, shrink
+from moelora_kernels import BACKENDS, Layout, build_plan, expand, lora_mixture, shrink
 
 GOOD: dict[str, Any] = {
     "x": torch.zeros(5, 6),
@@ -29,7 +29,7 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"expert_ids": ids + 2}, ValueError, r"values in 2..2, expected -1 \(no expert\) to 1"),
     ({"expert_ids": ids - 2}, ValueError, r"values in -2..-2, expected -1"),
     ({"tokens_per_row": -1}, ValueError, "tokens_per_row=-1"),
-    ({"path": "sparse"}, ValueError, "path='sparse' is unknown: .*dense, grouped, sequence"),
+    ({"path": "sparse"}, ValueError, "path='sparse' is unknown: .*, matmul, grouped, sequence"),
     ({"backend": "cuda"}, ValueError, f"backend='cuda' is unknown: .*{', '.join(BACKENDS)}"),
     (
         {"backend": "triton"},
@@ -83,8 +83,12 @@ def test_triton_names_the_dtypes_that_it_has(dtypes: dict[str, torch.dtype], mes
 
 def test_offsets_of_another_number_of_experts() -> None:
     plan = build_plan(GOOD["expert_ids"], GOOD["expert_weights"], 2, total_rank=4)
+    with pytest.raises(ValueError, match=r"has 1 experts, expected 2 \(the plan's num_experts\)"):
+        shrink(GOOD["x"], GOOD["lora_A"], Layout([(0, 4)]), plan)
     with pytest.raises(ValueError, match="expected 3 ints from 0"):
-        shrink(GOOD["x"], GOOD["lora_A"], ((0, 4),), plan)
+        Layout([(0, 2, 4), (0, 4)])
+    with pytest.raises(ValueError, match="expected one linear and a scaling for each expert"):
+        expand(torch.zeros(4, 4), GOOD["lora_B"], Layout([(0, 2, 4)]), plan)
 
 
 def test_ids_are_not_read_unless_asked() -> None:

@@ -75,7 +75,8 @@ def test_explain() -> None:
     lines = text.splitlines()
     assert lines[0] == "backend triton: cuda, torch.bfloat16"
     assert lines[1] == "  not sequence: no 16 tokens or more a row"
-    assert lines[3] == "  not dense: no R ≤ 190·K, or T ≤ 64"
+    assert lines[3] == "  not matmul: no CUDA, 16 bits, T ≥ 256, R ≤ 256·K"
+    assert lines[4] == "  not dense: no R ≤ 190·K, or T ≤ 64"
     assert lines[-1].startswith("path grouped: else; all experts' products would cost more")
     assert (
         explain(Shape(4, 1, 8, 2, 1), backend="eager").splitlines()[0]

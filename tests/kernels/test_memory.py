@@ -37,8 +37,8 @@ def test_nothing_larger_than_x_and_out_is_made(path: str) -> None:
     with LargestTensor() as largest:
         weights = leaves["weights"]
         plan = build_plan(ids, weights, 4, total_rank=16, tokens_per_row=32, path=path)
-        (h,) = shrink(leaves["x"], leaves["lora_A"], (CASE.offsets,), plan)
-        y = expand(h, leaves["lora_B"], CASE.offsets, CASE.scales, plan, leaves["out"])
+        (h,) = shrink(leaves["x"], leaves["lora_A"], CASE.layout, plan)
+        y = expand(h, leaves["lora_B"], CASE.layout, plan, leaves["out"])
         y.backward(torch.ones_like(y))
     assert largest.numel <= TOKENS * CASE.d_out < TOKENS * CASE.num_slots * CASE.d_out
 
@@ -49,7 +49,7 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
     ids, inputs = make(CASE, dtype)
     leaves = {n: t.requires_grad_() for n, t in inputs.items() if t is not None}
     plan = build_plan(ids, leaves["weights"], 4, total_rank=16, tokens_per_row=32, path=path)
-    used = plan.gate if path == "dense" else plan.weights
+    used = plan.gate if path in ("dense", "matmul") else plan.weights
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        (h,) = shrink(leaves["x"], leaves["lora_A"], (CASE.offsets,), plan)
-        expand(h, leaves["lora_B"], CASE.offsets, CASE.scales, plan, leaves["out"])
+        (h,) = shrink(leaves["x"], leaves["lora_A"], CASE.layout, plan)
+        expand(h, leaves["lora_B"], CASE.layout, plan, leaves["out"])
     wanted = (leaves["x"], leaves["lora_A"], h, leaves["lora_B"], used)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in wanted]
 
@@ -66,7 +66,7 @@ def test_only_inputs_and_h_are_kept(path: str, dtype: torch.dtype) -> None:
 def test_h_is_of_rank_size() -> None:
     ids, inputs = make(CASE, torch.float32)
     x, lora_A, _, weights, _ = inputs.values()
-    for path, per_token in {"dense": 16, "grouped": 12, "sequence": 12}.items():
+    for path, per_token in {"dense": 16, "matmul": 16, "grouped": 12, "sequence": 12}.items():
         plan = build_plan(ids, weights, 4, total_rank=16, tokens_per_row=32, path=path)
-        (h,) = shrink(x, lora_A, (CASE.offsets,), plan)
+        (h,) = shrink(x, lora_A, CASE.layout, plan)
         assert h.numel() == TOKENS * per_token

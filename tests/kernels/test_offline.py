@@ -11,17 +11,11 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from moelora_kernels import Layout, Plan, build_plan
 from moelora_kernels.dispatch import DECODE_RANKS
-from moelora_kernels.triton import FUSED_RANKS, FUSED_RANKS_FP32
-from moelora_kernels.triton.decode import decode_expand, decode_shrink
-from moelora_kernels.triton.expand import expand
-from moelora_kernels.triton.fused import fused
-from moelora_kernels.triton.gate_grad import gate_grad
-from moelora_kernels.triton.layout import Layout, layout, scales
-from moelora_kernels.triton.shrink import shrink_planes
-from moelora_kernels.triton.slot_map import slot_map
-from moelora_kernels.triton.tiles import group_block
-from moelora_kernels.triton.weight_grad import weight_grad
+from moelora_kernels.triton import operators as ops
+from moelora_kernels.triton.autograd import in_dtype
+from moelora_kernels.triton.job import Job, job_of
 
 from tests.kernels.offline import SHARED, TARGETS, Figures, Launch, compiled, recorded
 
@@ -41,62 +35,42 @@ def training(
     """The forward and backward launches of one linear of `experts` of equal rank; master: factors
     in fp32.
     """
-    site, scaling = sited(experts, rank)
-    x, factor = (
-        empty(rows * tokens_per_row, D, dtype=dtype),
-        empty(experts * rank, D, dtype=FP32 if master else dtype),
-    )
-    ids, weights = empty(rows, 2, dtype=torch.int64), empty(rows, 2)
-    slots = None
-    if path != "dense":
-        slots = slot_map(ids, tokens_per_row, experts, group_block(len(x), experts))
-    planes = shrink_planes(x, factor, ids, slots, site, path, tokens_per_row, "")
-    h = planes[0]
-    own = h if path == "dense" else h[:, :, 0]
-    expand(own, factor, x, (weights, scaling), ids, slots, site, path, tokens_per_row, dtype, "")
-    gate_grad(planes, own, weights, scaling, ids, site, path, tokens_per_row, dtype, "")
-    gated = h.to(dtype)
-    weight_grad(gated, x, slots, site, path, dtype, "")  # of lora_B
-    weight_grad(h, x, slots, site, path, dtype, "")  # of lora_A, from fp32
-    expand(h, factor, None, None, ids, slots, site, path, tokens_per_row, dtype, "")
-
-
-def one_launch(
-    tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False
-) -> None:
-    """The single launch, with the routing given and, for few tokens, with the router inside."""
-    site, scaling = sited(experts, rank)
-    x, factor = (
-        empty(tokens, D, dtype=dtype),
-        empty(experts * rank, D, dtype=FP32 if master else dtype),
-    )
-    ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
-    h = empty(tokens, experts * rank)
-    fused(x, factor, factor, scaling, site, ids, weights, x, x, h, 1, "")
-    if tokens <= 64:
-        router = (empty(experts, D), None, True)
-        fused(x, factor, factor, scaling, site, ids, weights, x, x, None, 1, "", router)
+    job = job_on(path, rows, experts, rank, tokens_per_row)
+    tokens = rows * tokens_per_row
+    x = empty(tokens, D, dtype=dtype)
+    factor = empty(experts * rank, D, dtype=FP32 if master else dtype)
+    factor = in_dtype(factor, dtype, tokens, job)
+    h = ops.shrink.run(x, factor, job)
+    own = h if job.masked else h[:, :, 0]
+    weights = empty(rows, 2)
+    ops.expand.run(own, factor, weights, x, dtype, job)
+    dh, gated, _ = ops.expand_backward.run(x, own, factor, weights, job)
+    ops.weight_grad.run(gated if job.masked else gated.unsqueeze(2), x, dtype, job)  # of lora_B
+    ops.weight_grad.run(h, x, dtype, job)  # of lora_A, from fp32
+    ops.input_grad.run(h, factor, dtype, job)
+    assert dh.shape == own.shape
 
 
 def decoding(
     tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False
 ) -> None:
     """Both launches of the decode path."""
-    site, scaling = sited(experts, rank)
-    x, factor = (
-        empty(tokens, D, dtype=dtype),
-        empty(experts * rank, D, dtype=FP32 if master else dtype),
-    )
-    logits, h = decode_shrink(x, empty(experts, D), factor, "")
-    ids, weights = empty(tokens, 2, dtype=torch.int64), empty(tokens, 2)
-    decode_expand(logits, h, factor, None, True, scaling, site, ids, weights, x, x, "")
+    job = job_on("dense", tokens, experts, rank, 1)
+    x = empty(tokens, D, dtype=dtype)
+    factor = empty(experts * rank, D, dtype=FP32 if master else dtype)
+    logits, h = ops.decode_shrink.run(x, empty(experts, D), factor, job)
+    routing = (job.ids, empty(tokens, 2))
+    ops.decode_expand_.run(logits, h, factor, None, True, *routing, x, True, job)
 
 
-def sited(experts: int, rank: int) -> tuple[Layout, torch.Tensor]:
-    meta = torch.device("meta")
-    return layout(tuple(range(0, experts * rank + 1, rank)), experts, meta), scales(
-        (1.0,) * experts, meta
-    )
+def job_on(path: str, rows: int, experts: int, rank: int, tokens_per_row: int) -> Job:
+    """The job of a training step on the meta device."""
+    layout = Layout([range(0, experts * rank + 1, rank)], (1.0,) * experts, "meta")
+    ids, weights = empty(rows, 2, dtype=torch.int64), empty(rows, 2)
+    total = experts * rank
+    per_row = {"total_rank": total, "tokens_per_row": tokens_per_row, "path": path}
+    plan: Plan = build_plan(ids, weights, experts, **per_row, backend="triton")
+    return job_of(plan, layout, learns=True)
 
 
 def kernel_of(launch: Launch) -> str:
@@ -115,8 +89,7 @@ def every_launch() -> list[Launch]:
         for (dtype, master), tokens in product(((BF16, True), (FP32, False)), (1, 32, 8192)):
             for experts, rank in ((4, 4), (4, 8), (8, 8), (8, 16), (8, 32), (8, 48)):
                 training("dense", tokens, experts, rank, dtype, master=master)
-                if experts * rank <= (FUSED_RANKS_FP32 if dtype == FP32 else FUSED_RANKS):
-                    one_launch(tokens, experts, rank, dtype, master)
+                training("matmul", tokens, experts, rank, dtype, master=master)
                 if tokens <= 64 and experts * rank <= DECODE_RANKS:
                     decoding(tokens, experts, rank, dtype, master)
         for (dtype, master), rank in product(((BF16, True), (FP32, False)), (16, 32, 64, 128, 256)):

@@ -26,7 +26,7 @@ def test_imports_only_torch_triton_einops_and_itself(path: Path) -> None:
 def test_the_reference_shares_no_helper_with_a_backend() -> None:
     tree = ast.parse((FOLDER / "reference.py").read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert modules == {"__future__", "einops", "torch", "plan"}
+    assert modules == {"__future__", "einops", "torch", "layout", "plan"}
 
 
 def test_there_is_no_package_named_kernels() -> None:

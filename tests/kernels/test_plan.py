@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moelora_kernels import PATHS, build_plan, expand, shrink
+from moelora_kernels import PATHS, Layout, build_plan, expand, shrink
 from torch import Tensor
 
 from tests.kernels.cases import Case, make
@@ -52,8 +52,8 @@ def test_other_weights_in_the_same_plan(path: str) -> None:
 
     def y(weights: Tensor) -> Tensor:
         changed = replace(plan, weights=weights)
-        (h,) = shrink(x, lora_A, (case.offsets,), changed)
-        return expand(h, lora_B, case.offsets, case.scales, changed)
+        (h,) = shrink(x, lora_A, case.layout, changed)
+        return expand(h, lora_B, case.layout, changed)
 
     twice = y(other)
     torch.testing.assert_close(twice, 2 * y(plan.weights))
@@ -73,8 +73,9 @@ def test_never_waits_for_the_device(path: str, backend: str, ranks: tuple[int, .
     plan = build_plan(
         ids.to("meta"), weights, 3, total_rank=4, tokens_per_row=2, path=path, backend=backend
     )
-    (h,) = shrink(x, lora_A, (case.offsets,), plan)
-    y = expand(h, lora_B, case.offsets, (1.0, 2.0, 3.0), plan, out)
+    layout = Layout((case.offsets,), (1.0, 2.0, 3.0), "meta")
+    (h,) = shrink(x, lora_A, layout, plan)
+    y = expand(h, lora_B, layout, plan, out)
     grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
     assert y.shape == out.shape and [g.shape for g in grads] == [t.shape for t in leaves]
 
@@ -86,7 +87,7 @@ def test_a_complete_routing_gives_the_plan_of_one_that_is_looked_through(path: s
     for complete in (False, True):
         weights = torch.arange(14.0).view(7, 2).requires_grad_()
         plan = build_plan(ids, weights, 5, total_rank=20, path=path, complete=complete)
-        used = plan.gate if path == "dense" else plan.weights
+        used = plan.gate if path in ("dense", "matmul") else plan.weights
         (used * torch.arange(used.numel()).view_as(used)).sum().backward()
         gradients.append((used.detach(), plan.slot_experts, weights.grad))
     for looked, trusted in zip(*gradients, strict=True):

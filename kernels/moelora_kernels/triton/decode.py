@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand import multiply_rows, store_rows
-from .layout import Layout
+from .expand import multiply_masked_rows, store_rows
+from .job import Job
 from .routing import gate_in_rank_space, select_experts
 from .shrink import multiply_columns, sum_planes
 from .tiles import Tile, ceil_div, fitting, launch_options, split_count, tile_for
@@ -79,11 +79,14 @@ def decode_expand_kernel(
     gate = gate_in_rank_space(by_expert, experts, scaling, total_rank, BLOCK_E, BLOCK_R)
     used = rank < total_rank
     place = token.to(tl.int64)[:, None] * h_stride + rank[None, :]
-    gated = sum_planes(h, place, there[:, None] & used[None, :], splits, plane_stride) * gate
+    gated = sum_planes(h, place, there[:, None] & used[None, :], splits, plane_stride)
+    gated = tl.where(gate != 0.0, gated * gate, 0.0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    acc = multiply_rows(acc, gated, lora_B, rank, used, column, inside, d, y.dtype.element_ty)
+    acc = multiply_masked_rows(
+        acc, gated, lora_B, rank, used, column, inside, d, y.dtype.element_ty
+    )
     store_rows(y, out, acc, token, there, column, inside, d, out_stride)
 
 
@@ -119,13 +122,11 @@ def decode_expand(
     lora_B: Tensor,
     bias: Tensor | None,
     norm: bool,
-    scaling: Tensor,
-    site: Layout,
     ids: Tensor,
     weights: Tensor,
     out: Tensor | None,
     y: Tensor,
-    tiles: str,
+    job: Job,
 ) -> None:
     """Write y [T, d_out] for one linear's h [splits, T, R], and the routing to ids and weights [T,
     K].
@@ -133,10 +134,10 @@ def decode_expand(
     num_tokens, d = y.shape
     if 0 in y.shape:
         return
-    tile = tile_for("decode_expand", num_tokens, site.total_rank, y.dtype, tiles)
+    tile = tile_for("decode_expand", num_tokens, job.total_rank, y.dtype, job.tiles)
     decode_expand_kernel[(ceil_div(num_tokens, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D))](
-        logits, h, lora_B, bias, scaling, site.experts, ids, weights, out, y,
-        num_tokens, site.total_rank, d, site.num_experts, h.shape[0],
+        logits, h, lora_B, bias, job.scales, job.experts, ids, weights, out, y,
+        num_tokens, job.total_rank, d, job.num_experts, h.shape[0],
         logits.stride(0), h.stride(0), h.stride(1), 0 if out is None else out.stride(0),
-        K=ids.shape[1], NORM=norm, BLOCK_E=fitting(site.num_experts, 64), **launch_options(tile),
+        K=ids.shape[1], NORM=norm, BLOCK_E=fitting(job.num_experts, 64), **launch_options(tile),
     )  # fmt: skip

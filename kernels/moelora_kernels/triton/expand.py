@@ -7,21 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
-from .shrink import tiles_of_tokens
-from .slot_map import SlotMap, table, tokens_of_tile
+from .job import Job
+from .routing import gate_of_ranks
+from .shrink import tiles_of_slot
+from .slot_map import table, tokens_of_tile
 from .tiles import ceil_div, launch_options, out_tiles, tile_for, with_block_t
-
-
-@triton.jit
-def gate_of_ranks(weights, row_ids, row, there, expert, scale, K: tl.constexpr):
-    """g·s [tokens, ranks] fp32 of the dense path: Σ_k w[row, k] · [ids[row, k] = expert] · s."""
-    gate = tl.zeros((row.shape[0], expert.shape[0]), dtype=tl.float32)
-    for slot in tl.static_range(K):
-        chosen = tl.load(row_ids + row * K + slot, mask=there, other=-1).to(tl.int32)
-        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
-        gate += tl.where(chosen[:, None] == expert[None, :], weight[:, None], 0.0)
-    return gate * scale[None, :]
 
 
 @triton.jit
@@ -37,7 +27,9 @@ def _dense_h(
     if GATED:
         expert = tl.load(experts + rank, mask=inside, other=-2)
         scale = tl.load(scaling + tl.maximum(expert, 0))
-        tile *= gate_of_ranks(weights, row_ids, token // tokens_per_row, there, expert, scale, K)
+        gate = gate_of_ranks(weights, row_ids, token // tokens_per_row, there, expert, scale, K)
+        # Not the product alone: 0 times an infinity or a NaN of an expert not chosen is a NaN.
+        tile = tl.where(gate != 0.0, tile * gate, 0.0)
     return tile
 
 
@@ -47,6 +39,23 @@ def multiply_rows(acc, h_tile, factor, row, used, column, inside, d, dtype: tl.c
     place = row.to(tl.int64)[:, None] * d + column[None, :]
     f_tile = tl.load(factor + place, mask=used[:, None] & inside[None, :], other=0.0)
     return tl.dot(h_tile.to(dtype), f_tile.to(dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def multiply_masked_rows(acc, h_tile, factor, row, used, column, inside, d, dtype: tl.constexpr):
+    """As `multiply_rows`, for h that is 0 where a token did not choose the row's expert: an
+    infinity or a NaN in a row makes NaN of the tokens that did, and of no others.
+    """
+    place = row.to(tl.int64)[:, None] * d + column[None, :]
+    f_tile = tl.load(factor + place, mask=used[:, None] & inside[None, :], other=0.0).to(dtype)
+    finite = f_tile - f_tile == 0.0
+    cast = h_tile.to(dtype)
+    acc = tl.dot(cast, tl.where(finite, f_tile, 0.0), acc, input_precision="ieee")
+    bad = tl.max(tl.where(finite, 0, 1), axis=1)
+    if tl.max(bad, axis=0) > 0:
+        hit = tl.where((bad[None, :] > 0) & (h_tile != 0.0), 1, 0)
+        acc = tl.where(tl.max(hit, axis=1)[:, None] > 0, float("nan"), acc)
+    return acc
 
 
 @triton.jit
@@ -103,7 +112,7 @@ def expand_dense_kernel(
         inside = column < d
         acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
         if RESIDENT:
-            acc = multiply_rows(
+            acc = multiply_masked_rows(
                 acc, h_tile, factor, lane_r, lane_r < total_rank, column, inside, d, dtype
             )
         else:
@@ -113,7 +122,7 @@ def expand_dense_kernel(
                     tokens_per_row, h_stride, K, GATED, BLOCK_R,
                 )  # fmt: skip
                 rank = first + lane_r
-                acc = multiply_rows(
+                acc = multiply_masked_rows(
                     acc, gated, factor, rank, rank < total_rank, column, inside, d, dtype
                 )
         store_rows(y, out, acc, token, there, column, inside, d, out_stride)
@@ -177,18 +186,12 @@ def expand(
     h: Tensor,
     factor: Tensor,
     out: Tensor | None,
-    gate: tuple[Tensor, Tensor] | None,
-    expert_ids: Tensor,
-    slots: SlotMap | None,
-    site: Layout,
-    path: str,
-    tokens_per_row: int,
+    weights: Tensor | None,
     dtype: torch.dtype,
-    tiles: str,
+    job: Job,
     y: Tensor | None = None,
 ) -> Tensor:
-    """out + Σ (w·s·h) F as y [T, d] of dtype; gate = (weights [rows, K], scaling [E]) or None: h as
-    it is.
+    """out + Σ (w·s·h) F as y [T, d] of dtype; without weights [rows, K] h is taken as it is.
 
     h of `shrink`'s form, of any strides but that of the last axis; y may be out itself.
     """
@@ -199,60 +202,44 @@ def expand(
         return y
     if 0 in h.shape:
         return y.zero_() if out is None else y.copy_(out)
-    if path == "dense":
-        _launch_dense(h, factor, out, y, gate, expert_ids, site, tokens_per_row, tiles)
+    if job.masked:
+        _launch_dense(h, factor, out, y, weights, job)
     else:
-        _launch_slots(h, factor, out, y, gate, expert_ids, slots, site, path, tokens_per_row, tiles)
+        _launch_slots(h, factor, out, y, weights, job)
     return y
 
 
-def _launch_dense(
-    h, factor, out, y, gate, expert_ids, site: Layout, tokens_per_row: int, tiles: str
-) -> None:
+def _launch_dense(h, factor, out, y, weights, job: Job) -> None:
     """One launch."""
     num_tokens, d = y.shape
-    tile = tile_for("expand", num_tokens, site.total_rank, y.dtype, tiles)
+    tile = tile_for("expand", num_tokens, job.total_rank, y.dtype, job.tiles)
     grid_t = ceil_div(num_tokens, tile.BLOCK_T)
     grid_d = ceil_div(d, tile.BLOCK_D)
     tiles_d = out_tiles(grid_t * grid_d, y.device)
     expand_dense_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
-        h, factor, out, y, *(gate or (None, None)), expert_ids, site.experts,
-        num_tokens, tokens_per_row, site.total_rank, d, h.stride(0),
+        h, factor, out, y, weights, job.scales, job.ids, job.experts,
+        num_tokens, job.tokens_per_row, job.total_rank, d, h.stride(0),
         0 if out is None else out.stride(0),
-        K=expert_ids.shape[1], GATED=gate is not None, RESIDENT=site.total_rank <= tile.BLOCK_R,
+        K=job.num_slots, GATED=weights is not None, RESIDENT=job.total_rank <= tile.BLOCK_R,
         TILES_D=tiles_d, **launch_options(tile),
     )  # fmt: skip
 
 
-def _launch_slots(
-    h,
-    factor,
-    out,
-    y,
-    gate,
-    expert_ids,
-    slots,
-    site: Layout,
-    path: str,
-    tokens_per_row: int,
-    tiles: str,
-) -> None:
+def _launch_slots(h, factor, out, y, weights, job: Job) -> None:
     """One launch; of the grouped path one for each slot, in order."""
     num_tokens, d = y.shape
-    num_slots = expert_ids.shape[1]
-    block = None if path == "sequence" else slots.block
-    tokens = tokens_per_row if path == "sequence" else block
-    tile = with_block_t(tile_for("expand_slots", tokens, site.max_rank, y.dtype, tiles), block)
-    grid = (
-        tiles_of_tokens(num_tokens, 1, path, tokens_per_row, slots, tile.BLOCK_T),
-        ceil_div(d, tile.BLOCK_D),
-    )
-    for slot in range(num_slots if path == "grouped" else 1):
+    grouped = job.path == "grouped"
+    block = job.slots.block if grouped and job.slots is not None else None
+    tokens = block or job.tokens_per_row
+    tile = with_block_t(tile_for("expand_slots", tokens, job.max_rank, y.dtype, job.tiles), block)
+    grid = tiles_of_slot(num_tokens, job, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D)
+    for slot in range(job.num_slots if grouped else 1):
         expand_slots_kernel[grid](
-            h, factor, out, y, *(gate or (None, None)), expert_ids, *table(slots),
-            site.starts, site.ranks, tokens_per_row, slots.groups.shape[1] if slots else 0,
-            slot, num_slots, site.num_experts, d, *h.stride()[:3],
+            h, factor, out, y, weights, job.scales, job.ids, *table(job.slots),
+            job.starts, job.ranks, job.tokens_per_row,
+            job.slots.groups.shape[1] if job.slots else 0,
+            slot, job.num_slots, job.num_experts, d, *h.stride()[:3],
             0 if out is None else out.stride(0),
-            PATH=path, L=site.num_linears, GATED=gate is not None, **launch_options(tile),
+            PATH=job.path, L=job.num_linears, GATED=weights is not None, **launch_options(tile),
         )  # fmt: skip
         out = y

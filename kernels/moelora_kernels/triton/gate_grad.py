@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand import gate_of_ranks
-from .layout import Layout
+from .job import Job
+from .routing import gate_of_ranks
 from .shrink import sum_planes
 from .tiles import ceil_div, launch_options, tile_for
 
@@ -42,8 +42,11 @@ def gate_grad_dense_kernel(
         expert = tl.load(experts + rank, mask=inside, other=-2)
         scale = tl.load(scaling + tl.maximum(expert, 0))
         gate = gate_of_ranks(weights, row_ids, row, there, expert, scale, K)
-        tl.store(dh + place, (u * gate).to(dh.dtype.element_ty), mask=mask)
-        tl.store(gated + place, (h_tile * gate).to(gated.dtype.element_ty), mask=mask)
+        # An infinity or a NaN of an expert not chosen stays there.
+        du = tl.where(gate != 0.0, u * gate, 0.0)
+        gated_h = tl.where(gate != 0.0, h_tile * gate, 0.0)
+        tl.store(dh + place, du.to(dh.dtype.element_ty), mask=mask)
+        tl.store(gated + place, gated_h.to(gated.dtype.element_ty), mask=mask)
         terms = u * h_tile * scale[None, :]
         for slot in tl.static_range(K):
             chosen = tl.load(row_ids + row * K + slot, mask=there, other=-1).to(tl.int32)
@@ -82,44 +85,36 @@ def gate_grad_slots_kernel(
 
 
 def gate_grad(
-    planes: Tensor,
-    h: Tensor,
-    weights: Tensor,
-    scaling: Tensor,
-    expert_ids: Tensor,
-    site: Layout,
-    path: str,
-    tokens_per_row: int,
-    dtype: torch.dtype,
-    tiles: str,
+    planes: Tensor, h: Tensor, weights: Tensor, dtype: torch.dtype, job: Job
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh of h's shape and dtype, g·s·h in dtype, dweights [rows, K] fp32) of u's planes, for one
     linear.
     """
     num_tokens = h.shape[0]
-    num_slots = expert_ids.shape[1]
+    num_slots = job.num_slots
     dh = h.new_empty(h.shape)
     gated = h.new_empty(h.shape, dtype=dtype)
     dweights = weights.new_zeros((num_tokens, num_slots))
     if h.numel() and num_slots:
-        width = site.total_rank if path == "dense" else site.max_rank
-        tile = tile_for("gate_grad", num_tokens, width, torch.float32, tiles)
+        width = job.total_rank if job.masked else job.max_rank
+        tile = tile_for("gate_grad", num_tokens, width, torch.float32, job.tiles)
         options = {k: v for k, v in launch_options(tile).items() if k != "BLOCK_D"}
         sums = (planes.shape[0], planes.stride(0))
-        fixed = (planes, h, weights, scaling, expert_ids)
-        if path == "dense":
-            gate_grad_dense_kernel[(ceil_div(num_tokens, tile.BLOCK_T),)](
-                *fixed, site.experts, dh, gated, dweights,
-                num_tokens, tokens_per_row, width, *sums, h.stride(0),
+        fixed = (planes, h, weights, job.scales, job.ids)
+        grid_t = ceil_div(num_tokens, tile.BLOCK_T)
+        if job.masked:
+            gate_grad_dense_kernel[(grid_t,)](
+                *fixed, job.experts, dh, gated, dweights,
+                num_tokens, job.tokens_per_row, width, *sums, h.stride(0),
                 K=num_slots, BLOCK_K=triton.next_power_of_2(num_slots), **options,
             )  # fmt: skip
         else:
-            gate_grad_slots_kernel[(ceil_div(num_tokens, tile.BLOCK_T), num_slots)](
+            gate_grad_slots_kernel[(grid_t, num_slots)](
                 *fixed, dh, gated, dweights,
-                num_tokens, tokens_per_row, num_slots, width, *sums, *h.stride()[:2], **options,
+                num_tokens, job.tokens_per_row, num_slots, width, *sums, *h.stride()[:2], **options,
             )  # fmt: skip
     elif h.numel():
         dh.zero_(), gated.zero_()
-    if tokens_per_row != 1:
-        dweights = dweights.view(expert_ids.shape[0], tokens_per_row, num_slots).sum(1)
+    if job.tokens_per_row != 1:
+        dweights = dweights.view(job.ids.shape[0], job.tokens_per_row, num_slots).sum(1)
     return dh, gated, dweights

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import input_grad, shrink, weight_grad
+from .job import one_expert
+from .operators import input_grad, shrink, weight_grad
 
 # Significant bits of a 16-bit float: each part holds that many more of the fp32 number's 24.
 BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -28,7 +29,8 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         parts, scales = _parts(weight, x.dtype)
-        h = _shrink(x, parts.flatten(0, 1))
+        factor = parts.flatten(0, 1)
+        h = shrink(x, factor, one_expert(factor, len(x)))
         return torch.einsum("tpe,p->te", h.view(len(x), len(scales), len(weight)), scales)
 
     @staticmethod
@@ -40,21 +42,12 @@ class _Logits(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             # In 16 bits, of which dx keeps no more: the first parts do.
-            ids = x.new_empty((len(x), 0), dtype=torch.int64)
-            site = [0, len(weight)]
-            plan = (1, "dense", 1, 0, "")
-            dx = input_grad(dlogits, weight, ids, [], site, *plan, x.dtype)
+            dx = input_grad(dlogits, weight, x.dtype, one_expert(weight, len(x)))
         if ctx.needs_input_grad[1]:
-            site = [0, by_token.shape[1]]
-            grads = weight_grad(by_token, x, [], site, 1, "dense", 0, "", torch.float32)
+            job = one_expert(by_token.T, len(x))
+            grads = weight_grad(by_token, x, torch.float32, job)
             dweight = torch.einsum("ped,p->ed", grads.view(len(scales), *weight.shape), scales)
         return dx, dweight
-
-
-def _shrink(x: Tensor, factor: Tensor) -> Tensor:
-    """x Fᵀ [T, rows] fp32, as one expert of that rank on the dense path."""
-    ids = x.new_empty((len(x), 0), dtype=torch.int64)
-    return shrink(x, factor, ids, [], [0, len(factor)], 1, "dense", 1, 0, "")
 
 
 def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -65,6 +58,8 @@ def _parts(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     if dtype == torch.float32:
         return values.unsqueeze(0), values.new_ones(1)
+    if not values.numel():
+        return values.to(dtype).expand(3, *values.shape), values.new_ones(3)
     largest = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     rest = values / largest
     parts = []

@@ -60,3 +60,14 @@ def gate_in_rank_space(
     scale = tl.load(scaling + tl.maximum(expert, 0))
     ones = (tl.arange(0, BLOCK_E)[:, None] == expert[None, :]).to(tl.float32)
     return tl.dot(gate, ones, input_precision="ieee") * scale[None, :]
+
+
+@triton.jit
+def gate_of_ranks(weights, row_ids, row, there, expert, scale, K: tl.constexpr):
+    """g·s [tokens, ranks] fp32 of the dense path: Σ_k w[row, k] · [ids[row, k] = expert] · s."""
+    gate = tl.zeros((row.shape[0], expert.shape[0]), dtype=tl.float32)
+    for slot in tl.static_range(K):
+        chosen = tl.load(row_ids + row * K + slot, mask=there, other=-1).to(tl.int32)
+        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
+        gate += tl.where(chosen[:, None] == expert[None, :], weight[:, None], 0.0)
+    return gate * scale[None, :]

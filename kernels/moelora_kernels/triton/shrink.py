@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
-from .slot_map import SlotMap, table, tokens_of_tile
+from .job import Job
+from .slot_map import table, tokens_of_tile
 from .tiles import ceil_div, launch_options, split_count, tile_for, with_block_t
 
 
@@ -94,60 +94,41 @@ def sum_planes(planes, place, mask, splits, plane_stride):
     return total
 
 
-def h_shape(
-    num_tokens: int, num_slots: int, path: str, site: tuple[int, int, int]
-) -> tuple[int, ...]:
-    """The shape of a site's h, for `sizes` of its offsets."""
-    linears, total, largest = site
-    return (num_tokens, total) if path == "dense" else (num_tokens, num_slots, linears, largest)
-
-
-def shrink_planes(
-    x: Tensor,
-    factor: Tensor,
-    expert_ids: Tensor,
-    slots: SlotMap | None,
-    site: Layout,
-    path: str,
-    tokens_per_row: int,
-    tiles: str,
-) -> Tensor:
-    """h in fp32 planes [splits, *h_shape], to be summed in order; x [T, d], factor [Σ_l R_l, d]."""
+def shrink_planes(x: Tensor, factor: Tensor, job: Job) -> Tensor:
+    """h in fp32 planes [splits, *job.h_shape], to be summed in order; x [T, d], factor [R, d]."""
     num_tokens, d = x.shape
-    num_slots = expert_ids.shape[1]
-    shape = h_shape(num_tokens, num_slots, path, (site.num_linears, site.total_rank, site.max_rank))
+    shape = job.h_shape(num_tokens)
     if 0 in shape:
         return x.new_zeros((1, *shape), dtype=torch.float32)
-    width = site.total_rank if path == "dense" else site.max_rank
-    block = slots.block if slots is not None and path == "grouped" else None
-    tokens = block or (tokens_per_row if path == "sequence" else num_tokens)
-    tile = with_block_t(tile_for("shrink", tokens, width, x.dtype, tiles), block)
-    grid_t = tiles_of_tokens(num_tokens, num_slots, path, tokens_per_row, slots, tile.BLOCK_T)
-    grid_r = ceil_div(width, tile.BLOCK_R) * (1 if path == "dense" else site.num_linears)
+    width = job.total_rank if job.masked else job.max_rank
+    block = job.slots.block if job.slots is not None and job.path == "grouped" else None
+    tokens = block or (job.tokens_per_row if job.path == "sequence" else num_tokens)
+    tile = with_block_t(tile_for("shrink", tokens, width, x.dtype, job.tiles), block)
+    grid_t = tiles_of_tokens(num_tokens, job, tile.BLOCK_T)
+    grid_r = ceil_div(width, tile.BLOCK_R) * (1 if job.masked else job.num_linears)
     splits, d_per_split = split_count(grid_t * grid_r, d, tile.BLOCK_D, x.device)
     planes = x.new_empty((splits, *shape), dtype=torch.float32)
     shrink_kernel[(grid_t, grid_r, splits)](
         x, factor, planes,
-        expert_ids, *table(slots), site.starts, site.ranks,
-        num_tokens, tokens_per_row, slots.groups.shape[1] if slots else 0,
-        num_slots, site.num_experts, site.total_rank, d, d_per_split, x.stride(0), planes.stride(0),
-        PATH=path, MAX_RANK=site.max_rank, L=site.num_linears, **launch_options(tile),
+        job.ids, *table(job.slots), job.starts, job.ranks,
+        num_tokens, job.tokens_per_row, job.slots.groups.shape[1] if job.slots else 0,
+        job.num_slots, job.num_experts, job.total_rank, d, d_per_split, x.stride(0),
+        planes.stride(0),
+        PATH=job.path, MAX_RANK=job.max_rank, L=job.num_linears, **launch_options(tile),
     )  # fmt: skip
     return planes
 
 
-def tiles_of_tokens(
-    num_tokens: int,
-    num_slots: int,
-    path: str,
-    tokens_per_row: int,
-    slots: SlotMap | None,
-    block: int,
-) -> int:
-    """How many tiles of tokens there are, for every slot where a tile has one."""
-    if path == "dense":
+def tiles_of_tokens(num_tokens: int, job: Job, block: int) -> int:
+    """How many tiles of tokens a shrink has: for every slot where a tile has one."""
+    if job.path == "dense":
         return ceil_div(num_tokens, block)
-    if path == "sequence":
-        return num_tokens // tokens_per_row * ceil_div(tokens_per_row, block) * num_slots
-    assert slots is not None
-    return slots.groups.shape[1] * num_slots
+    return tiles_of_slot(num_tokens, job, block) * job.num_slots
+
+
+def tiles_of_slot(num_tokens: int, job: Job, block: int) -> int:
+    """How many tiles of tokens one slot has, on the paths grouped and sequence."""
+    if job.path == "sequence":
+        return num_tokens // job.tokens_per_row * ceil_div(job.tokens_per_row, block)
+    assert job.slots is not None
+    return job.slots.groups.shape[1]

@@ -45,7 +45,7 @@ def slot_map(expert_ids: Tensor, tokens_per_row: int, num_experts: int, block: i
     )
     ends = counts.cumsum(1)
     num_tokens = rows * tokens_per_row
-    capacity = min(num_tokens, num_tokens // block + groups_per_slot)
+    capacity = torch.sym_min(num_tokens, num_tokens // block + groups_per_slot)
     tile = torch.arange(capacity, device=device).expand(slots, capacity).contiguous()
     expert = torch.searchsorted(ends, tile, right=True)
     there = expert < groups_per_slot

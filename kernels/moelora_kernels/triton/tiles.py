@@ -18,7 +18,6 @@ KERNELS = (
     "expand_slots",
     "weight_grad",
     "gate_grad",
-    "fused",
     "decode_shrink",
     "decode_expand",
 )
@@ -81,12 +80,6 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
     if kernel == "weight_grad":
         ranks = fitting(width, 64)
         return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
-    if kernel == "fused":
-        return (
-            Tile(16, 256, 32, 4, 1)
-            if width > 128
-            else Tile(min(tokens, 32), fitting(width, 128), 32, 8, 2)
-        )
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 128, 4)
     many = width > 64
@@ -102,8 +95,6 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
     if kernel == "weight_grad":
         return Tile(32, fitting(width, 32), 64, 4)
-    if kernel == "fused":
-        return Tile(16, fitting(width, 64), 16, 4, 2)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 64, 4)
     # With 16 tokens it spills: each thread then holds whole rows of the other side.
@@ -193,7 +184,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def group_block(num_tokens: int, num_experts: int) -> int:
     """Tokens in a tile of one expert's slots: what an expert gets on average, 16 to 64."""
-    return fitting(ceil_div(num_tokens, num_experts), 64)
+    # Comparisons alone: a traced number of tokens then has three graphs and not one for each.
+    if num_tokens <= 16 * num_experts:
+        return 16
+    return 32 if num_tokens <= 32 * num_experts else 64
 
 
 def out_tiles(programs: int, device: torch.device) -> int:

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
-from .slot_map import SlotMap
+from .job import Job
 from .tiles import ceil_div, launch_options, split_count, tile_for
 
 
@@ -105,38 +104,31 @@ def weight_grad_slots_kernel(
     tl.store(grad + place, acc.to(grad.dtype.element_ty), mask=used[:, None] & inside[None, :])
 
 
-def weight_grad(
-    h: Tensor,
-    x: Tensor,
-    slots: SlotMap | None,
-    site: Layout,
-    path: str,
-    dtype: torch.dtype,
-    tiles: str,
-) -> Tensor:
+def weight_grad(h: Tensor, x: Tensor, job: Job, dtype: torch.dtype) -> Tensor:
     """hᵀ x stacked as the factor, [Σ_l R_l, d] of dtype; h of `shrink`'s form, x [T, d]."""
     d = x.shape[1]
     if 0 in h.shape or 0 in x.shape:
-        return x.new_zeros((site.total_rank, d), dtype=dtype)
-    if path == "dense":
-        return _dense(h, x, site, dtype, tiles)
+        return x.new_zeros((job.total_rank, d), dtype=dtype)
+    if job.masked:
+        return _dense(h, x, job, dtype)
+    slots = job.slots
     assert slots is not None
-    tile = tile_for("weight_grad", slots.block, site.max_rank, x.dtype, tiles)
-    blocks_r = ceil_div(site.max_rank, tile.BLOCK_R)
-    grad = x.new_empty((site.total_rank, d), dtype=dtype)
-    weight_grad_slots_kernel[(len(site.ranks) * blocks_r, ceil_div(d, tile.BLOCK_D))](
-        h, x, grad, slots.tokens, slots.bounds, site.starts, site.ranks,
-        h.shape[1], site.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r,
+    tile = tile_for("weight_grad", slots.block, job.max_rank, x.dtype, job.tiles)
+    blocks_r = ceil_div(job.max_rank, tile.BLOCK_R)
+    grad = x.new_empty((job.total_rank, d), dtype=dtype)
+    weight_grad_slots_kernel[(len(job.ranks) * blocks_r, ceil_div(d, tile.BLOCK_D))](
+        h, x, grad, slots.tokens, slots.bounds, job.starts, job.ranks,
+        h.shape[1], job.num_experts, d, *h.stride()[:3], x.stride(0), blocks_r,
         **launch_options(tile),
     )  # fmt: skip
     return grad
 
 
-def _dense(h: Tensor, x: Tensor, site: Layout, dtype: torch.dtype, tiles: str) -> Tensor:
+def _dense(h: Tensor, x: Tensor, job: Job, dtype: torch.dtype) -> Tensor:
     """One launch; and where T was split, the sum of the splits' planes in order."""
     num_tokens, d = x.shape
-    total_rank = site.total_rank
-    tile = tile_for("weight_grad", num_tokens, total_rank, x.dtype, tiles)
+    total_rank = job.total_rank
+    tile = tile_for("weight_grad", num_tokens, total_rank, x.dtype, job.tiles)
     grid_r = ceil_div(total_rank, tile.BLOCK_R)
     grid_d = ceil_div(d, tile.BLOCK_D)
     splits, part = split_count(grid_r * grid_d, num_tokens, tile.BLOCK_T, x.device)

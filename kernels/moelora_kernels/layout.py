@@ -1,0 +1,110 @@
+"""Which rows of a stacked factor belong to which expert: as numbers for the host, and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+Offsets = tuple[int, ...]
+
+
+class Layout:
+    """The stacked factor of a site of L linears with E experts, Σ_l R_l rows in all.
+
+    Made once for a factor, for copying the tables to a device makes the host wait. Offsets are the
+    E + 1 places where the experts' rows begin; ranks may differ, and may be 0.
+
+    Attributes:
+        rank_offsets: L tuples of offsets.
+        scaling: s_e of each expert, or None for a factor that is not scaled (lora_A).
+        scale: s_e where all experts scale alike, else None.
+        num_experts, num_linears: E and L.
+        total_rank: Σ_l R_l.
+        max_rank: the largest rank of an expert in any linear.
+        expert_ranks: each expert's rank in each linear, on the host.
+        totals, widths: R_l and the largest rank of each linear.
+        uniform: for each linear the rank of all its experts, or None where ranks differ.
+        alike: the rank of every expert in every linear; None where ranks differ or are 0.
+        experts: [Σ_l R_l] int32, the expert of each row.
+        starts, ranks: [L · E] int32, each expert's first row and its rank in each linear.
+        bounds: [L, E + 1] int64, `rank_offsets`.
+        scales: [E] fp32, `scaling`; ones where it is None.
+
+    Args:
+        rank_offsets: L tuples of offsets.
+        scaling: E numbers, or None.
+        device: where the tables lie.
+
+    Raises:
+        ValueError: for offsets that fall, do not begin with 0 or are of different lengths, and for
+            another number of scalings than of experts.
+    """
+
+    def __init__(
+        self,
+        rank_offsets: Sequence[Sequence[int]],
+        scaling: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.rank_offsets = tuple(tuple(offsets) for offsets in rank_offsets)
+        self.scaling = None if scaling is None else tuple(scaling)
+        self.device = torch.device(device)
+        self.num_linears = len(self.rank_offsets)
+        self.num_experts = len(self.rank_offsets[0]) - 1
+        self._check()
+        ranks = tuple(tuple(b - a for a, b in pairwise(own)) for own in self.rank_offsets)
+        self.expert_ranks = ranks
+        self.totals = tuple(offsets[-1] for offsets in self.rank_offsets)
+        self.total_rank = sum(self.totals)
+        self.widths = tuple(max(own) for own in ranks)
+        self.max_rank = max(self.widths)
+        self.uniform = tuple(own[0] if len(set(own)) == 1 else None for own in ranks)
+        self.alike = (self.uniform[0] or None) if len(set(self.uniform)) == 1 else None
+        self.scale = None
+        if self.scaling is not None and len(set(self.scaling)) == 1:
+            self.scale = float(self.scaling[0])
+        self._make_tables()
+
+    def to(self, device: torch.device) -> Layout:
+        """The same layout with its tables on `device`."""
+        return self if device == self.device else Layout(self.rank_offsets, self.scaling, device)
+
+    def _check(self) -> None:
+        experts = self.num_experts
+        for offsets in self.rank_offsets:
+            if len(offsets) != experts + 1 or offsets[0] != 0 or sorted(offsets) != [*offsets]:
+                raise ValueError(
+                    f"rank_offsets of a linear is {offsets}, expected {experts + 1} ints from 0 on,"
+                    " never falling: pass the running sums of the experts' ranks"
+                )
+        if experts < 1:
+            raise ValueError(f"rank_offsets is {self.rank_offsets}, expected at least one expert")
+        if self.scaling is not None and len(self.scaling) != experts:
+            raise ValueError(
+                f"scaling has {len(self.scaling)} values, expected one for each of the {experts}"
+                " experts: pass lora_alpha_e / r_e of every expert"
+            )
+
+    def _make_tables(self) -> None:
+        flat = [rank for own in self.expert_ranks for rank in own]
+        # On the host first, whatever the default device is.
+        lengths = torch.tensor(flat, dtype=torch.int32, device="cpu")
+        experts = torch.arange(self.num_experts, dtype=torch.int32, device="cpu")
+        experts = experts.repeat(self.num_linears).repeat_interleave(lengths)
+        scaling = self.scaling or (1.0,) * self.num_experts
+        self.experts = experts.to(self.device)
+        self.starts = (lengths.cumsum(0) - lengths).int().to(self.device)
+        self.ranks = lengths.to(self.device)
+        self.bounds = torch.tensor(self.rank_offsets, device="cpu").to(self.device)
+        self.scales = torch.tensor(scaling, dtype=torch.float32, device="cpu").to(self.device)
+
+
+@lru_cache(maxsize=256)
+def layout_of(
+    rank_offsets: Offsets, scaling: tuple[float, ...] | None, device: torch.device
+) -> Layout:
+    """The layout of one linear, kept for who calls with numbers."""
+    return Layout((rank_offsets,), scaling, device)

@@ -1,0 +1,91 @@
+"""Gradients: each half of the mixture is the other one's backward pass, and a weight gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import operators as ops
+from .job import Job
+
+# From here on a copy of a factor in the dtype of the activations costs less than to cast it anew
+# wherever it is read: in both passes, by each tile of tokens.
+TOKENS_TO_CAST_FOR = 256
+
+
+def in_dtype(factor: Tensor, dtype: torch.dtype, num_tokens: int, job: Job) -> Tensor:
+    """The factor in the dtype of the activations where many tokens read each row, else as it is.
+
+    Made anew in each forward pass and kept for its backward pass, so that it cannot be stale.
+    """
+    tokens = num_tokens if job.masked else num_tokens * job.num_slots // job.num_experts
+    return factor.to(dtype) if tokens >= TOKENS_TO_CAST_FOR else factor
+
+
+class Shrink(torch.autograd.Function):
+    """h = x Aᵀ; dx = Σ_l dh_l A_l, dA_l = dh_lᵀ x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, job: Job) -> Tensor:
+        factor = in_dtype(lora_A, x.dtype, x.shape[0], job)
+        ctx.save_for_backward(x, factor)
+        ctx.job = job
+        ctx.dtype = lora_A.dtype
+        return ops.shrink(x, factor, job)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple:
+        x, factor = ctx.saved_tensors
+        dx = dA = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.input_grad(dh, factor, x.dtype, ctx.job)
+        if ctx.needs_input_grad[1]:
+            dA = ops.weight_grad(dh, x, ctx.dtype, ctx.job)
+        return dx, dA, None
+
+
+class Expand(torch.autograd.Function):
+    """y = out + (g·s·h) B; u = dy Bᵀ, dg = s⟨u, h⟩, dh = g·s·u, dB = (g·s·h)ᵀ dy, dout = dy.
+
+    out comes first: of a view written in place, autograd takes the first gradient for its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor | None,
+        h: Tensor,
+        lora_B: Tensor,
+        weights: Tensor,
+        job: Job,
+        dtype: torch.dtype,
+        inplace: bool,
+    ) -> Tensor:
+        factor = in_dtype(lora_B, dtype, h.shape[0], job)
+        ctx.save_for_backward(h, factor, weights)
+        ctx.job = job
+        ctx.dtype = lora_B.dtype
+        if out is None or not inplace:
+            return ops.expand(h, factor, weights, out, dtype, job)
+        ctx.mark_dirty(out)
+        ops.expand_(h, factor, weights, out.view(h.shape[0], factor.shape[1]), job)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        h, factor, weights = ctx.saved_tensors
+        job = ctx.job
+        need_out, need_h, need_B, need_weights = ctx.needs_input_grad[:4]
+        dh = dB = dweights = None
+        if need_h or need_B or need_weights:
+            flat = dy.reshape(h.shape[0], factor.shape[1])
+            dh, gated, dweights = ops.expand_backward(flat, h, factor, weights, job)
+            if need_B:
+                by_linear = gated if job.masked else gated.unsqueeze(2)
+                dB = ops.weight_grad(by_linear, flat, ctx.dtype, job)
+        return dy if need_out else None, dh, dB, dweights, None, None, None

@@ -1,0 +1,250 @@
+"""The kernels as functions of tensors and a `Job`: run at once, or as torch operators in a graph.
+
+Each has one implementation. Where torch.compile traces, or tensors are fake, the operator
+`moelora::NAME` stands for it, with its shapes for tracing; else it runs directly, for an operator's
+dispatch costs more than a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import Parameter
+
+from .decode import decode_expand as run_decode_expand
+from .decode import decode_shrink as run_decode_shrink
+from .decode import decode_splits
+from .expand import expand as run_expand
+from .gate_grad import gate_grad
+from .job import Job, unflatten
+from .matmul import add_product, gated, product, without_infinities
+from .shrink import shrink_planes
+from .weight_grad import weight_grad as run_weight_grad
+
+JOB = "Tensor[] tables, SymInt[] sizes, str path, str tiles"
+
+
+class Operator:
+    """A function of tensors, numbers and a job; called, it takes the shorter way of the two.
+
+    Args:
+        schema: arguments and results in torch's notation, with {JOB} for the job.
+        run: the function; its last argument is the job.
+        fake: the same for tensors without values.
+        mutates: the arguments that it writes into.
+    """
+
+    def __init__(self, name: str, schema: str, run: Callable, fake: Callable, mutates: tuple = ()):
+        self.run = run
+        self.name = name
+        schema = schema.replace("{JOB}", JOB)
+        self.op = custom_op(
+            f"moelora::{name}",
+            lambda *args: run(*args[:-4], unflatten(*args[-4:])),
+            mutates_args=mutates,
+            schema=schema,
+        )
+        self.op.register_fake(lambda *args: fake(*args[:-4], unflatten(*args[-4:])))
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0]
+        if in_graph(first):
+            return self.op(*args[:-1], *args[-1].flat())
+        with device_of(first):
+            return self.run(*args)
+
+
+def in_graph(tensor: Tensor) -> bool:
+    """Whether a compiler traces, or tensors have no values: the operator stands for the kernel."""
+    return (
+        torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.is_meta
+    )
+
+
+def device_of(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's: make it that one."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis side by side, as the kernels read it; other strides stay."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _shrink(x: Tensor, factor: Tensor, job: Job) -> Tensor:
+    if job.path == "matmul":
+        return product(x, factor.to(x.dtype).T, torch.float32)
+    planes = shrink_planes(dense_rows(x), factor.contiguous(), job)
+    return planes[0] if planes.shape[0] == 1 else planes.sum(0)
+
+
+def _input_grad(dh: Tensor, factor: Tensor, dtype: torch.dtype, job: Job) -> Tensor:
+    if job.path == "matmul":
+        factor, _ = without_infinities(factor, dtype)
+        return product(dh.to(dtype), factor, dtype)
+    return run_expand(dense_rows(dh), factor.contiguous(), None, None, dtype, job)
+
+
+def _weight_grad(h: Tensor, x: Tensor, dtype: torch.dtype, job: Job) -> Tensor:
+    if job.path == "matmul":
+        return product(h.to(x.dtype).T, x, dtype)
+    return run_weight_grad(dense_rows(h), dense_rows(x), job, dtype)
+
+
+def _expand(
+    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, dtype: torch.dtype, job: Job
+) -> Tensor:
+    return _expand_into(h, lora_B, weights, out, dtype, job, None)
+
+
+def _expand_inplace(h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor, job: Job) -> None:
+    _expand_into(h, lora_B, weights, out, out.dtype, job, out)
+
+
+def _expand_into(
+    h: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    out: Tensor | None,
+    dtype: torch.dtype,
+    job: Job,
+    y: Tensor | None,
+) -> Tensor:
+    weights = weights.contiguous()
+    if job.path == "matmul":
+        factor, poison = without_infinities(lora_B, dtype)
+        return add_product(gated(dense_rows(h), weights, poison, dtype, job), factor, out, y)
+    if out is not None and y is None:
+        out = dense_rows(out)
+    return run_expand(dense_rows(h), lora_B.contiguous(), out, weights, dtype, job, y)
+
+
+def _expand_backward(
+    dy: Tensor, h: Tensor, lora_B: Tensor, weights: Tensor, job: Job
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = dense_rows(h)
+    if job.path == "matmul":
+        factor, _ = without_infinities(lora_B, dy.dtype)
+        planes = product(dy, factor.T, torch.float32).unsqueeze(0)
+    else:
+        by_linear = job._replace(num_linears=1)
+        planes = shrink_planes(dense_rows(dy), lora_B.contiguous(), by_linear)
+        planes = planes if job.masked else planes.squeeze(3)
+    return gate_grad(planes, h, weights.contiguous(), dy.dtype, job)
+
+
+shrink = Operator(
+    "shrink",
+    "(Tensor x, Tensor factor, {JOB}) -> Tensor",
+    _shrink,
+    lambda x, factor, job: x.new_empty(job.h_shape(x.shape[0]), dtype=torch.float32),
+)
+"""h = x Fᵀ fp32 of all linears of a site: of all experts [T, R], else [T, K, L, max rank]."""
+
+input_grad = Operator(
+    "input_grad",
+    "(Tensor dh, Tensor factor, ScalarType dtype, {JOB}) -> Tensor",
+    _input_grad,
+    lambda dh, factor, dtype, job: dh.new_empty((dh.shape[0], factor.shape[1]), dtype=dtype),
+)
+"""dx = Σ_l dh_l A_l [T, d_in] of dtype."""
+
+weight_grad = Operator(
+    "weight_grad",
+    "(Tensor h, Tensor x, ScalarType dtype, {JOB}) -> Tensor",
+    _weight_grad,
+    lambda h, x, dtype, job: x.new_empty((job.total_rank, x.shape[1]), dtype=dtype),
+)
+"""hᵀ x, stacked as the factor, [R, d] of dtype."""
+
+expand = Operator(
+    "expand",
+    "(Tensor h, Tensor lora_B, Tensor weights, Tensor? out, ScalarType dtype, {JOB}) -> Tensor",
+    _expand,
+    lambda h, B, weights, out, dtype, job: h.new_empty((h.shape[0], B.shape[1]), dtype=dtype),
+)
+"""out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype."""
+
+expand_ = Operator(
+    "expand_",
+    "(Tensor h, Tensor lora_B, Tensor weights, Tensor(a!) out, {JOB}) -> ()",
+    _expand_inplace,
+    lambda h, lora_B, weights, out, job: None,
+    ("out",),
+)
+"""`expand` into out."""
+
+expand_backward = Operator(
+    "expand_backward",
+    "(Tensor dy, Tensor h, Tensor lora_B, Tensor weights, {JOB}) -> (Tensor, Tensor, Tensor)",
+    _expand_backward,
+    lambda dy, h, lora_B, weights, job: (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape, dtype=dy.dtype),
+        weights.new_empty(weights.shape),
+    ),
+)
+"""(dh, g·s·h in the dtype of dy, dweights) of u = dy Bᵀ."""
+
+
+def _decode_shrink(x: Tensor, router: Tensor, lora_A: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+    return run_decode_shrink(dense_rows(x), router.contiguous(), lora_A.contiguous(), job.tiles)
+
+
+def _fake_decode_shrink(x, router, lora_A, job):
+    shape = (decode_splits(x, lora_A, job.tiles)[2], x.shape[0])
+    return router.new_empty((*shape, router.shape[0])), router.new_empty((*shape, lora_A.shape[0]))
+
+
+decode_shrink = Operator(
+    "decode_shrink",
+    "(Tensor x, Tensor router, Tensor lora_A, {JOB}) -> (Tensor, Tensor)",
+    _decode_shrink,
+    _fake_decode_shrink,
+)
+"""(logits [splits, T, E] = x Wᵀ, h [splits, T, Σ_l R_l] = x Aᵀ), fp32 planes."""
+
+
+def _decode_expand(
+    logits: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    norm: bool,
+    ids: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    add: bool,
+    job: Job,
+) -> None:
+    out = y if add else None
+    run_decode_expand(logits, h, lora_B.contiguous(), bias, norm, ids, weights, out, y, job)
+
+
+decode_expand_ = Operator(
+    "decode_expand_",
+    "(Tensor logits, Tensor h, Tensor lora_B, Tensor? bias, bool norm, Tensor(a!) ids,"
+    " Tensor(b!) weights, Tensor(c!) y, bool add, {JOB}) -> ()",
+    _decode_expand,
+    lambda *arguments: None,
+    ("ids", "weights", "y"),
+)
+"""y (+)= (g·s·h) B for one linear; the routing is written to ids and weights [T, K]."""
+
+OPERATORS: Sequence[Operator] = (
+    shrink,
+    input_grad,
+    weight_grad,
+    expand,
+    expand_,
+    expand_backward,
+    decode_shrink,
+    decode_expand_,
+)
