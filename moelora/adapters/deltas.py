@@ -1,10 +1,12 @@
-"""What an expert adds to a linear, ΔW = s·Bᵀ·A: reading, approximating and comparing it.
+"""What an expert adds to a linear, ΔW = s·Bᵀ·A: summing, approximating and comparing it.
 
 `LoraFactors` hold A `[r, d_in]` and B `[r, d_out]`; nothing of size `[d_out, d_in]` is made from
 them but by `product`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +16,7 @@ from ..core.model import MixtureModel
 
 
 def expert_deltas(model: MixtureModel, expert: str) -> dict[str, LoraFactors]:
-    """One expert's factors by the linear's full name, where its rank is not 0.
-
-    Args:
-        model: a model with a mixture inside.
-        expert: the expert's name.
-
-    Raises:
-        ValueError: there is no such expert.
-    """
+    """One expert's factors by the linear's full name, where its rank is not 0."""
     factors = model.moelora.expert(model.moelora_config.expert_index(expert))
     return {name: own for name, own in factors.items() if len(own.A)}
 
@@ -32,17 +26,28 @@ def product(factors: LoraFactors) -> Tensor:
     return factors.scaling * (factors.B.T @ factors.A)
 
 
+def concatenation(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+    """Σ w·s·Bᵀ·A exactly, as one LoRA of scaling 1: rows of A one expert after another, rows of B
+    times w·s.
+    """
+    used = [(f, w) for f, w in zip(factors, weights) if w != 0]
+    if not used:
+        # Weights of 0 leave the zero delta, of rank 1.
+        return LoraFactors(
+            torch.zeros_like(factors[0].A[:1]), torch.zeros_like(factors[0].B[:1]), 1.0
+        )
+    A = torch.cat([wide(f.A) for f, _ in used])
+    B = torch.cat([wide(f.B) * (w * f.scaling) for f, w in used])
+    return LoraFactors(A, B, 1.0)
+
+
 @torch.no_grad()
 def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
     """The best approximation of ΔW with at most this rank, in Frobenius norm; its factors have the
     same norm.
 
-    Of `LoraFactors` only the small core of the factors' QR decompositions is decomposed, so that
-    nothing of size [d_out, d_in] is made. Those of no higher rank come back as they are.
-
-    Args:
-        delta: the factors, or the whole ΔW `[d_out, d_in]`.
-        rank: the largest rank of the answer.
+    Of `LoraFactors` only the small core of the factors' QR decompositions is decomposed. Those of
+    no higher rank come back as they are.
     """
     if isinstance(delta, Tensor):
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
@@ -62,18 +67,18 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
 def distance(delta: LoraFactors | Tensor, other: LoraFactors) -> tuple[float, float]:
     """‖ΔW - ΔW'‖ and ‖ΔW‖ in Frobenius norm, ΔW' being that of `other`."""
     if isinstance(delta, Tensor):
-        difference = delta - product(other).to(delta.device, delta.dtype)
-        return float(torch.linalg.matrix_norm(difference)), float(torch.linalg.matrix_norm(delta))
+        return _norm(delta - product(other).to(delta.device, delta.dtype)), _norm(delta)
     device = delta.A.device
-    A = torch.cat([wide(delta.A), wide(other.A.to(device))])
-    B = torch.cat([wide(delta.B) * delta.scaling, wide(other.B.to(device)) * -other.scaling])
-    return _norm(LoraFactors(A, B, 1.0)), _norm(delta)
+    other = LoraFactors(other.A.to(device), other.B.to(device), other.scaling)
+    return _norm(concatenation([delta, other], [1.0, -1.0])), _norm(delta)
 
 
-def _norm(factors: LoraFactors) -> float:
-    """‖s·Bᵀ·A‖ through the factors' QR decompositions."""
-    RB, RA = (torch.linalg.qr(wide(t).T, mode="r").R for t in (factors.B, factors.A))
-    return abs(factors.scaling) * float(torch.linalg.matrix_norm(RB @ RA.T))
+def _norm(delta: LoraFactors | Tensor) -> float:
+    """‖ΔW‖, of factors through their QR decompositions."""
+    if isinstance(delta, Tensor):
+        return float(torch.linalg.matrix_norm(delta))
+    RB, RA = (torch.linalg.qr(wide(t).T, mode="r").R for t in (delta.B, delta.A))
+    return abs(delta.scaling) * float(torch.linalg.matrix_norm(RB @ RA.T))
 
 
 def wide(tensor: Tensor) -> Tensor:

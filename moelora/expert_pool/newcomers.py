@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.composing import adapter_factors
-from ..adapters.randomness import seeded
+from ..adapters.merging import seeded
 from ..config import MoeLoraConfig
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
