@@ -18,8 +18,16 @@ from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
 from ..injection.targets import features
 from ..validation import check_integer
-from .deltas import compress, distance, expert_deltas, product, wide
-from .merging import check_options, check_weights, merged_deltas
+from .merging import (
+    check_options,
+    check_weights,
+    compress,
+    distance,
+    expert_deltas,
+    merged_deltas,
+    product,
+    wide,
+)
 from .writing import check_folder, write_adapter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -33,25 +33,18 @@ STORABLE = {"F32", "F16", "BF16"}
 
 
 @dataclass
-class Entry:
-    """One adapter of the set, and all that is wrong with it."""
-
-    name: str
-    adapter: Adapter
-    problems: list[str]
-
-
-@dataclass
 class Preflight:
-    """What `preflight` found of each adapter, in order; `base` is what messages call the base."""
+    """What `preflight` found: what messages call the base, and the pairs of expert name and
+    adapter, whose `problems` are all that is wrong with it for this base.
+    """
 
     base: str
-    entries: list[Entry]
+    entries: list[tuple[str, Adapter]]
 
     @property
     def problems(self) -> list[str]:
         """Everything that is wrong, each with the adapter's name before it."""
-        return [f"{entry.name}: {problem}" for entry in self.entries for problem in entry.problems]
+        return [f"{name}: {problem}" for name, own in self.entries for problem in own.problems]
 
     @property
     def ok(self) -> bool:
@@ -61,18 +54,17 @@ class Preflight:
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name."""
-        return {entry.name: entry.adapter for entry in self.entries}
+        return dict(self.entries)
 
     def rows(self) -> list[tuple[str, ...]]:
         """What the table says of each adapter: name, ranks, number of linears, size, problems."""
         rows = []
-        for entry in self.entries:
-            targets = entry.adapter.targets
-            ranks = sorted({target.r for target in targets.values()})
+        for name, adapter in self.entries:
+            ranks = sorted({target.r for target in adapter.targets.values()})
             span = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
-            size = f"{entry.adapter.nbytes / 1e6:.2f} MB"
-            problems = "; ".join(entry.problems) or "none"
-            rows.append((entry.name, span, str(len(targets)), size, problems))
+            size = f"{adapter.nbytes / 1e6:.2f} MB"
+            problems = "; ".join(adapter.problems) or "none"
+            rows.append((name, span, str(len(adapter.targets)), size, problems))
         return rows
 
     def table(self) -> str:
@@ -84,7 +76,7 @@ class Preflight:
 
     def raise_if_bad(self) -> None:
         """Raise ValueError with the whole table, unless all is well."""
-        bad = sum(bool(entry.problems) for entry in self.entries)
+        bad = sum(bool(adapter.problems) for _, adapter in self.entries)
         if bad:
             raise ValueError(
                 f"{bad} of {len(self.entries)} adapters cannot become experts of {self.base}; "
@@ -118,15 +110,20 @@ def preflight(
     """
     model, name = _skeleton(base, auto_class, kwargs)
     modules = dict(model.named_modules())
-    entries = [_entry(who, source) for who, source in _pairs(adapters)]
+    pairs = _pairs(adapters)
     # Also names that differ in case alone: some file systems hold both in one folder.
-    folders = Counter(entry.name.casefold() for entry in entries)
-    for entry in entries:
+    folders = Counter(str(who).casefold() for who, _ in pairs)
+    entries = []
+    for who, source in pairs:
+        adapter = _read(source)
+        problems = _misfits(adapter, model, modules)
         if not allow_base_mismatch:
-            entry.problems += _other_base(entry.adapter, name)
-        entry.problems += _misfits(entry.adapter, model, modules)
-        if folders[entry.name.casefold()] > 1:
-            entry.problems.append("the name is given twice, perhaps in another case: rename one")
+            problems = _other_base(adapter, name) + problems
+        if folders[str(who).casefold()] > 1:
+            problems.append("the name is given twice, perhaps in another case: rename one")
+        if problem := expert_name_problem(who):
+            problems.append(problem)
+        entries.append((str(who), replace(adapter, problems=problems)))
     return Preflight(name or type(model).__name__, entries)
 
 
@@ -147,13 +144,11 @@ def _pairs(adapters: Sources) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _entry(name: Any, source: Any) -> Entry:
+def _read(source: Any) -> Adapter:
     try:
-        adapter = read_adapter(source)
+        return read_adapter(source)
     except (ValueError, TypeError, OSError) as error:
-        adapter = Adapter(shown(source), {}, [str(error).rstrip(".")])
-    problem = expert_name_problem(name)
-    return Entry(str(name), adapter, [] if problem is None else [problem])
+        return Adapter(shown(source), {}, [str(error).rstrip(".")])
 
 
 def _misfits(
@@ -231,10 +226,11 @@ def _is_own(adapter: Adapter, name: str, here: Tensor | None) -> bool:
 
 def _other_base(adapter: Adapter, name: str) -> list[str]:
     """A base by another name, unless one of the names is unknown."""
-    if not name or not adapter.base or name == adapter.base or _last(name) == _last(adapter.base):
+    trained_on = adapter.config.get("base_model_name_or_path")
+    if not name or not isinstance(trained_on, str) or _last(trained_on) in ("", _last(name)):
         return []
     return [
-        f"it was trained on {adapter.base}, not on {name}: pass the right base, or "
+        f"it was trained on {trained_on}, not on {name}: pass the right base, or "
         "allow_base_mismatch=True"
     ]
 

@@ -78,12 +78,6 @@ class Adapter:
         """The size of A and B in bytes."""
         return sum(target.nbytes for target in self.targets.values())
 
-    @property
-    def base(self) -> str | None:
-        """The id or folder of the base that it was trained on, where it says so."""
-        name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
-
     def factors(self, linear: str) -> tuple[Tensor, Tensor]:
         """A `[r, d_in]` and B `[d_out, r]` of one of its linears, as they are stored; ValueError
         where it has problems.
