@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from statistics import mode
 from typing import Any
 
 import torch
@@ -26,15 +26,8 @@ from .reading import Adapter
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
 FROM_ADAPTERS = (
-    "num_experts",
-    "expert_names",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "expert_ranks",
-    "expert_scaling",
-    "target_modules",
-    "layers_to_transform",
+    *("num_experts", "expert_names", "r", "lora_alpha", "use_rslora"),
+    *("expert_ranks", "expert_scaling", "target_modules", "layers_to_transform"),
 )
 
 
@@ -63,7 +56,7 @@ def from_adapters(
     `MoeLoraForCausalLM.from_adapters`.
     """
     if config is None:
-        config = MoeLoraConfig(router="arrow") if router_init == "arrow" else MoeLoraConfig()
+        config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
     loaded = isinstance(base, PreTrainedModel)
@@ -94,7 +87,14 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     """
     composed = config.without_base()
     composed.use_rslora = all(bool(a.config.get("use_rslora")) for a in adapters.values())
-    experts = [_shape_of(adapter, composed.use_rslora) for adapter in adapters.values()]
+    experts = [
+        usual_shape(
+            {name: (target.r, target.scaling) for name, target in adapter.targets.items()},
+            composed.use_rslora,
+            stated=adapter.config.get("lora_alpha"),
+        )
+        for adapter in adapters.values()
+    ]
     composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
     composed.layers_to_transform = None
     set_experts(composed, list(adapters), experts, composed.target_modules)
@@ -185,23 +185,13 @@ def usual_shape(
     """The shape of an expert with these ranks and scalings: its most common rank, and the alpha of
     its most common scaling at that rank, which is `stated` where that gives the same.
     """
-    r = _most_common([rank for rank, _ in linears.values()])
-    scaling = _most_common([s for rank, s in linears.values() if rank == r])
+    r = mode(rank for rank, _ in linears.values())
+    scaling = mode(s for rank, s in linears.values() if rank == r)
     norm = math.sqrt(r) if use_rslora else r
     if isinstance(stated, (int, float)) and stated > 0 and stated / norm == scaling:
         return ExpertShape(r, stated, linears)
     # A negative or zero scaling has no alpha; its linears are listed one by one.
     return ExpertShape(r, scaling * norm if scaling > 0 else r, linears)
-
-
-def _shape_of(adapter: Adapter, use_rslora: bool) -> ExpertShape:
-    linears = {name: (target.r, target.scaling) for name, target in adapter.targets.items()}
-    return usual_shape(linears, use_rslora, adapter.config.get("lora_alpha"))
-
-
-def _most_common(values: list[Any]) -> Any:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
 
 
 def _one_or_list(values: list[Any]) -> Any:

@@ -30,6 +30,12 @@ Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
 COLUMNS = ("adapter", "r", "targets", "size", "problems")
 SHOWN = 4
 STORABLE = {"F32", "F16", "BF16"}
+ABSENT = "the base has no module"
+TRAINED = (
+    "all tokens share what it trained beside its linears, whichever experts they choose: train it "
+    "without, or put that into the base and save it first; trained weights of the base itself "
+    "(modules_to_save)"
+)
 
 
 @dataclass
@@ -115,15 +121,18 @@ def preflight(
     folders = Counter(str(who).casefold() for who, _ in pairs)
     entries = []
     for who, source in pairs:
-        adapter = _read(source)
-        problems = _misfits(adapter, model, modules)
-        if not allow_base_mismatch:
-            problems = _other_base(adapter, name) + problems
+        adapter = _checked(source, model, modules)
+        trained_on = str(adapter.config.get("base_model_name_or_path") or "")
+        if not allow_base_mismatch and len({"", _last(name), _last(trained_on)}) == 3:
+            adapter.problems.append(
+                f"it was trained on {trained_on}, not on {name}: pass the right base, or "
+                "allow_base_mismatch=True"
+            )
         if folders[str(who).casefold()] > 1:
-            problems.append("the name is given twice, perhaps in another case: rename one")
+            adapter.problems.append("the name is given twice, perhaps in another case: rename one")
         if problem := expert_name_problem(who):
-            problems.append(problem)
-        entries.append((str(who), replace(adapter, problems=problems)))
+            adapter.problems.append(problem)
+        entries.append((str(who), adapter))
     return Preflight(name or type(model).__name__, entries)
 
 
@@ -144,9 +153,11 @@ def _pairs(adapters: Sources) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _read(source: Any) -> Adapter:
+def _checked(source: Any, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter's description, whose problems say why it cannot be an expert of `model`."""
     try:
-        return read_adapter(source)
+        adapter = read_adapter(source)
+        return replace(adapter, problems=_misfits(adapter, model, modules))
     except (ValueError, TypeError, OSError) as error:
         return Adapter(shown(source), {}, [str(error).rstrip(".")])
 
@@ -154,60 +165,38 @@ def _read(source: Any) -> Adapter:
 def _misfits(
     adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """Why this adapter's tensors cannot be experts of `model`, which may be on the meta device."""
     if adapter.problems:
         more = len(adapter.problems) - 2 * SHOWN
         return adapter.problems[: 2 * SHOWN] + ([f"and {more} more like these"] if more > 0 else [])
     double = next(model.parameters()).dtype == torch.float64
-    storable = STORABLE | {"F64"} if double else STORABLE
-    problems = []
-    absent = [linear for linear in adapter.targets if linear not in modules]
-    if absent:
-        near = difflib.get_close_matches(absent[0], modules, n=2, cutoff=0.3)
-        nearest = ", ".join(near) or "none"
-        problems.append(f"the base has no module: {_some(absent)} (nearest: {nearest})")
     wrong: dict[str, list[str]] = defaultdict(list)
     for linear, target in adapter.targets.items():
-        for dtype in target.dtypes - storable:
+        size = features(modules[linear]) if linear in modules else None
+        if linear not in modules:
+            wrong[ABSENT].append(linear)
+        elif size is None:
+            kind = type(modules[linear]).__name__
+            wrong[f"only linears can have experts, not {kind}"].append(linear)
+        elif (target.a_shape[1], target.b_shape[0]) != size:
+            came = f"{linear} (A {list(target.a_shape)}, B {list(target.b_shape)}"
+            wanted = f"expected [{target.r}, {size[0]}] and [{size[1]}, {target.r}])"
+            wrong["wrong shapes"].append(f"{came}; {wanted}")
+        for dtype in target.dtypes - STORABLE - ({"F64"} if double else set()):
             wrong[f"{dtype} cannot be held exactly; save it in F32"].append(linear)
-        if linear in modules:
-            size = features(modules[linear])
-            if size is None:
-                kind = type(modules[linear]).__name__
-                wrong[f"only linears can have experts, not {kind}"].append(linear)
-            elif (target.a_shape[1], target.b_shape[0]) != size:
-                came = f"{linear} (A {list(target.a_shape)}, B {list(target.b_shape)}"
-                wanted = f"expected [{target.r}, {size[0]}] and [{size[1]}, {target.r}])"
-                wrong["wrong shapes"].append(f"{came}; {wanted}")
-    problems += [f"{what}: {_some(where)}" for what, where in wrong.items()]
-    try:
-        return problems + _not_finite(adapter) + _trained_base(adapter, model)
-    except (ValueError, OSError) as error:
-        return [*problems, str(error).rstrip(".")]
-
-
-def _not_finite(adapter: Adapter) -> list[str]:
-    bad = []
-    for linear, target in adapter.targets.items():
         # Of other dtypes torch cannot tell, and they are refused anyway.
         numbers = adapter.factors(linear) if target.dtypes <= STORABLE | {"F64"} else ()
         if not all(bool(factor.isfinite().all()) for factor in numbers):
-            bad.append(linear)
-    return [f"contains NaN or Inf: {_some(bad)}"] if bad else []
-
-
-def _trained_base(adapter: Adapter, model: nn.Module) -> list[str]:
-    """A problem where the adapter comes with weights of the base that are not the base's own."""
+            wrong["contains NaN or Inf"].append(linear)
     # With duplicates: a tied head has two names.
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    changed = [name for name in adapter.saved if not _is_own(adapter, name, own.get(name))]
-    if not changed:
-        return []
-    return [
-        "it comes with trained weights of the base itself (modules_to_save): "
-        f"{_some(changed)}; all tokens share those, whichever experts they choose: train it "
-        "without, or put them into the base and save it first"
-    ]
+    for name in adapter.saved:
+        if not _is_own(adapter, name, own.get(name)):
+            wrong[TRAINED].append(name)
+    problems = [f"{what}: {_some(where)}" for what, where in wrong.items()]
+    if ABSENT in wrong:
+        near = difflib.get_close_matches(wrong[ABSENT][0], modules, n=2, cutoff=0.3)
+        problems[list(wrong).index(ABSENT)] += f" (nearest: {', '.join(near) or 'none'})"
+    return problems
 
 
 def _is_own(adapter: Adapter, name: str, here: Tensor | None) -> bool:
@@ -222,17 +211,6 @@ def _is_own(adapter: Adapter, name: str, here: Tensor | None) -> bool:
         return not any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts)))
     saved = adapter.saved_tensor(name)
     return saved.shape == here.shape and torch.equal(saved.to(here.device, here.dtype), here)
-
-
-def _other_base(adapter: Adapter, name: str) -> list[str]:
-    """A base by another name, unless one of the names is unknown."""
-    trained_on = adapter.config.get("base_model_name_or_path")
-    if not name or not isinstance(trained_on, str) or _last(trained_on) in ("", _last(name)):
-        return []
-    return [
-        f"it was trained on {trained_on}, not on {name}: pass the right base, or "
-        "allow_base_mismatch=True"
-    ]
 
 
 def _last(name: str) -> str:

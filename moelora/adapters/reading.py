@@ -30,6 +30,10 @@ FOREIGN = {
     ".lora_magnitude_vector": REASONS["use_dora"],
     ".lora_B.bias": REASONS["lora_bias"],
     ".trainable_tokens_": REASONS["trainable_token_indices"],
+    # Of these, keys that contain another adapter's name are dropped, and X-LoRA's adapters are
+    # called as layers are: 0, 1 …
+    "base_model.lora_model.": "PEFT saved it out of an X-LoRA model, without the layers whose "
+    "number is another adapter's name: use the folder that the X-LoRA model was made from",
 }
 A_OR_B = re.compile(r"(.*)\.(lora_[AB])\.weight", re.DOTALL)
 # No module of a model has a longer name, and messages show them.
@@ -38,6 +42,8 @@ MAX_KEY = 1024
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 # The shape and dtype (by safetensors' name) of each tensor, by its key.
 Header = Mapping[str, tuple[tuple[int, ...], str]]
+# A live layer's own scaling, by the linear's name.
+ScalingOf = Callable[[str], float]
 
 
 @dataclass(frozen=True)
@@ -130,33 +136,28 @@ def read_adapter(source: Any) -> Adapter:
             f"An adapter came as a {type(source).__name__}; expected a folder, a hub id, a "
             "PeftModel or a pair (PeftModel, adapter name)."
         )
-    names = list(model.peft_config)
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name not in names:
+    if name is None and len(model.peft_config) == 1:
+        (name,) = model.peft_config
+    if name not in model.peft_config:
         raise ValueError(
             f"The PeftModel has no adapter {name!r}: pass (model, name) with one of: "
-            f"{', '.join(names)}."
+            f"{', '.join(model.peft_config)}."
         )
     return _read_model(model, name)
 
 
 def _read_folder(folder: Path, root: Path) -> Adapter:
-    """Describe the adapter in `folder`; no file may lie outside of `root`."""
     config = read_config(folder, root)
     adapter = Adapter(str(folder), config, refused_settings(config))
     if os.path.lexists(folder / WEIGHTS):
         _describe(adapter, _open(adapter, inside(folder / WEIGHTS, root)))
     elif not adapter.problems:
-        why = f"holds no {WEIGHTS}"
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            why += (
-                f", but {', '.join(pickles)}: pickles can run code when they are read and are "
-                "refused. Where you trust it, load it with PEFT and save it with "
-                "safe_serialization=True"
-            )
-        raise ValueError(f"{folder} {why}.")
+        raise ValueError(
+            f"{folder} holds no {WEIGHTS}, but {', '.join(pickles) or 'no other weights'}: pickles "
+            "can run code when they are read and are refused. Where you trust them, load them with "
+            "PEFT and save them with safe_serialization=True."
+        )
     return adapter
 
 
@@ -183,11 +184,9 @@ def _open(adapter: Adapter, path: Path) -> Header:
 
 
 def _read_model(model: PeftModel, name: str) -> Adapter:
-    """Describe a live adapter; its tensors are the model's own."""
     config = model.peft_config[name].to_dict()
     config["peft_type"] = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    where = f"{type(model).__name__} adapter {name!r}"
-    adapter = Adapter(where, config, refused_settings(config))
+    adapter = Adapter(f"{type(model).__name__} adapter {name!r}", config, refused_settings(config))
     if adapter.problems:
         return adapter
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -200,22 +199,22 @@ def _read_model(model: PeftModel, name: str) -> Adapter:
     return adapter
 
 
-def _describe(
-    adapter: Adapter, header: Header, scaling_of: Callable[[str], float] | None = None
-) -> None:
-    """Fill in the targets and what lies beside them, and note what is wrong; `scaling_of` gives a
-    live layer's own scaling.
-    """
+def _describe(adapter: Adapter, header: Header, scaling_of: ScalingOf | None = None) -> None:
+    """Fill in the targets and what lies beside them, and note what is wrong."""
     problems = adapter.problems
-    if any(key.startswith("base_model.lora_model.") for key in header):
-        # Keys that contain another adapter's name are dropped, and X-LoRA's adapters are called as
-        # layers are: 0, 1 …
-        problems.append(
-            "PEFT saved it out of an X-LoRA model, without the layers whose number is another "
-            "adapter's name: use the folder that the X-LoRA model was made from"
-        )
-        return
-    linears = _sort_keys(adapter, header)
+    linears: dict[str, None] = {}
+    for key, (shape, _) in header.items():
+        name = key.removeprefix("base_model.model.")
+        foreign = [why for part, why in FOREIGN.items() if part in key]
+        if foreign:
+            problems.append(f"{name}: {foreign[0]}")
+        elif factor := A_OR_B.fullmatch(name):
+            linears[factor[1]] = None
+            adapter._keys[f"{factor[1]}.{factor[2]}"] = key
+        else:
+            name = name.replace(".base_layer.", ".")
+            adapter.saved[name] = shape
+            adapter._keys[name] = key
     patterns = Patterns(len(linears))
     for linear in linears:
         try:
@@ -227,44 +226,19 @@ def _describe(
         problems.append("it has no lora_A and lora_B tensors: there is nothing in it")
     try:
         left_out = untargeted(adapter.config, adapter.targets, patterns)
+        problems += [f"its target_modules leaves out {linear}" for linear in left_out[:4]]
     except Exception as error:
         # Whatever a broken configuration holds.
         problems.append(f"PEFT cannot read its target modules ({error})")
-    else:
-        problems += [f"its target_modules leaves out {linear}" for linear in left_out[:4]]
-
-
-def _sort_keys(adapter: Adapter, header: Header) -> list[str]:
-    """The linears that have an A or B; other tensors go to `saved` or `problems`."""
-    linears: dict[str, None] = {}
-    for key, (shape, _) in header.items():
-        name = key.removeprefix("base_model.model.")
-        factor = A_OR_B.fullmatch(name)
-        foreign = [why for part, why in FOREIGN.items() if part in key]
-        if foreign:
-            adapter.problems.append(f"{name}: {foreign[0]}")
-        elif factor:
-            linears[factor[1]] = None
-            adapter._keys[f"{factor[1]}.{factor[2]}"] = key
-        else:
-            name = name.replace(".base_layer.", ".")
-            adapter.saved[name] = shape
-            adapter._keys[name] = key
-    return list(linears)
 
 
 def _target(
-    adapter: Adapter,
-    linear: str,
-    header: Header,
-    patterns: Patterns,
-    scaling_of: Callable[[str], float] | None,
+    adapter: Adapter, linear: str, header: Header, patterns: Patterns, scaling_of: ScalingOf | None
 ) -> Target:
     """The description of one linear; ValueError says what is wrong with it."""
     names = [f"{linear}.lora_A", f"{linear}.lora_B"]
-    for name in names:
-        if name not in adapter._keys:
-            raise ValueError(f"{name} is missing")
+    if missing := [name for name in names if name not in adapter._keys]:
+        raise ValueError(f"{missing[0]} is missing")
     (a, a_dtype), (b, b_dtype) = (header[adapter._keys[name]] for name in names)
     shapes = f"{linear} has an A of shape {list(a)} and a B of shape {list(b)}"
     if len(a) != 2 or len(b) != 2:
@@ -285,8 +259,6 @@ def _target(
 def _rank_and_scaling(
     config: Mapping[str, Any], linear: str, patterns: Patterns
 ) -> tuple[int, float]:
-    """What PEFT makes of the configuration for one linear; ValueError where that is broken."""
-
     def setting(name: str, by_pattern: str) -> Any:
         values = config.get(by_pattern) or {}
         return values.get(patterns.first(values, linear), config.get(name, 8))

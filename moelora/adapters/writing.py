@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from statistics import mode
 
 import torch
 from peft import LoraConfig
@@ -114,7 +114,7 @@ def _config(
         if alphas[linear] is None:
             ranks[linear] = 2 ** math.ceil(math.log2(len(factors.A)))
             alphas[linear] = factors.scaling * ranks[linear]
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = (mode(values.values()) for values in (ranks, alphas))
     saved, task = _saved_and_task(model, deltas)
     base = model.config.name_or_path
     if base and Path(base).is_dir():

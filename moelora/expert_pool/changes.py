@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mode
 from typing import Any
 
 import torch
@@ -206,9 +206,9 @@ def _fresh(
     mixture: Mixture, r: int | None, alpha: float | None, generator: torch.Generator | None
 ) -> Newcomer:
     config = mixture.config
-    usual = Counter(zip(config.ranks, config._per_expert("lora_alpha"))).most_common(1)[0][0]
-    r = usual[0] if r is None else r
-    alpha = usual[1] if alpha is None else alpha
+    usual_r, usual_alpha = mode(zip(config.ranks, config._per_expert("lora_alpha")))
+    r = usual_r if r is None else r
+    alpha = usual_alpha if alpha is None else alpha
     check_integer("r", r, 1)
     check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
