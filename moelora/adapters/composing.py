@@ -141,11 +141,11 @@ def set_experts(
 def _put_experts(model: MixtureModel, adapters: Iterable[Adapter]) -> None:
     """Copy the tensors of expert 0, 1 … into the mixture, bit for bit."""
     for expert, adapter in enumerate(adapters):
-        for linear, own in model.moelora.expert(expert).items():
-            if linear in adapter.targets:
-                A, B = adapter.factors(linear)
-                own.A.copy_(A)
-                own.B.copy_(B.T)
+        own = model.moelora.expert(expert)
+        for linear in adapter.targets:
+            A, B = adapter.factors(linear)
+            own[linear].A.copy_(A)
+            own[linear].B.copy_(B.T)
 
 
 def adapter_factors(

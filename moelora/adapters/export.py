@@ -28,9 +28,8 @@ from .merging import (
     product,
     wide,
 )
+from .reading import DTYPES
 from .writing import check_folder, write_adapter
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -108,20 +107,19 @@ def export_merged(
         merged = merged_deltas(model, weights, recipe, options)
     written_dtype = dtype or next(iter(model.moelora.expert(0).values())).A.dtype
     deltas = {}
-    errors = {}
-    square_error = square_norm = 0.0
+    norms = {}
     for linear, delta in merged:
         deltas[linear] = _low_rank(delta, rank, recipe, written_dtype)
-        off, norm = distance(delta, deltas[linear])
-        errors[linear] = off / norm if norm else 0.0
-        square_error += off**2
-        square_norm += norm**2
+        norms[linear] = distance(delta, deltas[linear])
     if not deltas:
         raise ValueError(
             f"The experts {', '.join(weights)} have rank 0 in every linear: nothing to export."
         )
     write_adapter(model, deltas, folder, dtype=dtype, overwrite=overwrite)
     ranks = {linear: len(factors.A) for linear, factors in deltas.items()}
+    errors = {linear: off / norm if norm else 0.0 for linear, (off, norm) in norms.items()}
+    square_error = sum(off**2 for off, _ in norms.values())
+    square_norm = sum(norm**2 for _, norm in norms.values())
     error = (square_error / square_norm) ** 0.5 if square_norm else 0.0
     return MergeReport(recipe, weights, ranks, errors, error)
 

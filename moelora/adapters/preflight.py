@@ -24,12 +24,11 @@ from ..injection.base import ACCESS
 from ..injection.targets import features, has_peft_layers
 from ..validation import expert_name_problem, shown
 from .folders import xlora_sources
-from .reading import Adapter, read_adapter
+from .reading import DTYPES, Adapter, read_adapter
 
 Sources = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | PathLike[str]
 COLUMNS = ("adapter", "r", "targets", "size", "problems")
 SHOWN = 4
-STORABLE = {"F32", "F16", "BF16"}
 ABSENT = "the base has no module"
 TRAINED = (
     "all tokens share what it trained beside its linears, whichever experts they choose: train it "
@@ -98,21 +97,16 @@ def preflight(
     auto_class: type | None = None,
     **kwargs: Any,
 ) -> Preflight:
-    """Check a set of adapters against a base; reads every tensor once, for NaN and Inf, and keeps
-    none.
+    """Check a set of adapters against a base, of which without weights the configuration is enough;
+    reads every tensor once, for NaN and Inf, and keeps none.
 
     Args:
-        base: a loaded model, or a folder or hub id, of which only the configuration is read.
+        base: a loaded model, a folder or a hub id.
         adapters: sources of `read_adapter` by expert name, pairs of name and source, or the folder
             of an X-LoRA checkpoint.
-        allow_base_mismatch: adapters may name another base; names and shapes of the linears must
-            fit all the same.
+        allow_base_mismatch: adapters may name another base.
         auto_class: the Auto class that would load the base; None takes what its configuration says.
         **kwargs: what finds the base: revision, subfolder …
-
-    Raises:
-        ValueError, TypeError: no adapters at all, or a base of the wrong kind.
-        OSError: the base is not there.
     """
     model, name = _skeleton(base, auto_class, kwargs)
     modules = dict(model.named_modules())
@@ -168,7 +162,9 @@ def _misfits(
     if adapter.problems:
         more = len(adapter.problems) - 2 * SHOWN
         return adapter.problems[: 2 * SHOWN] + ([f"and {more} more like these"] if more > 0 else [])
+    floats = set(DTYPES.values())
     double = next(model.parameters()).dtype == torch.float64
+    storable = floats if double else floats - {"F64"}
     wrong: dict[str, list[str]] = defaultdict(list)
     for linear, target in adapter.targets.items():
         size = features(modules[linear]) if linear in modules else None
@@ -181,10 +177,10 @@ def _misfits(
             came = f"{linear} (A {list(target.a_shape)}, B {list(target.b_shape)}"
             wanted = f"expected [{target.r}, {size[0]}] and [{size[1]}, {target.r}])"
             wrong["wrong shapes"].append(f"{came}; {wanted}")
-        for dtype in target.dtypes - STORABLE - ({"F64"} if double else set()):
+        for dtype in target.dtypes - storable:
             wrong[f"{dtype} cannot be held exactly; save it in F32"].append(linear)
         # Of other dtypes torch cannot tell, and they are refused anyway.
-        numbers = adapter.factors(linear) if target.dtypes <= STORABLE | {"F64"} else ()
+        numbers = adapter.factors(linear) if target.dtypes <= floats else ()
         if not all(bool(factor.isfinite().all()) for factor in numbers):
             wrong["contains NaN or Inf"].append(linear)
     # With duplicates: a tied head has two names.

@@ -20,7 +20,7 @@ from ..core.model import MixtureModel
 from ..routers import Router
 from ..training.arguments import check_not_overridden
 from ..validation import check_integer, check_number, expert_name_problem
-from .optimizer_state import PoolChange, trained_rows
+from .optimizer_state import PoolChange, trained
 
 
 @dataclass
@@ -93,10 +93,9 @@ def _set_frozen(
     model.moelora.check_resident("freeze experts")
     change = PoolChange()
     for factor in model.moelora.factors():
-        old = factor.weight
-        rows = trained_rows(factor)
+        before = trained(factor)
         factor.set_frozen(changed(factor.frozen_experts, chosen))
-        change.replaced_rows(old, rows, factor, range(config.num_experts))
+        change.replaced_rows(before, trained(factor), range(config.num_experts))
     return change
 
 
@@ -115,7 +114,9 @@ def _rebuild(
     mixture.check_resident("change its experts")
     change = PoolChange()
     config = copy.deepcopy(mixture.config)
-    shapes = [new.shape if e is None and new else _shape_of(mixture, e) for e in keep]
+    shapes = [_shape_of(mixture, e) for e in keep if e is not None]
+    if new is not None:
+        shapes.insert(keep.index(None), new.shape)
     set_experts(config, names, shapes, mixture.linears())
     config.validate()
     load = copy.deepcopy(mixture.load)
@@ -128,8 +129,8 @@ def _rebuild(
     factors = []
     for site in mixture.site_list():
         lora_A, lora_B = site.restacked(config, keep, new.factors if new else {})
-        for old, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
-            change.replaced_rows(old.weight, trained_rows(old), after, keep)
+        for before, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
+            change.replaced_rows(trained(before), trained(after), keep)
         factors.append((lora_A, lora_B))
     # From here on nothing fails.
     mixture.put(config, load, routers, factors)
@@ -227,9 +228,8 @@ def _copied(
     mixture: Mixture, expert: int, noise: float, generator: torch.Generator | None
 ) -> Newcomer:
     def noisy(block: Tensor) -> Tensor:
-        block = block.detach().clone()
         if not noise or not block.numel():
-            return block
+            return block.clone()
         drawn = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
         return block + noise * block.std(correction=0) * drawn
 

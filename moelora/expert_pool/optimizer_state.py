@@ -4,7 +4,7 @@ stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..core.experts import Factor
 from ..routers import Router
+
+# A factor's parameter, and where in it the block of each linear and expert lies.
+Trained = tuple[nn.Parameter | None, dict[tuple[int, Any], range]]
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,14 @@ class PoolChange:
         if new is not None:
             self.moved.append(Moved(new, old, rows))
 
-    def replaced_rows(
-        self,
-        old: nn.Parameter | None,
-        former: Mapping[tuple[int, int | None], range],
-        after: Factor,
-        keep: Sequence[int | None],
-    ) -> None:
-        """Note what became of a factor, whose parameter and `trained_rows` were these; its expert i
-        is the former `keep[i]`.
-        """
+    def replaced_rows(self, before: Trained, after: Trained, keep: Sequence[int | None]) -> None:
+        """Note what became of a factor, whose expert i is the former `keep[i]`."""
+        old, former = before
+        new, blocks = after
         rows = []
-        for (linear, expert), own in trained_rows(after).items():
+        for (linear, expert), own in blocks.items():
             rows += former.get((linear, keep[expert]), [-1] * len(own))
-        self.replaced(old, after.weight, rows)
+        self.replaced(old, new, rows)
 
     def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
         """Note what became of a router's parameters: rows of experts move, what has other rows
@@ -80,16 +77,16 @@ class PoolChange:
         self.gone.extend(olds.values())
 
 
-def trained_rows(factor: Factor) -> dict[tuple[int, int], range]:
-    """Where each block that trains lies in the factor's parameter, by its linear and expert."""
+def trained(factor: Factor) -> Trained:
+    """What of a factor trains at this moment."""
     experts = len(set(factor.experts))
-    rows = {}
+    rows: dict[tuple[int, Any], range] = {}
     start = 0
     for i, (expert, size) in enumerate(zip(factor.experts, factor.blocks)):
         if expert not in factor.frozen_experts:
             rows[i // experts, expert] = range(start, start + size)
             start += size
-    return rows
+    return factor.weight, rows
 
 
 def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
