@@ -130,11 +130,14 @@ def set_experts(
     config.expert_names = list(names)
     config.r = _one_or_list([expert.r for expert in experts])
     config.lora_alpha = _one_or_list([expert.lora_alpha for expert in experts])
-    usual = list(config.scaling)
+    usual_ranks = list(config.ranks)
+    usual_scaling = list(config.scaling)
     ranks = {n: [e.linears.get(n, (0, 0))[0] for e in experts] for n in linears}
-    scaling = {n: [e.linears.get(n, (0, s))[1] for e, s in zip(experts, usual)] for n in linears}
-    config.expert_ranks = {n: own for n, own in ranks.items() if own != list(config.ranks)} or None
-    config.expert_scaling = {n: own for n, own in scaling.items() if own != usual} or None
+    scaling = {
+        n: [e.linears.get(n, (0, s))[1] for e, s in zip(experts, usual_scaling)] for n in linears
+    }
+    config.expert_ranks = {n: own for n, own in ranks.items() if own != usual_ranks} or None
+    config.expert_scaling = {n: own for n, own in scaling.items() if own != usual_scaling} or None
 
 
 @torch.no_grad()

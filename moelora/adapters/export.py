@@ -18,16 +18,7 @@ from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
 from ..injection.targets import features
 from ..validation import check_integer
-from .merging import (
-    check_options,
-    check_weights,
-    compress,
-    distance,
-    expert_deltas,
-    merged_deltas,
-    product,
-    wide,
-)
+from .merging import check_merge, compress, distance, expert_deltas, merged_deltas, product, wide
 from .reading import DTYPES
 from .writing import check_folder, write_adapter
 
@@ -95,10 +86,9 @@ def export_merged(
 ) -> MergeReport:
     """Write a fixed mixture of experts as a LoRA folder; see `MoeLoraForCausalLM.export_merged`."""
     own = {"rank": rank, **options} if recipe == "svd" else options
-    weights = _checked_weights(model, weights, recipe, own)
+    weights = check_merge(model, weights, recipe, own)
     _check_dtype(dtype)
-    if rank is not None:
-        _check_rank(model, rank)
+    _check_rank(model, rank)
     check_folder(folder, overwrite)
     if recipe == "svd":
         # The sum is exact and compressed here, so that the error is the approximation's.
@@ -131,7 +121,8 @@ def merge_into_base(
     """Add a fixed mixture to the base's weights, in place; the mixture is still there, and has to
     be taken out with `unload()`. See `MoeLoraForCausalLM.merge_and_unload`.
     """
-    weights = _checked_weights(model, weights, recipe, options)
+    weights = check_merge(model, weights, recipe, options)
+    _check_rank(model, options.get("rank"))
     linears = {name: model.get_submodule(name) for name in model.moelora.expert(0)}
     _check_mergeable(model, linears)
     before: list[tuple[Tensor, Tensor]] = []
@@ -146,20 +137,9 @@ def merge_into_base(
         raise
 
 
-def _checked_weights(
-    model: MixtureModel, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
-) -> dict[str, float]:
-    """`weights` as floats, once it is sure that this recipe with these options can merge them."""
-    checked = check_weights(model, weights)
-    check_options(recipe, options)
-    if "rank" in options:
-        if options["rank"] is None:
-            raise ValueError(f"The recipe {recipe!r} needs rank=…, the rank of its result.")
-        _check_rank(model, options["rank"])
-    return checked
-
-
-def _check_rank(model: MixtureModel, rank: int) -> None:
+def _check_rank(model: MixtureModel, rank: int | None) -> None:
+    if rank is None:
+        return
     check_integer("rank", rank, 1)
     modules = [model.get_submodule(linear) for linear in model.moelora.expert(0)]
     largest = max(min(size) for size in map(features, modules) if size is not None)

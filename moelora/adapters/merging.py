@@ -97,25 +97,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def check_options(recipe: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where the recipe is unknown, or an option of it is unknown or missing."""
-    if recipe not in RECIPES:
-        raise ValueError(
-            f"recipe={recipe!r} is unknown. The recipes are: {', '.join(sorted(RECIPES))}."
-        )
-    _, _, *parameters = inspect.signature(RECIPES[recipe]).parameters.values()
-    known = [p.name for p in parameters]
-    unknown = sorted(set(options) - set(known))
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in options]
-    if unknown or missing:
-        what = f"has no option {unknown}" if unknown else f"needs {', '.join(missing)}"
-        raise ValueError(
-            f"The recipe {recipe!r} {what}. Its options are: {', '.join(known) or 'none'}."
-        )
-
-
-def check_weights(model: MixtureModel, weights: Mapping[str, float]) -> dict[str, float]:
-    """`weights` as floats; TypeError or ValueError unless they weigh experts of `model`."""
+def check_merge(
+    model: MixtureModel, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """`weights` as floats; TypeError or ValueError unless they weigh experts of `model`, and this
+    recipe with these options can merge them.
+    """
     if not isinstance(weights, Mapping):
         raise TypeError(
             f"weights is a {type(weights).__name__}; expected a weight for each expert's name."
@@ -126,6 +113,19 @@ def check_weights(model: MixtureModel, weights: Mapping[str, float]) -> dict[str
     for name, weight in weights.items():
         model.moelora_config.expert_index(name)
         check_number(f"weights[{name!r}]", weight, -float("inf"), float("inf"))
+    if recipe not in RECIPES:
+        raise ValueError(
+            f"recipe={recipe!r} is unknown. The recipes are: {', '.join(sorted(RECIPES))}."
+        )
+    _, _, *parameters = inspect.signature(RECIPES[recipe]).parameters.values()
+    known = [p.name for p in parameters]
+    unknown = sorted(set(options) - set(known))
+    needed = [p.name for p in parameters if p.default is p.empty and options.get(p.name) is None]
+    if unknown or needed:
+        what = f"has no option {unknown}" if unknown else f"needs {', '.join(needed)}"
+        raise ValueError(
+            f"The recipe {recipe!r} {what}. Its options are: {', '.join(known) or 'none'}."
+        )
     return {name: float(weight) for name, weight in weights.items()}
 
 

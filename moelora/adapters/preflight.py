@@ -117,7 +117,9 @@ def preflight(
     for who, source in pairs:
         adapter = _checked(source, model, modules)
         trained_on = str(adapter.config.get("base_model_name_or_path") or "")
-        if not allow_base_mismatch and len({"", _last(name), _last(trained_on)}) == 3:
+        ours = _last(name)
+        theirs = _last(trained_on)
+        if ours and theirs and ours != theirs and not allow_base_mismatch:
             adapter.problems.append(
                 f"it was trained on {trained_on}, not on {name}: pass the right base, or "
                 "allow_base_mismatch=True"
