@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from statistics import mode
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -188,8 +188,8 @@ def usual_shape(
     """The shape of an expert with these ranks and scalings: its most common rank, and the alpha of
     its most common scaling at that rank, which is `stated` where that gives the same.
     """
-    r = mode(rank for rank, _ in linears.values())
-    scaling = mode(s for rank, s in linears.values() if rank == r)
+    r = max(multimode(rank for rank, _ in linears.values()))
+    scaling = max(multimode(s for rank, s in linears.values() if rank == r))
     norm = math.sqrt(r) if use_rslora else r
     if isinstance(stated, (int, float)) and stated > 0 and stated / norm == scaling:
         return ExpertShape(r, stated, linears)

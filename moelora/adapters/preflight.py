@@ -100,13 +100,9 @@ def preflight(
     """Check a set of adapters against a base, of which without weights the configuration is enough;
     reads every tensor once, for NaN and Inf, and keeps none.
 
-    Args:
-        base: a loaded model, a folder or a hub id.
-        adapters: sources of `read_adapter` by expert name, pairs of name and source, or the folder
-            of an X-LoRA checkpoint.
-        allow_base_mismatch: adapters may name another base.
-        auto_class: the Auto class that would load the base; None takes what its configuration says.
-        **kwargs: what finds the base: revision, subfolder …
+    The adapters are sources of `read_adapter` by expert name, pairs of name and source, or the
+    folder of an X-LoRA checkpoint. `auto_class` would load the base (None: what its configuration
+    says), found by the keywords: revision, subfolder …
     """
     model, name = _skeleton(base, auto_class, kwargs)
     modules = dict(model.named_modules())

@@ -113,16 +113,10 @@ class Adapter:
 def read_adapter(source: Any) -> Adapter:
     """Describe an adapter; only the header of its weights is read.
 
-    Args:
-        source: a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision` for
-            a revision), a `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an
-            `Adapter`, which comes back as it is.
-
-    Raises:
-        TypeError: a source of another kind.
-        ValueError: nothing there that can be read: no folder, missing or damaged files, links out
-            of the folder, pickled weights. What can be read and not used is in the answer's
-            `problems`.
+    The source is a folder or hub repository as PEFT's `save_pretrained` writes it (`id@revision`
+    for a revision), a `PeftModel` with one adapter, a pair (`PeftModel`, adapter name), or an
+    `Adapter`, which comes back as it is. What can be read and not used is in the answer's
+    `problems`; where nothing can be read it is a ValueError or TypeError.
     """
     if isinstance(source, Adapter):
         return source

@@ -83,11 +83,8 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
 def untargeted(
     config: Mapping[str, Any], linears: Collection[str], patterns: Patterns
 ) -> list[str]:
-    """The `linears` of an adapter that its own target_modules does not match: PEFT would leave
-    their tensors out.
-
-    Raises whatever a configuration causes that PEFT does not take, and ValueError for slow
-    patterns.
+    """The `linears` of an adapter that its own target_modules does not match, so that PEFT would
+    leave their tensors out; any error where PEFT does not take the configuration.
     """
     targets = config.get("target_modules")
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):

@@ -38,13 +38,8 @@ def write_adapter(
     dtype: torch.dtype | None,
     overwrite: bool,
 ) -> None:
-    """Write `deltas`, by the linear's full name, and the trained head of `model` as a PEFT LoRA.
-
-    Raises:
-        ValueError: values that are not finite (in `dtype`; None keeps theirs), or a trained module
-            whose weights are tied.
-        FileExistsError: the folder is not empty, or with `overwrite` holds more than an adapter.
-        OSError: the folder cannot be written.
+    """Write `deltas`, by the linear's full name, and the trained head of `model` as a PEFT LoRA,
+    cast to `dtype` if there is one.
     """
     check_folder(folder, overwrite)
     config, ranks = _config(model, deltas)
@@ -123,8 +118,9 @@ def _config(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={_pattern(n): r for n, r in ranks.items() if r != rank},
-        alpha_pattern={_pattern(n): a for n, a in alphas.items() if a != alpha},
+        # Keys that PEFT's `get_pattern_key` matches with this linear alone.
+        rank_pattern={"^" + re.escape(n): r for n, r in ranks.items() if r != rank},
+        alpha_pattern={"^" + re.escape(n): a for n, a in alphas.items() if a != alpha},
         use_rslora=stable,
         lora_dropout=ours.lora_dropout,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in deltas),
@@ -179,11 +175,6 @@ def _targets(model: MixtureModel, linears: list[str], config: LoraConfig) -> str
         f"them lies in a module that is saved whole ({config.modules_to_save}). Use "
         "merge_and_unload."
     )
-
-
-def _pattern(linear: str) -> str:
-    """A key of rank_pattern that PEFT's `get_pattern_key` matches with this linear alone."""
-    return "^" + re.escape(linear)
 
 
 def _saved_tensors(model: MixtureModel, config: LoraConfig) -> dict[str, Tensor]:

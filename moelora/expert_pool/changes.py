@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from statistics import mode
 from typing import Any
 
@@ -22,16 +21,9 @@ from ..training.arguments import check_not_overridden
 from ..validation import check_integer, check_number, expert_name_problem
 from .optimizer_state import PoolChange, trained
 
-
-@dataclass
-class Newcomer:
-    """An expert to be: its factors by the linear's full name, where it is there, and the number of
-    the expert that it is a copy of.
-    """
-
-    shape: ExpertShape
-    factors: dict[str, LoraFactors]
-    original: int | None = None
+# An expert to be: its shape, its factors by the linear's full name, where it is there, and the
+# number of the expert that it is a copy of.
+Newcomer = tuple[ExpertShape, dict[str, LoraFactors], int | None]
 
 
 def add_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
@@ -110,25 +102,26 @@ def _rebuild(
     Everything is prepared before anything is put in, so that an error leaves the mixture as it was.
     """
     check_not_overridden(model)
+    shape, fresh, original = new or (None, {}, None)
     mixture = model.moelora
     mixture.check_resident("change its experts")
     change = PoolChange()
     config = copy.deepcopy(mixture.config)
     shapes = [_shape_of(mixture, e) for e in keep if e is not None]
-    if new is not None:
-        shapes.insert(keep.index(None), new.shape)
+    if shape is not None:
+        shapes.insert(keep.index(None), shape)
     set_experts(config, names, shapes, mixture.linears())
     config.validate()
     load = copy.deepcopy(mixture.load)
     load.resize(keep)
     routers = []
     for router in mixture.context.router_list:
-        resized = _resized(router, [new.original if e is None and new else e for e in keep])
+        resized = _resized(router, [original if e is None else e for e in keep])
         change.replaced_router(router, resized, keep)
         routers.append(resized)
     factors = []
     for site in mixture.site_list():
-        lora_A, lora_B = site.restacked(config, keep, new.factors if new else {})
+        lora_A, lora_B = site.restacked(config, keep, fresh)
         for before, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
             change.replaced_rows(trained(before), trained(after), keep)
         factors.append((lora_A, lora_B))
@@ -194,7 +187,6 @@ def _newcomer(
 
 
 def _shape_of(mixture: Mixture, expert: int) -> ExpertShape:
-    """The shape of expert number `expert`."""
     config = mixture.config
     linears = {
         name: (config.ranks_of(name)[expert], config.scaling_of(name)[expert])
@@ -221,7 +213,7 @@ def _fresh(
         A = torch.empty(r, d_in, dtype=like.A.dtype).uniform_(-bound, bound, generator=generator)
         B = like.B.new_zeros(r, like.B.shape[1])
         factors[linear] = LoraFactors(A.to(like.A.device), B, scaling)
-    return Newcomer(ExpertShape(r, alpha, dict.fromkeys(factors, (r, scaling))), factors)
+    return ExpertShape(r, alpha, dict.fromkeys(factors, (r, scaling))), factors, None
 
 
 def _copied(
@@ -237,7 +229,7 @@ def _copied(
         linear: LoraFactors(noisy(own.A), noisy(own.B), own.scaling)
         for linear, own in mixture.expert(expert).items()
     }
-    return Newcomer(_shape_of(mixture, expert), factors, expert)
+    return _shape_of(mixture, expert), factors, expert
 
 
 def _imported(model: MixtureModel, adapter: Any, allow_base_mismatch: bool) -> Newcomer:
@@ -250,4 +242,4 @@ def _imported(model: MixtureModel, adapter: Any, allow_base_mismatch: bool) -> N
             "target_modules has them."
         )
     linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
-    return Newcomer(usual_shape(linears, model.moelora_config.use_rslora), factors)
+    return usual_shape(linears, model.moelora_config.use_rslora), factors, None
