@@ -12,8 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from .adapters import composing, export
-from .adapters.merge_into_base import merge_into_base
-from .adapters.merging import MergeReport
 from .checkpoint import load, save, state
 from .config import MoeLoraConfig
 from .core.forward import compute_device
@@ -300,7 +298,7 @@ class MoeLoraModel(MixtureModel):
         recipe: str = "linear",
         overwrite: bool = False,
         **options: Any,
-    ) -> MergeReport:
+    ) -> export.MergeReport:
         """Write a fixed mixture of experts as one LoRA folder for PEFT.
 
         Args:
@@ -333,7 +331,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             ValueError, TypeError: as `export_merged`; a quantised, offloaded or tied linear.
         """
-        merge_into_base(self, weights, recipe, options)
+        export.merge_into_base(self, weights, recipe, options)
         return self.unload()
 
     def save_pretrained(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -26,31 +26,18 @@ from .reading import Adapter
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
 FROM_ADAPTERS = (
-    "num_experts",
-    "expert_names",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "expert_ranks",
-    "expert_scaling",
-    "target_modules",
-    "layers_to_transform",
+    *("num_experts", "expert_names", "r", "lora_alpha", "use_rslora"),
+    *("expert_ranks", "expert_scaling", "target_modules", "layers_to_transform"),
 )
 
 
 @dataclass
 class ExpertShape:
-    """An expert's ranks and scalings.
-
-    Attributes:
-        r: its usual rank.
-        lora_alpha: its usual alpha.
-        linears: its rank and scaling by the linear's full name, where it is there.
-    """
+    """An expert's usual rank and alpha, and its rank and scaling by the full name of the linear."""
 
     r: int
     lora_alpha: float
-    linears: dict[str, tuple[int, float]]
+    linears: Mapping[str, tuple[int, float]]
 
 
 def from_adapters(
@@ -69,7 +56,7 @@ def from_adapters(
     `MoeLoraForCausalLM.from_adapters`.
     """
     if config is None:
-        config = MoeLoraConfig(router="arrow") if router_init == "arrow" else MoeLoraConfig()
+        config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
     loaded = isinstance(base, PreTrainedModel)
@@ -85,35 +72,32 @@ def from_adapters(
     if not loaded and any(adapter.saved for adapter in described.values()):
         # Copies of the base's own weights could not be compared before those were there.
         preflight(model, described, allow_base_mismatch=True).raise_if_bad()
-    config.target_modules = exact_targets(list(config.target_modules or []), model)
+    config.target_modules = _exact_targets(list(config.target_modules or []), model)
 
     def fill(mixture_model: Any) -> None:
-        put_experts(mixture_model, described)
+        _put_experts(mixture_model, described.values())
         initialise(mixture_model, router_init, texts, tokenizer)
 
     return put_into(model, config, cls, then=fill)
 
 
 def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> MoeLoraConfig:
-    """A copy of `config` whose experts are these adapters.
-
-    Each expert's most common rank and scaling become `r` and `lora_alpha`. A linear where an expert
-    has another rank or scaling is listed in `expert_ranks` or `expert_scaling`.
-
-    Args:
-        config: how the experts are routed.
-        adapters: the described adapters by expert name.
-
-    Raises:
-        ValueError: the configuration contradicts the adapters.
+    """A copy of `config`, which says how the experts are routed, whose experts are these adapters;
+    ValueError where it contradicts them.
     """
     composed = config.without_base()
     composed.use_rslora = all(bool(a.config.get("use_rslora")) for a in adapters.values())
-    experts = [_shape_of(adapter, composed.use_rslora) for adapter in adapters.values()]
-    linears = list(dict.fromkeys(linear for expert in experts for linear in expert.linears))
-    composed.target_modules = linears
+    experts = [
+        usual_shape(
+            {name: (target.r, target.scaling) for name, target in adapter.targets.items()},
+            composed.use_rslora,
+            stated=adapter.config.get("lora_alpha"),
+        )
+        for adapter in adapters.values()
+    ]
+    composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
     composed.layers_to_transform = None
-    set_experts(composed, list(adapters), experts, linears)
+    set_experts(composed, list(adapters), experts, composed.target_modules)
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
     for name in FROM_ADAPTERS:
@@ -135,18 +119,12 @@ def set_experts(
     config: MoeLoraConfig,
     names: Sequence[str],
     experts: Sequence[ExpertShape],
-    linears: Iterable[str],
+    linears: Sequence[str],
 ) -> None:
-    """Give a configuration other experts.
+    """Give a configuration, which is not validated, other experts in these adapted linears.
 
     A linear where an expert's rank or scaling is not the one that `r` and `lora_alpha` say is
     listed in `expert_ranks` or `expert_scaling`.
-
-    Args:
-        config: the configuration to change, in place; it is not validated.
-        names: the experts' names.
-        experts: the experts' ranks and scalings.
-        linears: the full names of all adapted linears.
     """
     config.num_experts = len(experts)
     config.expert_names = list(names)
@@ -154,48 +132,30 @@ def set_experts(
     config.lora_alpha = _one_or_list([expert.lora_alpha for expert in experts])
     usual_ranks = list(config.ranks)
     usual_scaling = list(config.scaling)
-    expert_ranks = {}
-    expert_scaling = {}
-    for linear in linears:
-        own = [e.linears.get(linear, (0, s)) for e, s in zip(experts, usual_scaling)]
-        ranks = [rank for rank, _ in own]
-        scaling = [s for _, s in own]
-        if ranks != usual_ranks:
-            expert_ranks[linear] = ranks
-        if scaling != usual_scaling:
-            expert_scaling[linear] = scaling
-    config.expert_ranks = expert_ranks or None
-    config.expert_scaling = expert_scaling or None
+    ranks = {n: [e.linears.get(n, (0, 0))[0] for e in experts] for n in linears}
+    scaling = {
+        n: [e.linears.get(n, (0, s))[1] for e, s in zip(experts, usual_scaling)] for n in linears
+    }
+    config.expert_ranks = {n: own for n, own in ranks.items() if own != usual_ranks} or None
+    config.expert_scaling = {n: own for n, own in scaling.items() if own != usual_scaling} or None
 
 
 @torch.no_grad()
-def put_experts(model: MixtureModel, adapters: Mapping[str, Adapter]) -> None:
-    """Copy every expert's tensors into the mixture, bit for bit.
-
-    Args:
-        model: a model whose mixture was made for these adapters.
-        adapters: all experts by name.
-    """
-    for expert, name in enumerate(model.moelora_config.expert_names or []):
-        for linear, own in model.moelora.expert(expert).items():
-            if linear in adapters[name].targets:
-                A, B = adapters[name].factors(linear)
-                own.A.copy_(A)
-                own.B.copy_(B.T)
+def _put_experts(model: MixtureModel, adapters: Iterable[Adapter]) -> None:
+    """Copy the tensors of expert 0, 1 … into the mixture, bit for bit."""
+    for expert, adapter in enumerate(adapters):
+        own = model.moelora.expert(expert)
+        for linear in adapter.targets:
+            A, B = adapter.factors(linear)
+            own[linear].A.copy_(A)
+            own[linear].B.copy_(B.T)
 
 
 def adapter_factors(
     source: Any, model: PreTrainedModel, *, allow_base_mismatch: bool = False
 ) -> dict[str, LoraFactors]:
-    """One adapter's factors by the full name of the linear.
-
-    Args:
-        source: a source of `read_adapter`.
-        model: the base, or a model with a mixture inside.
-        allow_base_mismatch: the adapter may name another base.
-
-    Raises:
-        ValueError: the adapter does not fit the model, with all that is wrong.
+    """The factors of a source of `read_adapter` by the full name of the linear; ValueError, with
+    all that is wrong, where it does not fit `model`.
     """
     checked = preflight(model, {"adapter": source}, allow_base_mismatch=allow_base_mismatch)
     checked.raise_if_bad()
@@ -207,15 +167,11 @@ def adapter_factors(
     return factors
 
 
-def exact_targets(linears: Sequence[str], model: nn.Module) -> str | list[str]:
-    """target_modules by which PEFT finds these linears and no others.
+def _exact_targets(linears: Sequence[str], model: nn.Module) -> str | list[str]:
+    """target_modules by which PEFT finds the linears of these full names and no others.
 
     PEFT also takes a module whose name ends like one in a list. Where the model has such a module,
     the answer is a regular expression of the full names.
-
-    Args:
-        linears: full names of linears.
-        model: the base that has them.
     """
     wanted = set(linears)
     for name, _ in model.named_modules():
@@ -226,23 +182,19 @@ def exact_targets(linears: Sequence[str], model: nn.Module) -> str | list[str]:
     return list(linears)
 
 
-def _shape_of(adapter: Adapter, use_rslora: bool) -> ExpertShape:
-    """The adapter's most common rank, and the alpha of its most common scaling at that rank."""
-    linears = {name: (target.r, target.scaling) for name, target in adapter.targets.items()}
-    r = _most_common([rank for rank, _ in linears.values()])
-    scaling = _most_common([s for rank, s in linears.values() if rank == r])
+def usual_shape(
+    linears: Mapping[str, tuple[int, float]], use_rslora: bool, stated: Any = None
+) -> ExpertShape:
+    """The shape of an expert with these ranks and scalings: its most common rank, and the alpha of
+    its most common scaling at that rank, which is `stated` where that gives the same.
+    """
+    r = max(multimode(rank for rank, _ in linears.values()))
+    scaling = max(multimode(s for rank, s in linears.values() if rank == r))
     norm = math.sqrt(r) if use_rslora else r
-    # A negative or zero scaling has no alpha; its linears are listed one by one.
-    alpha = scaling * norm if scaling > 0 else r
-    stated = adapter.config.get("lora_alpha")
     if isinstance(stated, (int, float)) and stated > 0 and stated / norm == scaling:
-        alpha = stated
-    return ExpertShape(r, alpha, linears)
-
-
-def _most_common(values: list[Any]) -> Any:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
+        return ExpertShape(r, stated, linears)
+    # A negative or zero scaling has no alpha; its linears are listed one by one.
+    return ExpertShape(r, scaling * norm if scaling > 0 else r, linears)
 
 
 def _one_or_list(values: list[Any]) -> Any:

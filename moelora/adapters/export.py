@@ -1,24 +1,58 @@
-"""Experts out: one expert, or a fixed mixture of several, as a stock PEFT LoRA folder."""
+"""Experts out: one expert, or a fixed mixture of several, as a stock PEFT LoRA folder or in the
+plain base's own weights.
+"""
 
 from __future__ import annotations
 
-import inspect
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
 from ..injection.targets import features
 from ..validation import check_integer
-from .deltas import compress, distance, expert_deltas
-from .merging import RECIPES, MergeReport, check_weights, merged_deltas, recipe_options
+from .merging import check_merge, compress, distance, expert_deltas, merged_deltas, product, wide
+from .reading import DTYPES
 from .writing import check_folder, write_adapter
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `export_merged` wrote, and how far each linear's ΔW' is from the recipe's ΔW.
+
+    An error is ‖ΔW' - ΔW‖ / ‖ΔW‖ in Frobenius norms, measured on what was written: it includes the
+    rounding to the written dtype (about 1e-8 in fp32).
+
+    Attributes:
+        recipe: the recipe's name.
+        weights: the weight of each expert, by its name.
+        ranks: the rank that was written, by the linear's name.
+        errors: the error by the linear's name.
+        error: the error over all linears together.
+    """
+
+    recipe: str
+    weights: dict[str, float]
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+
+    def __str__(self) -> str:
+        low = min(self.ranks.values())
+        high = max(self.ranks.values())
+        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"{self.recipe} of {len(self.weights)} experts: {ranks} in {len(self.ranks)} linears, "
+            f"relative error {self.error:.2g} (largest {self.errors[worst]:.2g}, in {worst})"
+        )
 
 
 def export_expert(
@@ -51,40 +85,60 @@ def export_merged(
     **options: Any,
 ) -> MergeReport:
     """Write a fixed mixture of experts as a LoRA folder; see `MoeLoraForCausalLM.export_merged`."""
-    weights = check_weights(model, weights)
+    own = {"rank": rank, **options} if recipe == "svd" else options
+    weights = check_merge(model, weights, recipe, own)
     _check_dtype(dtype)
-    if recipe == "svd":
-        options = {"rank": rank, **options}
-    options = recipe_options(recipe, options)
-    check_rank(model, rank, recipe)
+    _check_rank(model, rank)
     check_folder(folder, overwrite)
-    exact = ("linear", {}) if recipe == "svd" else (recipe, options)
+    if recipe == "svd":
+        # The sum is exact and compressed here, so that the error is the approximation's.
+        merged = merged_deltas(model, weights, "linear", {})
+    else:
+        merged = merged_deltas(model, weights, recipe, options)
     written_dtype = dtype or next(iter(model.moelora.expert(0).values())).A.dtype
     deltas = {}
-    errors = {}
-    square_error = square_norm = 0.0
-    # For svd the sum is exact and compressed here, so that the error is the approximation's.
-    for linear, delta in merged_deltas(model, weights, *exact):
+    norms = {}
+    for linear, delta in merged:
         deltas[linear] = _low_rank(delta, rank, recipe, written_dtype)
-        off, norm = distance(delta, deltas[linear])
-        errors[linear] = off / norm if norm else 0.0
-        square_error += off**2
-        square_norm += norm**2
+        norms[linear] = distance(delta, deltas[linear])
     if not deltas:
         raise ValueError(
             f"The experts {', '.join(weights)} have rank 0 in every linear: nothing to export."
         )
     write_adapter(model, deltas, folder, dtype=dtype, overwrite=overwrite)
     ranks = {linear: len(factors.A) for linear, factors in deltas.items()}
+    errors = {linear: off / norm if norm else 0.0 for linear, (off, norm) in norms.items()}
+    square_error = sum(off**2 for off, _ in norms.values())
+    square_norm = sum(norm**2 for _, norm in norms.values())
     error = (square_error / square_norm) ** 0.5 if square_norm else 0.0
     return MergeReport(recipe, weights, ranks, errors, error)
 
 
-def check_rank(model: MixtureModel, rank: int | None, recipe: str) -> None:
-    """Raise unless a linear can have a LoRA of this rank, or None where the recipe needs none."""
+@torch.no_grad()
+def merge_into_base(
+    model: MixtureModel, weights: Mapping[str, float], recipe: str, options: Mapping[str, Any]
+) -> None:
+    """Add a fixed mixture to the base's weights, in place; the mixture is still there, and has to
+    be taken out with `unload()`. See `MoeLoraForCausalLM.merge_and_unload`.
+    """
+    weights = check_merge(model, weights, recipe, options)
+    _check_rank(model, options.get("rank"))
+    linears = {name: model.get_submodule(name) for name in model.moelora.expert(0)}
+    _check_mergeable(model, linears)
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, delta in merged_deltas(model, weights, recipe, options):
+            weight = linears[name].get_parameter("weight")
+            before.append((weight, weight.to("cpu", copy=True)))
+            weight.copy_(_merged(name, linears[name], delta))
+    except BaseException:
+        for weight, copy in before:
+            weight.copy_(copy)
+        raise
+
+
+def _check_rank(model: MixtureModel, rank: int | None) -> None:
     if rank is None:
-        if "rank" in inspect.signature(RECIPES[recipe]).parameters:
-            raise ValueError(f"The recipe {recipe!r} needs rank=…, the rank of its result.")
         return
     check_integer("rank", rank, 1)
     modules = [model.get_submodule(linear) for linear in model.moelora.expert(0)]
@@ -93,6 +147,34 @@ def check_rank(model: MixtureModel, rank: int | None, recipe: str) -> None:
         raise ValueError(
             f"rank={rank} is more than any adapted linear can have: expected at most {largest}."
         )
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype={dtype!r}: expected one of {', '.join(map(str, DTYPES))}, or None.")
+
+
+def _check_mergeable(model: MixtureModel, linears: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where a weight is not plain numbers that belong to its linear alone."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, linear in linears.items():
+        weight: Any = getattr(linear, "weight", None)
+        size = features(linear) or (0, 0)
+        layout = size if isinstance(linear, Conv1D) else size[::-1]
+        # Quantised weights are of a class of their own, of integers or of another shape.
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
+        if not plain or tuple(weight.shape) != layout:
+            reason = (
+                f"a quantised {type(linear).__name__}, whose codes cannot hold the sum: load the "
+                "base without quantisation"
+            )
+        elif weight.device.type == "meta":
+            reason = "offloaded: load the base without a device_map that offloads"
+        elif owners[id(weight)] > 1:
+            reason = "tied to another module's weight, which would change too: untie it"
+        else:
+            continue
+        raise ValueError(f"Nothing was merged: {name} is {reason}, or use export_merged.")
 
 
 def _low_rank(
@@ -108,6 +190,16 @@ def _low_rank(
     return LoraFactors(delta.A.to("cpu", dtype), delta.B.to("cpu", dtype), delta.scaling)
 
 
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype={dtype!r}: expected one of {', '.join(map(str, DTYPES))}, or None.")
+def _merged(name: str, linear: nn.Module, delta: LoraFactors | Tensor) -> Tensor:
+    """The linear's weight with ΔW added, in its own layout and dtype."""
+    weight = linear.get_parameter("weight")
+    if isinstance(delta, LoraFactors):
+        delta = product(LoraFactors(wide(delta.A), wide(delta.B), delta.scaling))
+    delta = wide(delta).T if isinstance(linear, Conv1D) else wide(delta)
+    merged = (wide(weight) + delta.to(weight.device)).to(weight.dtype)
+    if not bool(merged.isfinite().all()):
+        raise ValueError(
+            f"Merging makes weights of {name} that are not finite in {merged.dtype}: the experts "
+            "hold NaN or Inf, or their weights are too large. Nothing was changed."
+        )
+    return merged

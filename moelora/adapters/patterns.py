@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import regex
 
@@ -31,28 +31,18 @@ class Patterns:
 
     def __init__(self, num_linears: int):
         self.seconds = SECONDS + SECONDS_PER_LINEAR * num_linears
-        self._spent = 0.0
+        self._left = self.seconds
         self._length = 0
         self._compiled = functools.cache(self._compile)
-        self._names = functools.cache(plain_names)
-        self._is_one_name = functools.cache(self._one_name)
+        self._is_one_name = functools.cache(_is_one_name)
 
     def matches(self, pattern: str, name: str) -> bool:
-        """Whether `pattern` matches the whole of `name`.
-
-        Raises:
-            ValueError: it is not a regular expression, or the patterns are too long or too slow.
-        """
-        start = time.thread_time()
-        try:
-            left = self.seconds - self._spent
-            matched = left > 0 and self._fullmatch(pattern, name, left)
-        except TimeoutError:
-            left = 0.0
-        self._spent += time.thread_time() - start
-        if left <= 0:
-            self._give_up(pattern)
-        return bool(matched)
+        """Whether `pattern` matches the whole of `name`; ValueError where it cannot be told."""
+        with self._in_time(pattern):
+            compiled = self._compiled(pattern)
+            if isinstance(compiled, frozenset):
+                return name in compiled
+            return compiled.fullmatch(name, timeout=self._left) is not None
 
     def first(self, patterns: Iterable[str], linear: str) -> str | None:
         """The first of PEFT's `rank_pattern` or `alpha_pattern` keys that matches the end of a
@@ -60,34 +50,34 @@ class Patterns:
         """
         # As `export_expert` writes them: one for each linear, by its whole name.
         own = "^" + re.escape(linear)
-        start = time.thread_time()
-        candidates = [p for p in patterns if p == own or not self._is_one_name(p)]
-        self._spent += time.thread_time() - start
+        with self._in_time(own):
+            candidates = [p for p in patterns if p == own or not self._is_one_name(p)]
         for pattern in candidates:
             if pattern == own or self.matches(rf"(.*\.)?({pattern})$", linear):
                 return pattern
-        if self._spent >= self.seconds:
-            self._give_up("".join(candidates[:1]))
         return None
 
-    def _give_up(self, pattern: str) -> NoReturn:
-        self._spent = self.seconds
-        raise ValueError(
-            f"its patterns take more than {self.seconds:.1f} seconds to match, as "
-            f"{pattern[:60]!r} does: name the modules instead"
-        )
+    @contextmanager
+    def _in_time(self, pattern: str) -> Iterator[None]:
+        start = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            yield
+        except TimeoutError:
+            self._left = 0.0
+            raise ValueError(
+                f"its patterns take more than {self.seconds:.1f} seconds to match, as "
+                f"{pattern[:60]!r} does: name the modules instead"
+            ) from None
+        finally:
+            self._left -= time.thread_time() - start
 
-    def _fullmatch(self, pattern: str, name: str, seconds: float) -> bool:
-        names = self._names(pattern)
+    def _compile(self, pattern: str) -> regex.Pattern | frozenset[str]:
+        """A pattern, or the names that it lists, however many."""
+        names = plain_names(pattern)
         if names:
-            return name in names
-        return self._compiled(pattern).fullmatch(name, timeout=seconds) is not None
-
-    def _one_name(self, pattern: str) -> bool:
-        """Whether a pattern of PEFT's is the whole name of one linear."""
-        return pattern.startswith("^") and len(plain_names(pattern[1:])) == 1
-
-    def _compile(self, pattern: str) -> regex.Pattern:
+            return names
         self._length += len(pattern)
         if self._length > MAX_LENGTH:
             raise ValueError(
@@ -99,3 +89,8 @@ class Patterns:
             raise ValueError(
                 f"its pattern {pattern[:60]!r} is not a regular expression ({error})"
             ) from error
+
+
+def _is_one_name(pattern: str) -> bool:
+    """Whether a pattern of PEFT's is the whole name of one linear."""
+    return pattern.startswith("^") and len(plain_names(pattern[1:])) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -12,39 +11,20 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from ..validation import shown
 from .patterns import Patterns
 
-# Fields that say how an adapter came about or which file is whose, or that are read where they
-# matter.
 HARMLESS = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
+    # How the adapter came about, and which file is whose.
+    *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision"),
+    # Read where they matter; whether `modules_to_save` trained anything, the file's tensors tell.
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "lora_dropout"),
     # How the base's weight lies in memory; A and B lie the same way for Conv1D as for Linear.
     "fan_in_fan_out",
-    "use_rslora",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "megatron_core",
     # Settings of initialisations, which `init_lora_weights` stands for.
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-    # Never saved: where a live model computes.
-    "runtime_config",
-    # Here the file's tensors tell, see `Adapter.saved`.
-    "modules_to_save",
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    # Where a live model computes, and with which parallel layers.
+    *("runtime_config", "megatron_core"),
 }
 REASONS = {
     "bias": "it trained biases of the base, which belong to all tokens, not to those of one expert",
@@ -67,8 +47,9 @@ TYPES: dict[str, Any] = {
     "rank_pattern": dict | None,
     "alpha_pattern": dict | None,
 }
-# Initialisations that leave the base as it is: what is saved is the whole change.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Initialisations beside True and False that leave the base as it is: what is saved is the whole
+# change.
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Initialisations that take the first A and B out of the base's weights (arXiv:2404.02948 and
 # others).
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -85,34 +66,25 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         return [f"peft_type is {kind or 'missing'}; only LORA adapters can become experts"]
     reasons = []
-    defaults = {f.name: _default(f) for f in fields(LoraConfig)}
+    defaults = LoraConfig().to_dict()
     for name, value in config.items():
+        default = defaults.get(name)
         if not isinstance(value, TYPES.get(name, object)):
             reasons.append(f"{name}={shown(value)} has the wrong type: {type(value).__name__}")
-        if name in HARMLESS or name == "init_lora_weights":
-            continue
+        if name == "init_lora_weights":
+            reasons += _initialisation(value)
         # A field that this PEFT does not know is off where it is empty.
-        default = defaults.get(name)
-        if value != default and (value or default):
+        elif name not in HARMLESS and value != default and (value or default):
             reason = REASONS.get(name, "what it does is not the plain delta s·BA of an expert")
             reasons.append(f"{name}={shown(value)}: {reason}")
-    return reasons + _initialisation(config.get("init_lora_weights", True))
+    return reasons
 
 
 def untargeted(
     config: Mapping[str, Any], linears: Collection[str], patterns: Patterns
 ) -> list[str]:
-    """The linears of an adapter that its own target_modules does not match: PEFT would leave their
-    tensors out.
-
-    Args:
-        config: the adapter_config.json.
-        linears: the full names of the linears that have tensors.
-        patterns: matches the regular expressions among the settings.
-
-    Raises:
-        ValueError, TypeError: the configuration is not one that PEFT takes, or has patterns that
-            take too long.
+    """The `linears` of an adapter that its own target_modules does not match, so that PEFT would
+    leave their tensors out; any error where PEFT does not take the configuration.
     """
     targets = config.get("target_modules")
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
@@ -141,26 +113,15 @@ def untargeted(
 
 
 def _initialisation(how: Any) -> list[str]:
-    if any(how is plain or (isinstance(how, str) and how == plain) for plain in PLAIN_INITS):
+    if how is None or isinstance(how, bool) or how in PLAIN_INITS:
         return []
-    if isinstance(how, str) and how.lower().startswith(BASE_CHANGING_INITS):
-        remedy = (
-            "convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
-        )
-        if how.lower() == "loftq":
-            remedy = "merge it into the base that LoftQ made, or train it without"
-        return [
-            f"init_lora_weights={how!r} changed the base's weights when training began, so that A "
-            f"and B are not a delta on the base as it is: {remedy}"
-        ]
-    return [f"init_lora_weights={shown(how)} is not known; expected one of: {_names(PLAIN_INITS)}"]
-
-
-def _default(field: Any) -> Any:
-    if field.default is not MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not MISSING else None
-
-
-def _names(values: tuple) -> str:
-    return ", ".join(str(v) for v in values)
+    if not isinstance(how, str) or not how.lower().startswith(BASE_CHANGING_INITS):
+        names = ", ".join(PLAIN_INITS)
+        return [f"init_lora_weights={shown(how)} is not known; expected true, false, {names}"]
+    remedy = "convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+    if how.lower() == "loftq":
+        remedy = "merge it into the base that LoftQ made, or train it without"
+    return [
+        f"init_lora_weights={how!r} changed the base's weights when training began, so that A and "
+        f"B are not a delta on the base as it is: {remedy}"
+    ]

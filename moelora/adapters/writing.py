@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from statistics import mode
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -22,11 +22,12 @@ from ..core.experts import LoraFactors
 from ..core.model import MixtureModel, base_class
 from ..host_internals import commit_of_config
 from ..injection.targets import modules_to_save
+from .folders import CONFIG, WEIGHTS
 
 KEY = "base_model.model."
 # What a folder may hold that `overwrite` replaces: an adapter as PEFT or this package writes it,
 # and no more.
-REPLACEABLE = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md", ".gitattributes"}
+REPLACEABLE = {CONFIG, WEIGHTS, "README.md", ".gitattributes"}
 
 
 def write_adapter(
@@ -37,27 +38,17 @@ def write_adapter(
     dtype: torch.dtype | None,
     overwrite: bool,
 ) -> None:
-    """Write `deltas` and the trained head of `model` as a PEFT LoRA.
-
-    Args:
-        model: the model that the deltas belong to.
-        deltas: the factors by the linear's full name.
-        folder: the folder to write.
-        dtype: of A and B; None keeps theirs.
-        overwrite: replace a folder that holds an adapter.
-
-    Raises:
-        ValueError: values that are not finite (in `dtype`), or a trained module whose weights are
-            tied.
-        FileExistsError: the folder is not empty.
-        OSError: the folder cannot be written.
+    """Write `deltas`, by the linear's full name, and the trained head of `model` as a PEFT LoRA,
+    cast to `dtype` if there is one.
     """
     check_folder(folder, overwrite)
     config, ranks = _config(model, deltas)
     tensors = _saved_tensors(model, config)
     for linear, factors in deltas.items():
-        A = _padded(factors.A, ranks[linear])
-        B = _padded(factors.B, ranks[linear]).T
+        # Rows of zeros up to the rank that is written.
+        more = (0, 0, 0, ranks[linear] - len(factors.A))
+        A = nn.functional.pad(factors.A, more)
+        B = nn.functional.pad(factors.B, more).T
         for part, tensor in (("lora_A", A), ("lora_B", B)):
             tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
             if not bool(tensor.isfinite().all()):
@@ -66,9 +57,14 @@ def write_adapter(
                     "written. Check the expert, or export with a dtype of larger range."
                 )
             tensors[f"{KEY}{linear}.{part}.weight"] = tensor
+    # What PEFT's Auto classes need where there is no task that says the base's class.
+    base = base_class(type(model))
+    classes = {"base_model_class": base.__name__, "parent_library": base.__module__}
     with atomic_folder(folder, replace=True, what="adapter") as staging:
-        config.save_pretrained(str(staging), auto_mapping_dict=_auto_mapping(model, config))
-        save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(
+            str(staging), auto_mapping_dict=None if config.task_type else classes
+        )
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         # Again, since another process may have written it meanwhile.
         check_folder(folder, overwrite)
 
@@ -103,53 +99,48 @@ def _config(
     stay the same.
     """
     ours = model.moelora_config
-    stable = ours.use_rslora and None not in _alphas(model, deltas, True).values()
+    usual = ours._per_expert("lora_alpha")
+    stable = ours.use_rslora and all(_alpha(f, usual, True) is not None for f in deltas.values())
     ranks = {}
     alphas = {}
-    for linear, alpha in _alphas(model, deltas, stable).items():
-        rank = len(deltas[linear].A)
-        ranks[linear] = rank if alpha is not None else 2 ** math.ceil(math.log2(rank))
-        alphas[linear] = alpha if alpha is not None else deltas[linear].scaling * ranks[linear]
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    for linear, factors in deltas.items():
+        ranks[linear] = len(factors.A)
+        alphas[linear] = _alpha(factors, usual, stable)
+        if alphas[linear] is None:
+            ranks[linear] = 2 ** math.ceil(math.log2(len(factors.A)))
+            alphas[linear] = factors.scaling * ranks[linear]
+    rank, alpha = (mode(values.values()) for values in (ranks, alphas))
     saved, task = _saved_and_task(model, deltas)
+    base = model.config.name_or_path
+    if base and Path(base).is_dir():
+        # By its whole path, since an adapter is loaded from anywhere.
+        base = str(Path(base).resolve())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={_pattern(n): r for n, r in ranks.items() if r != rank},
-        alpha_pattern={_pattern(n): a for n, a in alphas.items() if a != alpha},
+        # Keys that PEFT's `get_pattern_key` matches with this linear alone.
+        rank_pattern={"^" + re.escape(n): r for n, r in ranks.items() if r != rank},
+        alpha_pattern={"^" + re.escape(n): a for n, a in alphas.items() if a != alpha},
         use_rslora=stable,
         lora_dropout=ours.lora_dropout,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in deltas),
         modules_to_save=saved or None,
         task_type=task,
         inference_mode=True,
-        base_model_name_or_path=_base_name(model),
+        base_model_name_or_path=base or None,
         revision=ours.base_revision or commit_of_config(model.config),
     )
     config.target_modules = _targets(model, list(deltas), config)
     return config, ranks
 
 
-def _alphas(
-    model: MixtureModel, deltas: Mapping[str, LoraFactors], stable: bool
-) -> dict[str, float | None]:
-    """For each linear an alpha from which PEFT computes exactly its scaling, or None; integers
-    where they do.
-    """
-    configured = list(model.moelora_config._per_expert("lora_alpha"))
-    alphas: dict[str, float | None] = {}
-    for linear, factors in deltas.items():
-        norm = math.sqrt(len(factors.A)) if stable else len(factors.A)
-        alpha = factors.scaling * norm
-        near = [
-            *configured,
-            round(alpha),
-            alpha,
-            math.nextafter(alpha, -math.inf),
-            math.nextafter(alpha, math.inf),
-        ]
-        alphas[linear] = next((a for a in near if a / norm == factors.scaling), None)
-    return alphas
+def _alpha(factors: LoraFactors, usual: Sequence[float], stable: bool) -> float | None:
+    """An alpha from which PEFT computes exactly this scaling, a whole number where one does."""
+    norm = math.sqrt(len(factors.A)) if stable else len(factors.A)
+    alpha = factors.scaling * norm
+    above, below = (math.nextafter(alpha, end) for end in (math.inf, -math.inf))
+    near = [*usual, round(alpha), alpha, below, above]
+    return next((a for a in near if a / norm == factors.scaling), None)
 
 
 def _saved_and_task(
@@ -186,50 +177,23 @@ def _targets(model: MixtureModel, linears: list[str], config: LoraConfig) -> str
     )
 
 
-def _pattern(linear: str) -> str:
-    """A key of rank_pattern that PEFT's `get_pattern_key` matches with this linear alone."""
-    return "^" + re.escape(linear)
-
-
 def _saved_tensors(model: MixtureModel, config: LoraConfig) -> dict[str, Tensor]:
     """The tensors of the modules that PEFT will take from the folder whole: those whose names end
     like one of these.
     """
-    names = tuple(config.modules_to_save or ())
-    modules = {
-        n: m
-        for n, m in model.named_modules()
-        if names and n.endswith(names) and not model.moelora.owns(n)
-    }
-    tensors = {f"{n}.{k}": t for n, m in modules.items() for k, t in m.state_dict().items()}
-    owned = {id(p) for m in modules.values() for p in m.parameters()}
+    ends = tuple(config.modules_to_save or ())
+    tensors = {}
+    owned = set()
+    for name, module in model.named_modules():
+        if name.endswith(ends) and not model.moelora.owns(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+            owned |= {id(parameter) for parameter in module.parameters()}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in owned and key not in tensors:
             raise ValueError(
-                f"{key} is the same weight as one in {', '.join(modules)}, which is trained and "
-                "saved whole: PEFT would replace only that one. Use merge_and_unload."
+                f"{key} is the same weight as one in {', '.join(ends)}, which is trained and saved "
+                "whole: PEFT would replace only that one. Use merge_and_unload."
             )
     return {
         KEY + key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()
     }
-
-
-def _padded(rows: Tensor, rank: int) -> Tensor:
-    """`rows` `[r, width]` with rows of zeros after them, up to `rank`."""
-    return nn.functional.pad(rows, (0, 0, 0, rank - len(rows)))
-
-
-def _base_name(model: MixtureModel) -> str | None:
-    """Where the base came from; a folder by its whole path, since an adapter is loaded from
-    anywhere.
-    """
-    name = model.config.name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
-
-
-def _auto_mapping(model: MixtureModel, config: LoraConfig) -> dict[str, str] | None:
-    """What PEFT's Auto classes need where there is no task that says the base's class."""
-    if config.task_type is not None:
-        return None
-    base = base_class(type(model))
-    return {"base_model_class": base.__name__, "parent_library": base.__module__}

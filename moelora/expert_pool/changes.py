@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mode
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..adapters.composing import ExpertShape, set_experts
-from ..config import MoeLoraConfig
+from ..adapters.composing import ExpertShape, adapter_factors, set_experts, usual_shape
+from ..adapters.merging import seeded
+from ..core.experts import LoraFactors
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel
 from ..routers import Router
-from ..validation import expert_name_problem
-from .newcomers import Newcomer, newcomer
-from .optimizer_state import PoolChange, TrainedRows
+from ..training.arguments import check_not_overridden
+from ..validation import check_integer, check_number, expert_name_problem
+from .optimizer_state import PoolChange, trained
+
+# An expert to be: its shape, its factors by the linear's full name, where it is there, and the
+# number of the expert that it is a copy of.
+Newcomer = tuple[ExpertShape, dict[str, LoraFactors], int | None]
 
 
 def add_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
-    """Add a trainable expert; `origin` is what `newcomer` takes. See
-    `MoeLoraForCausalLM.add_expert`.
-    """
-    _check_not_overridden(model)
+    """Add a trainable expert; see `MoeLoraForCausalLM.add_expert`."""
     names = model.moelora_config.expert_names or []
-    _check_name(name, names)
-    new = newcomer(model, **origin)
-    return _rebuild(model.moelora, [*range(len(names)), None], [*names, name], new)
+    if problem := expert_name_problem(name):
+        raise ValueError(f"No expert was added: {problem}.")
+    # Names that differ in case alone would share a folder on some file systems.
+    if name.casefold() in {other.casefold() for other in names}:
+        raise ValueError(
+            f"There is an expert {name!r} already, among {', '.join(names)}: choose another name."
+        )
+    new = _newcomer(model, **origin)
+    return _rebuild(model, [*range(len(names)), None], [*names, name], new)
 
 
 def replace_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
-    """Put a new trainable expert in the place of the one of this name; `origin` is what `newcomer`
-    takes. See `MoeLoraForCausalLM.replace_expert`.
-    """
-    _check_not_overridden(model)
+    """Put a new trainable expert in the place of one; see `MoeLoraForCausalLM.replace_expert`."""
     names = model.moelora_config.expert_names or []
     index = model.moelora_config.expert_index(name)
-    new = newcomer(model, **origin)
     keep = [None if e == index else e for e in range(len(names))]
-    return _rebuild(model.moelora, keep, names, new)
+    return _rebuild(model, keep, names, _newcomer(model, **origin))
 
 
 def remove_expert(model: MixtureModel, name: str) -> PoolChange:
     """Remove an expert with its router rows; see `MoeLoraForCausalLM.remove_expert`."""
-    _check_not_overridden(model)
     config = model.moelora_config
     index = config.expert_index(name)
     if config.num_experts <= config.num_experts_per_tok:
@@ -53,114 +59,81 @@ def remove_expert(model: MixtureModel, name: str) -> PoolChange:
             "with a smaller one, or use replace_expert."
         )
     keep = [e for e in range(config.num_experts) if e != index]
-    names = config.expert_names or []
-    return _rebuild(model.moelora, keep, [names[e] for e in keep], None)
+    return _rebuild(model, keep, [own for own in config.expert_names or [] if own != name])
 
 
 def freeze_experts(model: MixtureModel, names: Iterable[str] | str) -> PoolChange:
     """Freeze these experts; see `MoeLoraForCausalLM.freeze_experts`."""
-    chosen = _indices(model.moelora_config, names)
-    return _set_frozen(model.moelora, _frozen(model.moelora) | chosen)
+    return _set_frozen(model, names, frozenset.union)
 
 
 def unfreeze_experts(model: MixtureModel, names: Iterable[str] | str) -> PoolChange:
     """Train these experts again; see `MoeLoraForCausalLM.unfreeze_experts`."""
-    chosen = _indices(model.moelora_config, names)
-    return _set_frozen(model.moelora, _frozen(model.moelora) - chosen)
+    return _set_frozen(model, names, frozenset.difference)
 
 
-def _indices(config: MoeLoraConfig, names: Iterable[str] | str) -> frozenset[int]:
+def _set_frozen(
+    model: MixtureModel, names: Iterable[str] | str, changed: Callable[..., frozenset[int]]
+) -> PoolChange:
+    config = model.moelora_config
     if not isinstance(names, Iterable):
         raise TypeError(
             f"names={names!r} is a {type(names).__name__}; expected an expert's name, or several: "
             f"{', '.join(config.expert_names or [])}."
         )
-    names = [names] if isinstance(names, str) else names
-    return frozenset(config.expert_index(name) for name in names)
-
-
-def _frozen(mixture: Mixture) -> frozenset[int]:
-    return next(mixture.factors()).frozen_experts
-
-
-def _set_frozen(mixture: Mixture, experts: frozenset[int]) -> PoolChange:
-    mixture.check_resident("freeze experts")
+    chosen = [config.expert_index(name) for name in ([names] if isinstance(names, str) else names)]
+    model.moelora.check_resident("freeze experts")
     change = PoolChange()
-    for factor in mixture.factors():
-        before = TrainedRows(factor)
-        factor.set_frozen(experts)
-        change.replaced_rows(before, factor, range(mixture.num_experts))
+    for factor in model.moelora.factors():
+        before = trained(factor)
+        factor.set_frozen(changed(factor.frozen_experts, chosen))
+        change.replaced_rows(before, trained(factor), range(config.num_experts))
     return change
 
 
-def _check_not_overridden(model: MixtureModel) -> None:
-    if model.moelora.overridden:
-        raise ValueError("The experts cannot change inside use_experts(): leave it first.")
-
-
-def _check_name(name: str, names: Sequence[str]) -> None:
-    if problem := expert_name_problem(name):
-        raise ValueError(f"{problem[0].upper()}{problem[1:]}.")
-    # Names that differ in case alone would share a folder on some file systems.
-    if name.casefold() in {other.casefold() for other in names}:
-        raise ValueError(
-            f"There is an expert {name!r} already, among {', '.join(names)}: choose another name."
-        )
-
-
 def _rebuild(
-    mixture: Mixture, keep: Sequence[int | None], names: Sequence[str], new: Newcomer | None
+    model: MixtureModel,
+    keep: Sequence[int | None],
+    names: Sequence[str],
+    new: Newcomer | None = None,
 ) -> PoolChange:
     """Make expert i the former `keep[i]`, or the newcomer where that is None.
 
     Everything is prepared before anything is put in, so that an error leaves the mixture as it was.
     """
+    check_not_overridden(model)
+    shape, fresh, original = new or (None, {}, None)
+    mixture = model.moelora
     mixture.check_resident("change its experts")
     change = PoolChange()
-    config = _config(mixture, keep, names, new)
+    config = copy.deepcopy(mixture.config)
+    shapes = [_shape_of(mixture, e) for e in keep if e is not None]
+    if shape is not None:
+        shapes.insert(keep.index(None), shape)
+    set_experts(config, names, shapes, mixture.linears())
+    config.validate()
     load = copy.deepcopy(mixture.load)
     load.resize(keep)
     routers = []
     for router in mixture.context.router_list:
-        resized = _resized(router, keep, new)
+        resized = _resized(router, [original if e is None else e for e in keep])
         change.replaced_router(router, resized, keep)
         routers.append(resized)
     factors = []
     for site in mixture.site_list():
-        lora_A, lora_B = site.restacked(config, keep, {} if new is None else new.factors)
+        lora_A, lora_B = site.restacked(config, keep, fresh)
         for before, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
-            change.replaced_rows(TrainedRows(before), after, keep)
+            change.replaced_rows(trained(before), trained(after), keep)
         factors.append((lora_A, lora_B))
     # From here on nothing fails.
     mixture.put(config, load, routers, factors)
     return change
 
 
-def _config(
-    mixture: Mixture, keep: Sequence[int | None], names: Sequence[str], new: Newcomer | None
-) -> MoeLoraConfig:
-    """The configuration of the changed mixture, checked; what single linears have stays."""
-    old = mixture.config
-    linears = mixture.expert(0)
-
-    def shape(expert: int | None) -> ExpertShape:
-        if expert is not None:
-            own = {n: (old.ranks_of(n)[expert], old.scaling_of(n)[expert]) for n in linears}
-            return ExpertShape(old.ranks[expert], old._per_expert("lora_alpha")[expert], own)
-        assert new is not None
-        own = {n: (len(factors.A), factors.scaling) for n, factors in new.factors.items()}
-        return ExpertShape(new.r, new.lora_alpha, own)
-
-    changed = copy.deepcopy(old)
-    set_experts(changed, names, [shape(expert) for expert in keep], linears)
-    changed.validate()
-    return changed
-
-
-def _resized(router: Router, keep: Sequence[int | None], new: Newcomer | None) -> Router:
+def _resized(router: Router, keep: Sequence[int | None]) -> Router:
     """A resized copy of a router, whose scores have the right number."""
     resized = copy.deepcopy(router)
-    resized.resize([(None if new is None else new.original) if e is None else e for e in keep])
+    resized.resize(keep)
     weight = next(resized.parameters(), None)
     x = torch.zeros(1, resized.in_features, device=None if weight is None else weight.device)
     try:
@@ -174,3 +147,99 @@ def _resized(router: Router, keep: Sequence[int | None], new: Newcomer | None) -
             "override resize where its parameters do not have one row an expert."
         )
     return resized
+
+
+def _newcomer(
+    model: MixtureModel,
+    *,
+    adapter: Any = None,
+    copy_of: str | None = None,
+    noise: float = 0.0,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    seed: int | None = None,
+    allow_base_mismatch: bool = False,
+) -> Newcomer:
+    """The expert that these arguments of `MoeLoraForCausalLM.add_expert` describe; the model is
+    only read.
+    """
+    if adapter is not None and copy_of is not None:
+        raise ValueError(
+            "adapter and copy_of exclude each other: an expert comes from one of them."
+        )
+    check_number("noise", noise, 0.0, math.inf)
+    if noise and copy_of is None:
+        raise ValueError(
+            f"noise={noise} is added to a copy: name its original with copy_of, or drop it."
+        )
+    if (r, lora_alpha) != (None, None) and (adapter is not None or copy_of is not None):
+        raise ValueError(
+            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop "
+            "them."
+        )
+    generator = seeded(seed)
+    if adapter is not None:
+        return _imported(model, adapter, allow_base_mismatch)
+    if copy_of is not None:
+        expert = model.moelora_config.expert_index(copy_of)
+        return _copied(model.moelora, expert, noise, generator)
+    return _fresh(model.moelora, r, lora_alpha, generator)
+
+
+def _shape_of(mixture: Mixture, expert: int) -> ExpertShape:
+    config = mixture.config
+    linears = {
+        name: (config.ranks_of(name)[expert], config.scaling_of(name)[expert])
+        for name in mixture.linears()
+    }
+    return ExpertShape(config.ranks[expert], config._per_expert("lora_alpha")[expert], linears)
+
+
+def _fresh(
+    mixture: Mixture, r: int | None, alpha: float | None, generator: torch.Generator | None
+) -> Newcomer:
+    config = mixture.config
+    usual_r, usual_alpha = mode(zip(config.ranks, config._per_expert("lora_alpha")))
+    r = usual_r if r is None else r
+    alpha = usual_alpha if alpha is None else alpha
+    check_integer("r", r, 1)
+    check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    factors = {}
+    for linear, like in mixture.expert(0).items():
+        d_in = like.A.shape[1]
+        bound = 1 / math.sqrt(d_in)
+        # Drawn on the CPU: one seed gives the same expert on every device.
+        A = torch.empty(r, d_in, dtype=like.A.dtype).uniform_(-bound, bound, generator=generator)
+        B = like.B.new_zeros(r, like.B.shape[1])
+        factors[linear] = LoraFactors(A.to(like.A.device), B, scaling)
+    return ExpertShape(r, alpha, dict.fromkeys(factors, (r, scaling))), factors, None
+
+
+def _copied(
+    mixture: Mixture, expert: int, noise: float, generator: torch.Generator | None
+) -> Newcomer:
+    def noisy(block: Tensor) -> Tensor:
+        if not noise or not block.numel():
+            return block.clone()
+        drawn = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
+        return block + noise * block.std(correction=0) * drawn
+
+    factors = {
+        linear: LoraFactors(noisy(own.A), noisy(own.B), own.scaling)
+        for linear, own in mixture.expert(expert).items()
+    }
+    return _shape_of(mixture, expert), factors, expert
+
+
+def _imported(model: MixtureModel, adapter: Any, allow_base_mismatch: bool) -> Newcomer:
+    factors = adapter_factors(adapter, model, allow_base_mismatch=allow_base_mismatch)
+    adapted = model.moelora.linears()
+    if unknown := [linear for linear in factors if linear not in adapted]:
+        raise ValueError(
+            f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), which this "
+            "mixture does not: compose it with from_adapters, or begin with a mixture whose "
+            "target_modules has them."
+        )
+    linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
+    return usual_shape(linears, model.moelora_config.use_rslora), factors, None

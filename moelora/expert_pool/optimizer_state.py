@@ -14,20 +14,17 @@ from torch import Tensor, nn
 from ..core.experts import Factor
 from ..routers import Router
 
+# A factor's parameter, and where in it the block of each linear and expert lies.
+Trained = tuple[nn.Parameter | None, dict[tuple[int, Any], range]]
+
 
 @dataclass(frozen=True)
 class Moved:
-    """A parameter whose rows come from an earlier one.
-
-    Attributes:
-        new: the parameter.
-        old: the one that its rows come from, or None where all are new.
-        pieces: the first row in `old` (None for new rows) and the number of rows, piece by piece.
-    """
+    """A parameter and for each of its rows the former one, in `old`; -1 for new rows."""
 
     new: nn.Parameter
     old: nn.Parameter | None
-    pieces: tuple[tuple[int | None, int], ...]
+    rows: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -43,26 +40,24 @@ class PoolChange:
     gone: list[nn.Parameter] = field(default_factory=list)
 
     def replaced(
-        self, old: nn.Parameter | None, new: nn.Parameter | None, pieces: Sequence
+        self, old: nn.Parameter | None, new: nn.Parameter | None, rows: Sequence[int]
     ) -> None:
-        """Note that `new`, made of `pieces` of `old`, is where `old` was; either may be None."""
+        """Note that `new`, made of these rows of `old`, is where `old` was; either may be None."""
         if old is new:
             return
         if old is not None:
             self.gone.append(old)
         if new is not None:
-            self.moved.append(Moved(new, old, tuple(pieces)))
+            self.moved.append(Moved(new, old, rows))
 
-    def replaced_rows(self, before: TrainedRows, after: Factor, keep: Sequence[int | None]) -> None:
-        """Note what became of a factor whose expert i is the former `keep[i]`."""
-        experts = len(set(after.experts))
-        pieces = []
-        for i, (expert, rows) in enumerate(zip(after.experts, after.blocks)):
-            if expert not in after.frozen_experts:
-                former = keep[expert]
-                start = None if former is None else before.starts.get((i // experts, former))
-                pieces.append((start, rows))
-        self.replaced(before.parameter, after.weight, pieces)
+    def replaced_rows(self, before: Trained, after: Trained, keep: Sequence[int | None]) -> None:
+        """Note what became of a factor, whose expert i is the former `keep[i]`."""
+        old, former = before
+        new, blocks = after
+        rows = []
+        for (linear, expert), own in blocks.items():
+            rows += former.get((linear, keep[expert]), [-1] * len(own))
+        self.replaced(old, new, rows)
 
     def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
         """Note what became of a router's parameters: rows of experts move, what has other rows
@@ -71,30 +66,27 @@ class PoolChange:
         olds = dict(before.named_parameters())
         for name, new in after.named_parameters():
             old = olds.pop(name, None)
-            rows = len(new) if new.dim() else 1
-            if old is None or old.shape[1:] != new.shape[1:]:
-                pieces = [(None, rows)]
-            elif name in before.expert_rows:
-                pieces = [(former, 1) for former in before.with_null(keep)]
-            else:
-                # What resize has left as it was keeps its state.
-                pieces = [(0 if torch.equal(old, new) else None, rows)]
-            self.replaced(old, new, pieces)
+            rows = [-1] * (len(new) if new.dim() else 1)
+            if old is not None and old.shape[1:] == new.shape[1:]:
+                if name in before.expert_rows:
+                    rows = [-1 if former is None else former for former in before.with_null(keep)]
+                elif torch.equal(old, new):
+                    # What resize has left as it was keeps its state.
+                    rows = range(len(rows))
+            self.replaced(old, new, rows)
         self.gone.extend(olds.values())
 
 
-class TrainedRows:
-    """Where each expert's trained rows lie in a factor's parameter, at this moment."""
-
-    def __init__(self, factor: Factor):
-        self.parameter = factor.weight
-        self.starts: dict[tuple[int, int], int] = {}
-        experts = len(set(factor.experts))
-        start = 0
-        for i, (expert, rows) in enumerate(zip(factor.experts, factor.blocks)):
-            if expert not in factor.frozen_experts:
-                self.starts[i // experts, expert] = start
-                start += rows
+def trained(factor: Factor) -> Trained:
+    """What of a factor trains at this moment."""
+    experts = len(set(factor.experts))
+    rows: dict[tuple[int, Any], range] = {}
+    start = 0
+    for i, (expert, size) in enumerate(zip(factor.experts, factor.blocks)):
+        if expert not in factor.frozen_experts:
+            rows[i // experts, expert] = range(start, start + size)
+            start += size
+    return factor.weight, rows
 
 
 def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
@@ -117,8 +109,7 @@ def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
     carried: dict[int, dict[str, Any]] = {}
     for change in changes:
         for moved in change.moved:
-            known = carried.get(id(moved.old))
-            state: dict = (optimizer.state.get(moved.old) or {}) if known is None else known
+            state = carried.get(id(moved.old), optimizer.state.get(moved.old) or {})
             carried[id(moved.new)] = {
                 name: _carried(name, value, moved) for name, value in state.items()
             }
@@ -138,13 +129,9 @@ def _carried(name: str, value: Any, moved: Moved) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.shape == moved.old.shape and value.dim():
-        parts = [
-            value.new_zeros(rows, *value.shape[1:])
-            if start is None
-            else value[start : start + rows]
-            for start, rows in moved.pieces
-        ]
-        return torch.cat(parts)
+        # The last row is what new ones begin with.
+        with_zeros = torch.cat([value, value.new_zeros(1, *value.shape[1:])])
+        return with_zeros[list(moved.rows)]
     if value.numel() == 1:
         return value.clone()
     raise TypeError(
@@ -159,17 +146,14 @@ def _take_places(optimizer: Any, change: PoolChange) -> None:
     groups = optimizer.param_groups
     successors = {id(m.old): m.new for m in change.moved if m.old is not None}
     gone = {id(p) for p in change.gone}
-    home = None
+    # Rows that were all frozen had no place: they join the others.
+    home = next((g for g in groups if any(id(p) in gone for p in g["params"])), groups[0])
     for group in groups:
-        if home is None and any(id(p) in gone for p in group["params"]):
-            home = group
         kept = [successors.get(id(p), p) for p in group["params"]]
         group["params"] = [p for p in kept if id(p) not in gone]
     present = {id(p) for group in groups for p in group["params"]}
-    new = [
+    home["params"] += [
         m.new
         for m in change.moved
-        if id(m.new) not in present and m.old is None and m.new.requires_grad
+        if m.old is None and m.new.requires_grad and id(m.new) not in present
     ]
-    # Rows that were all frozen had no place: they join the others.
-    (home or groups[0])["params"].extend(new)

@@ -49,7 +49,9 @@ def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool
 def check_not_overridden(model: MixtureModel) -> None:
     """Raise ValueError inside `use_experts`."""
     if model.moelora.overridden:
-        raise ValueError("Inside use_experts() the routers do not choose freely: leave it first.")
+        raise ValueError(
+            "This cannot be done inside use_experts(), which forces experts: leave it first."
+        )
 
 
 def check_texts(name: str, texts: Any) -> None:

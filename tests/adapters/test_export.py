@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.adapters.deltas import expert_deltas
+from moelora.adapters.merging import expert_deltas
 from moelora.injection.inject import put_into
 
 INPUT = tokens(3, 9)

@@ -14,8 +14,14 @@ from bases import causal_base
 from core.mixtures import causal, classifier, into, tokens
 from peft import PeftModel
 
-from moelora.adapters.deltas import compress, distance, expert_deltas, product
-from moelora.adapters.merging import RECIPES, merged_deltas
+from moelora.adapters.merging import (
+    RECIPES,
+    compress,
+    distance,
+    expert_deltas,
+    merged_deltas,
+    product,
+)
 from moelora.core.experts import LoraFactors
 
 INPUT = tokens(3, 9)
