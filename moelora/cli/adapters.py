@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -78,19 +79,16 @@ def compose(
     from ..config import MoeLoraConfig
 
     sources = pairs(adapter)
-    if experts_per_token is None:
-        experts_per_token = min(2, len(sources))
-    fields: dict[str, Any] = {}
-    if router_option:
-        fields["router_options"] = {name: _value(text) for name, text in pairs(router_option)}
+    options = {name: _value(text) for name, text in pairs(router_option or [])}
+    chosen = min(2, len(sources)) if experts_per_token is None else experts_per_token
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
             num_experts=len(sources),
-            num_experts_per_tok=experts_per_token,
+            num_experts_per_tok=chosen,
             router=router or ("arrow" if router_init == "arrow" else "top_k"),
+            router_options=options,
             routing_level=routing_level,
             router_scope=router_scope,
-            **fields,
         )
         model = public_class(classifier).from_adapters(
             base, sources, config, router_init=router_init, allow_base_mismatch=allow_base_mismatch
@@ -102,7 +100,6 @@ def compose(
 
 def _value(text: str) -> Any:
     """A setting's value: JSON where it is that, else a text."""
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return text

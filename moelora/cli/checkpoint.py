@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -87,24 +88,24 @@ def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int
     """d_in + d_out of each adapted linear, from the experts' own tensors: a quantised base's
     weights have other shapes.
     """
-    last_dims = {
-        _plain(key): tensor.shape[-1] for key, tensor in tensors.items() if tensor.dim() == 2
+    # Without what says where in the model a site is, and with its - for all dots.
+    shapes = {
+        re.sub(r"moelora\.(outside\.)?sites\.", "", key).replace(".", "-"): tensor.shape
+        for key, tensor in tensors.items()
     }
     widths = {}
     for site in sites:
         prefix = site[0].replace(".", "-")
         for i, linear in enumerate(site):
-            factors = (f"{prefix}-lora_A-weight", f"{prefix}-lora_B-{i}-weight")
-            if not all(factor in last_dims for factor in factors):
-                raise ValueError(f"The checkpoint lacks the experts of {linear}: copy it again.")
-            widths[linear] = sum(last_dims[factor] for factor in factors)
+            try:
+                A = shapes[f"{prefix}-lora_A-weight"]
+                B = shapes[f"{prefix}-lora_B-{i}-weight"]
+            except KeyError:
+                raise ValueError(
+                    f"The checkpoint lacks the experts of {linear}: copy it again."
+                ) from None
+            widths[linear] = A[-1] + B[-1]
     return widths
-
-
-def _plain(key: str) -> str:
-    """A key without what says where in the model its site is: `layer.moelora.sites.linear`."""
-    name = key.replace("moelora.outside.sites.", "").replace("moelora.sites.", "")
-    return name.replace(".", "-")
 
 
 def _number(name: str, value: str) -> float:

@@ -107,16 +107,14 @@ def busy(what: str) -> Iterator[None]:
 
 
 def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """NAME=VALUE words, split.
-
-    Raises:
-        ValueError: a word is not of this form.
-    """
-    split = [word.partition("=") for word in words]
-    for word, (name, _, value) in zip(words, split):
+    """NAME=VALUE words, split; a ValueError where one is not of this form."""
+    split = []
+    for word in words:
+        name, _, value = word.partition("=")
         if not (name and value):
             raise ValueError(f"{word!r} is not NAME=VALUE, for example math=adapters/math.")
-    return [(name, value) for name, _, value in split]
+        split.append((name, value))
+    return split
 
 
 def public_class(classifier: bool) -> Any:

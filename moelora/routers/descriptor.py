@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..validation import MAX_WIDTH, check_integer
-from .base import Router
+from .base import Router, register_router
 from .covariance import class_means, times_covariance_power
-from .registry import register_router
 
 # The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
 # identity instead.
@@ -119,11 +118,8 @@ def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
 
     The first rows span the directions Σ^(−1/2)(μ_e − μ), in which these classes differ: their
     scores are those of the full Σ⁻¹. The other rows are random in the rest of the space
-    (Johnson–Lindenstrauss), in which descriptors that come later may differ.
-
-    Args:
-        classes: the inputs of each class, `[n_e, d]`.
-        width: the number of rows of P.
+    (Johnson–Lindenstrauss), in which descriptors that come later may differ. `classes` are the
+    inputs of each class, `[n_e, d]`.
     """
     means, deviations = class_means(classes)
     apart = times_covariance_power(means - means.mean(0), deviations, -0.5, SHRINKAGE)

@@ -13,27 +13,14 @@ from .datasets import Texts
 
 
 def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool) -> None:
-    """Raise before anything trains where a recipe cannot use its data or `args`.
-
-    Args:
-        model: the mixture that is to train.
-        data: by expert what it trains on.
-        args: the `TrainingArguments`.
-        null_expert: whether "(base)" may have data too.
-
-    Raises:
-        ValueError: unknown experts, nothing to train on, or inside `use_experts`.
-        TypeError: no mapping, or no `TrainingArguments`.
-    """
+    """Raise where a recipe cannot use its data, by expert (perhaps "(base)" too), or its `args`."""
     check_not_overridden(model)
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(
-            f"args is a {type(args).__name__}; expected transformers' TrainingArguments."
-        )
-    if not isinstance(data, Mapping):
-        raise TypeError(
-            f"The data is a {type(data).__name__}; expected a mapping: by expert its own."
-        )
+    for name, value, kind, expected in (
+        ("args", args, TrainingArguments, "transformers' TrainingArguments"),
+        ("The data", data, Mapping, "a mapping: by expert its own"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}.")
     config = model.moelora_config
     names = config.choice_names if null_expert else config.expert_names or []
     check_names(data, names)

@@ -59,6 +59,7 @@ class PadRouting:
             )
         for name in ROUTING_FILL:
             given = [torch.as_tensor(row[name]) for row in rows if name in row]
+            # With a router_mask in some rows alone, the model finds each prompt by the labels.
             if len(given) == len(rows):
                 batch[name] = self._routing(name, given, rows, ids.shape[1])
             elif given and name == "expert_targets":
@@ -66,7 +67,6 @@ class PadRouting:
                     f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where "
                     "none."
                 )
-            # With a router_mask in some rows alone, the model finds each prompt by the labels.
         return batch
 
     def _routing(
@@ -100,7 +100,14 @@ class PadRouting:
 
     def _stacked(self, tensors: Sequence[Tensor], width: int, fill: float) -> Tensor:
         """Tensors `[n]` filled up to `[batch, width]`."""
-        missing = [width - len(tensor) for tensor in tensors]
-        pads = [(n, 0) if self.left else (0, n) for n in missing]
-        padded = [nn.functional.pad(tensor, pad, value=fill) for tensor, pad in zip(tensors, pads)]
+        padded = []
+        for tensor in tensors:
+            missing = width - len(tensor)
+            pad = (missing, 0) if self.left else (0, missing)
+            padded.append(nn.functional.pad(tensor, pad, value=fill))
         return torch.stack(padded)
+
+
+def padded_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """Rows as one batch on `device`, padded on the right, so that each begins at position 0."""
+    return {name: tensor.to(device) for name, tensor in PadRouting()(rows).items()}

@@ -13,7 +13,6 @@ from ..core.losses import IGNORE
 
 PROMPTS = ("instruction", "prompt")
 TARGETS = ("output", "completion")
-# Tokenizers that know of no limit give a length far beyond this one.
 UNLIMITED = 10**6
 
 
@@ -60,14 +59,16 @@ class Texts(Dataset):
             raise TypeError(
                 f"rows is a {type(rows).__name__}; expected several rows, such as a list of them."
             )
-        limit = max_length
-        if limit is None:
-            known = getattr(tokenizer, "model_max_length", UNLIMITED)
-            limit = known if isinstance(known, int) and known < UNLIMITED else None
-        tokenised = [
-            _tokenised(row, number, tokenizer, join, limit) for number, row in enumerate(rows)
-        ]
-        texts = cls(tokenised)
+        if max_length is None:
+            known = getattr(tokenizer, "model_max_length", None)
+            # Tokenizers that know of no limit give a length far beyond this one.
+            max_length = known if isinstance(known, int) and known < UNLIMITED else None
+        texts = cls(
+            [
+                _tokenised(row, number, tokenizer, join, max_length)
+                for number, row in enumerate(rows)
+            ]
+        )
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -108,7 +109,15 @@ class Texts(Dataset):
 
     def unlabelled(self) -> Texts:
         """The same rows without expert_targets."""
-        return Texts([{k: v for k, v in row.items() if k != "expert_targets"} for row in self.rows])
+        return self.without("expert_targets")
+
+    def without(self, key: str) -> Texts:
+        """The same rows without one of their keys.
+
+        Args:
+            key: which they may have or not.
+        """
+        return Texts([{k: v for k, v in row.items() if k != key} for row in self.rows])
 
     def subset(self, indices: Iterable[int]) -> Texts:
         """The rows with these numbers, in their order."""
@@ -116,17 +125,10 @@ class Texts(Dataset):
 
 
 def texts_of(name: str, data: Any) -> Texts:
-    """`data` as Texts: they themselves, or made of a dataset's rows.
+    """The data of `name` as Texts: they themselves, or made of a dataset's rows.
 
-    Args:
-        name: whose data it is, for errors.
-        data: Texts, or a dataset whose rows have input_ids `[n]`, and perhaps labels, router_mask
-            and attention_mask `[n]`. A row's prompt is its router_mask, else what comes before its
-            first label. Padding is left out.
-
-    Raises:
-        TypeError: not a dataset.
-        ValueError: a row without input_ids or of another shape, by its number.
+    A row has input_ids `[n]`, and perhaps labels, router_mask and attention_mask `[n]`. Its prompt
+    is its router_mask, else what comes before its first label. Padding is left out.
     """
     if isinstance(data, Texts):
         return data
@@ -136,28 +138,26 @@ def texts_of(name: str, data: Any) -> Texts:
             f"The data of {name!r} is a {type(data).__name__}; expected Texts (Texts.of(rows, "
             "tokenizer) makes them) or a dataset with a length, whose rows have input_ids."
         )
-    return Texts([_dataset_row(name, number, data[number]) for number in range(len(data))])
+    return Texts([_dataset_row(f"Row {i} of {name!r}", data[i]) for i in range(len(data))])
 
 
-def _dataset_row(name: str, number: int, row: Any) -> dict[str, Tensor]:
-    """A dataset's row as Texts have them."""
+def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
     if not isinstance(row, Mapping) or "input_ids" not in row:
         what = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(
-            f"Row {number} of {name!r} has {what}; expected input_ids, and labels where not all "
-            "tokens are."
+            f"{place} has {what}; expected input_ids, and labels where not all tokens are."
         )
     ids = torch.as_tensor(row["input_ids"])
     labels = torch.as_tensor(row.get("labels", ids))
     if labels.shape != ids.shape or labels.dim() != 1:
         raise ValueError(
-            f"Row {number} of {name!r} has labels of shape {list(labels.shape)} and input_ids of "
-            f"shape {list(ids.shape)}; expected [n] both."
+            f"{place} has labels of shape {list(labels.shape)} and input_ids of shape "
+            f"{list(ids.shape)}; expected [n] both."
         )
     attended = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).bool()
-    tensors = {"input_ids": ids, "labels": labels}
     counted = labels != IGNORE
     prompt = (counted.cumsum(0) == 0) & attended
+    tensors = {"input_ids": ids, "labels": labels}
     if "router_mask" in row:
         tensors["router_mask"] = torch.as_tensor(row["router_mask"]).bool()
     elif bool(counted.any()) and bool(prompt.any()):
@@ -168,7 +168,6 @@ def _dataset_row(name: str, number: int, row: Any) -> dict[str, Tensor]:
 def _tokenised(
     row: Any, number: int, tokenizer: Callable[..., Any], join: str, limit: int | None
 ) -> dict[str, Tensor]:
-    """A row of texts as Texts have it."""
     prompt, target = _parts(row, number)
     prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
     # Special tokens at the beginning belong to the prompt, where there is one.
@@ -182,39 +181,39 @@ def _tokenised(
             raise ValueError(
                 f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
             )
-    if limit is not None and len(prompt_ids) + len(target_ids) > limit:
+    before = len(prompt_ids)
+    if limit is not None and before + len(target_ids) > limit:
         raise ValueError(
-            f"Row {number} has {len(prompt_ids)} tokens of prompt and {len(target_ids)} of target, "
-            f"more than max_length={limit}: shorten it, or leave it out."
+            f"Row {number} has {before} tokens of prompt and {len(target_ids)} of target, more "
+            f"than max_length={limit}: shorten it, or leave it out."
         )
-    tensors = {
-        "input_ids": torch.tensor(prompt_ids + target_ids),
-        "labels": torch.tensor([IGNORE] * len(prompt_ids) + target_ids),
-    }
-    if prompt_ids:
-        tensors["router_mask"] = torch.arange(len(tensors["labels"])) < len(prompt_ids)
-    return tensors
+    ids = torch.tensor(prompt_ids + target_ids)
+    is_prompt = torch.arange(len(ids)) < before
+    tensors = {"input_ids": ids, "labels": ids.masked_fill(is_prompt, IGNORE)}
+    return {**tensors, "router_mask": is_prompt} if before else tensors
 
 
 def _parts(row: Any, number: int) -> tuple[str | None, str]:
     """The prompt, None for a whole text, and the target."""
     if isinstance(row, str):
-        parts = {"text": row}
-    elif not isinstance(row, Mapping):
+        row = {"text": row}
+    if not isinstance(row, Mapping):
         raise ValueError(f"Row {number} is a {type(row).__name__}; expected a mapping or a string.")
-    elif "text" in row:
-        parts = {"text": row["text"]}
-    else:
-        names = [next((n for n in wanted if n in row), None) for wanted in (PROMPTS, TARGETS)]
-        if None in names:
+    fields = {"prompt": PROMPTS, "target": TARGETS}
+    if "text" in row:
+        fields = {"text": ("text",)}
+    parts: dict[str, Any] = {}
+    for what, names in fields.items():
+        name = next((name for name in names if name in row), None)
+        if name is None:
             raise ValueError(
                 f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} "
                 f"with one of {', '.join(TARGETS)}, or text."
             )
-        parts = {"prompt": row[names[0]], "target": row[names[1]]}
+        parts[what] = row[name]
     for what, part in parts.items():
         if not isinstance(part, str) or not part.strip():
             raise ValueError(
                 f"Row {number} has an empty {what} ({part!r}): fill it in, or leave the row out."
             )
-    return parts.get("prompt"), parts.get("target", parts.get("text", ""))
+    return parts.get("prompt"), parts.get("target", parts.get("text"))

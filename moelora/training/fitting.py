@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,40 +36,36 @@ class Trained:
 
 @contextmanager
 def only_training(model: MixtureModel, experts: Sequence[str], routers: bool) -> Iterator[None]:
-    """Inside, only the named experts and perhaps the routers train.
+    """Inside, of the mixture only these experts (frozen ones too) and perhaps the routers train.
 
-    Afterwards what was frozen is frozen again, what took gradients takes them again, and every
-    submodule is in the mode that it was in. The base keeps its flags throughout.
-
-    Args:
-        model: the mixture.
-        experts: the names of those that train, even if they are frozen.
-        routers: whether the routers train.
+    Afterwards what was frozen is so again, and what took gradients takes them again.
     """
     mixture = model.moelora
     trained = {model.moelora_config.expert_index(name) for name in experts}
     others = frozenset(range(mixture.num_experts)) - trained
-    factors = [
-        (factor, factor.frozen_experts, _takes_gradient(factor)) for factor in mixture.factors()
-    ]
-    parameters = [
-        (parameter, parameter.requires_grad)
-        for router in mixture.routers.values()
-        for parameter in router.parameters()
+    before = [
+        (factor, factor.frozen_experts, factor.weight is None or factor.weight.requires_grad)
+        for factor in mixture.factors()
     ]
     try:
-        for factor, _, _ in factors:
-            _set_training(factor, others, True)
-        for parameter, _ in parameters:
-            parameter.requires_grad_(routers)
-        with keeping_modes(model):
+        _set_training((factor, others, True) for factor, _, _ in before)
+        with routers_training(model, routers):
             yield
     finally:
-        for factor, frozen, takes_gradient in factors:
-            _set_training(factor, frozen, takes_gradient)
-        for parameter, takes_gradient in parameters:
-            parameter.requires_grad_(takes_gradient)
+        _set_training(before)
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
+    """The routers' parameters, which inside train or not; then their gradients are as before."""
+    before = [(p, p.requires_grad, p.grad) for p in model.moelora.routers.parameters()]
+    try:
+        yield [parameter.requires_grad_(train) for parameter, _, _ in before]
+    finally:
+        for parameter, takes_gradient, gradient in before:
+            parameter.requires_grad_(takes_gradient)
+            parameter.grad = gradient
 
 
 def fit(
@@ -80,15 +76,10 @@ def fit(
     collator: Callable | None,
     checkpoints: bool,
 ) -> Trained:
-    """Train what takes gradients on `data` by a stock `Trainer`.
+    """Train what takes gradients on `data`, which a stock `Trainer` takes.
 
-    Args:
-        model: the mixture.
-        data: Texts, or what else a `Trainer` takes.
-        args: the Trainer's; a copy is used.
-        folder: the subfolder of the output folder of `args` that the run writes into.
-        collator: by default `PadRouting`.
-        checkpoints: write those that `args` asks for, as its default does; else none.
+    It writes into the subfolder `folder` of the output folder, with `checkpoints` those that `args`
+    asks for, as its default does; else none.
     """
     own = copy.copy(args)
     own.output_dir = str(Path(args.output_dir or "") / folder)
@@ -96,50 +87,26 @@ def fit(
         own.save_strategy = "no"  # type: ignore[assignment]
     if collator is None:
         collator = PadRouting(pad_token_id=getattr(model.config, "pad_token_id", None) or 0)
-    rows = _without_prompts_at_token_level(model, data)
+    if isinstance(data, Texts) and model.moelora.by_token:
+        # Routers that choose for single tokens refuse it.
+        data = data.without("router_mask")
+    before = dict(model.__dict__)
     start = time.perf_counter()
-    with keeping_modes(model), _without_wrappers(model):
-        output = Trainer(model, own, train_dataset=rows, data_collator=collator).train()
-    return Trained(output.training_loss, output.global_step, time.perf_counter() - start)
-
-
-def _trained_rows(factor: Factor) -> nn.Parameter | None:
-    return factor.weight
-
-
-def _takes_gradient(factor: Factor) -> bool:
-    rows = _trained_rows(factor)
-    return rows is None or rows.requires_grad
-
-
-def _set_training(factor: Factor, frozen: frozenset[int], takes_gradient: bool) -> None:
-    """Freeze exactly these experts' rows; the others take a gradient or not."""
-    factor.set_frozen(frozen)
-    rows = _trained_rows(factor)
-    if rows is not None:
-        rows.requires_grad_(takes_gradient)
-
-
-def _without_prompts_at_token_level(model: MixtureModel, data: Any) -> Any:
-    """`data` without router_mask where routers choose for single tokens, since they refuse it."""
-    if model.moelora_config.routing_level == "sequence" or not isinstance(data, Texts):
-        return data
-    return Texts(
-        [{key: value for key, value in row.items() if key != "router_mask"} for row in data.rows]
-    )
-
-
-@contextmanager
-def _without_wrappers(model: MixtureModel) -> Iterator[None]:
-    """Undo afterwards what accelerate wraps around `forward` for mixed precision.
-
-    The next Trainer would wrap it once more.
-    """
-    before: Mapping[str, Any] = dict(model.__dict__)
     try:
-        yield
+        with keeping_modes(model):
+            output = Trainer(model, own, train_dataset=data, data_collator=collator).train()
     finally:
+        # accelerate wraps `forward` for mixed precision; the next Trainer would wrap it once more.
         for name in ("forward", "_original_forward"):
             model.__dict__.pop(name, None)
             if name in before:
                 model.__dict__[name] = before[name]
+    return Trained(output.training_loss, output.global_step, time.perf_counter() - start)
+
+
+def _set_training(factors: Iterable[tuple[Factor, frozenset[int], bool]]) -> None:
+    """Freeze exactly these experts' rows in each factor; the others take a gradient or not."""
+    for factor, frozen, takes_gradient in factors:
+        factor.set_frozen(frozen)
+        if factor.weight is not None:
+            factor.weight.requires_grad_(takes_gradient)

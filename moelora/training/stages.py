@@ -17,8 +17,6 @@ from .fitting import Trained, fit, only_training
 from .gate import GateReport, check_options, labelled_texts, train_gate
 from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
-LABELS = ("task", "oracle")
-
 
 @dataclass(frozen=True)
 class StagesReport:
@@ -104,10 +102,9 @@ def train_in_stages(
     Raises:
         ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
     """
-    check_choice("labels", labels, LABELS)
+    check_choice("labels", labels, ("task", "oracle"))
     check_arguments(model, data, args, null_expert=True)
-    texts = {name: texts_of(name, own) for name, own in data.items()}
-    labelled = labelled_texts(model, texts)
+    labelled = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
     options = {"seed": args.seed, **(gate or {})}
     # A mistake is found now, not when the experts have trained.
     check_options(**options)
@@ -152,12 +149,8 @@ def train_jointly(
         TypeError: no `TrainingArguments`, or data of another type.
     """
     check_arguments(model, data, args, null_expert=True)
-    names = model.moelora_config.choice_names
-    parts = {name: texts_of(name, own) for name, own in data.items()}
-    if expert_targets:
-        texts = Texts.joined([own.labelled(names.index(name)) for name, own in parts.items()])
-    else:
-        texts = Texts.joined(list(parts.values())).unlabelled()
+    texts = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    texts = texts if expert_targets else texts.unlabelled()
     return fit(model, texts, args, "jointly", collator, checkpoints)
 
 
