@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from ..validation import check_integer
-from .console import OtherBase, app, busy, err, load
+from .console import OtherBase, Overwrite, app, busy, err, load
 
 # Where a line's prompt may be, in this order, unless the caller names the field.
 FIELDS = ("prompt", "instruction", "messages")
@@ -21,28 +22,18 @@ FIELDS = ("prompt", "instruction", "messages")
 
 @app.command(epilog="Example: moelora route --model mixture < prompts.jsonl > routed.jsonl")
 def route(
-    model: Annotated[
-        Path, typer.Option("--model", "-m", help="A folder written by save_pretrained or compose.")
-    ],
+    model: Annotated[Path, Option("--model", "-m", help="A folder of a saved mixture.")],
     base: OtherBase = None,
-    input_file: Annotated[
-        Path | None, typer.Option("--input", "-i", help="Else standard input.")
-    ] = None,
+    input_file: Annotated[Path | None, Option("--input", "-i", help="Else standard input.")] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Else standard output.")
+        Path | None, Option("--output", "-o", help="Else standard output.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Lines read before they are answered.")
-    ] = 16,
+    batch_size: Annotated[int, Option(min=1, help="Lines read before they are answered.")] = 16,
     field: Annotated[
-        str | None, typer.Option(help="Where the prompt is; else prompt, instruction or messages.")
+        str | None, Option(help="Where the prompt is; else prompt, instruction or messages.")
     ] = None,
-    top: Annotated[
-        int | None, typer.Option(min=1, help="Show the N most probable experts; else all.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file.")
-    ] = False,
+    top: Annotated[int | None, Option(min=1, help="Show the N most probable; else all.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say which expert each prompt needs, for an engine that serves them.
 

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from ..core.model import MixtureModel
 from ..training.datasets import Texts
+from ..training.fitting import train_expert
 from ..training.gate import GateReport, labelled_texts, prompt_features, train_gate
-from ..training.stages import train_expert
 from ..validation import check_integer, check_number
 
 

@@ -11,8 +11,15 @@ from torch.utils.data import Dataset
 
 from ..core.losses import IGNORE
 
-PROMPTS = ("instruction", "prompt")
-TARGETS = ("output", "completion")
+# What each field of a row is.
+FIELDS = {
+    "text": "text",
+    "instruction": "prompt",
+    "prompt": "prompt",
+    "output": "target",
+    "completion": "target",
+}
+# Tokenizers that know of no limit give a length far beyond this one.
 UNLIMITED = 10**6
 
 
@@ -61,14 +68,13 @@ class Texts(Dataset):
             )
         if max_length is None:
             known = getattr(tokenizer, "model_max_length", None)
-            # Tokenizers that know of no limit give a length far beyond this one.
             max_length = known if isinstance(known, int) and known < UNLIMITED else None
-        texts = cls(
-            [
-                _tokenised(row, number, tokenizer, join, max_length)
-                for number, row in enumerate(rows)
-            ]
-        )
+        tokenised = []
+        for number, row in enumerate(rows):
+            prompt, target = _prompt_and_target(f"Row {number}", row)
+            joined = join + target if prompt else target
+            tokenised.append(_tokenised(f"Row {number}", prompt, joined, tokenizer, max_length))
+        texts = cls(tokenised)
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -166,26 +172,24 @@ def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
 
 
 def _tokenised(
-    row: Any, number: int, tokenizer: Callable[..., Any], join: str, limit: int | None
+    place: str, prompt: str, target: str, tokenizer: Callable[..., Any], limit: int | None
 ) -> dict[str, Tensor]:
-    prompt, target = _parts(row, number)
-    prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
+    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     # Special tokens at the beginning belong to the prompt, where there is one.
-    joined = target if prompt is None else join + target
-    target_ids = tokenizer(joined, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
+    target_ids = tokenizer(target, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and target_ids[-1:] != [end]:
         target_ids = [*target_ids, end]
     for part, ids in ((prompt, prompt_ids), (target, target_ids)):
-        if part is not None and not ids:
+        if part and not ids:
             raise ValueError(
-                f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
+                f"{place} has no token in {part!r}: this tokenizer knows nothing of it."
             )
     before = len(prompt_ids)
     if limit is not None and before + len(target_ids) > limit:
         raise ValueError(
-            f"Row {number} has {before} tokens of prompt and {len(target_ids)} of target, more "
-            f"than max_length={limit}: shorten it, or leave it out."
+            f"{place} has {before} tokens of prompt and {len(target_ids)} of target, more than "
+            f"max_length={limit}: shorten it, or leave it out."
         )
     ids = torch.tensor(prompt_ids + target_ids)
     is_prompt = torch.arange(len(ids)) < before
@@ -193,27 +197,26 @@ def _tokenised(
     return {**tensors, "router_mask": is_prompt} if before else tensors
 
 
-def _parts(row: Any, number: int) -> tuple[str | None, str]:
-    """The prompt, None for a whole text, and the target."""
+def _prompt_and_target(place: str, row: Any) -> tuple[str, str]:
+    """The prompt, empty for a whole text, and the target."""
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, Mapping):
-        raise ValueError(f"Row {number} is a {type(row).__name__}; expected a mapping or a string.")
-    fields = {"prompt": PROMPTS, "target": TARGETS}
-    if "text" in row:
-        fields = {"text": ("text",)}
-    parts: dict[str, Any] = {}
-    for what, names in fields.items():
-        name = next((name for name in names if name in row), None)
-        if name is None:
+        raise ValueError(f"{place} is a {type(row).__name__}; expected a mapping or a string.")
+    parts: dict[str, str] = {}
+    for field, part in FIELDS.items():
+        if field in row:
+            parts.setdefault(part, row[field])
+    if "text" in parts:
+        parts = {"text": parts["text"]}
+    elif len(parts) < 2:
+        raise ValueError(
+            f"{place} has the fields {sorted(row)}; expected one of instruction, prompt with one "
+            "of output, completion, or text."
+        )
+    for part, value in parts.items():
+        if not isinstance(value, str) or not value.strip():
             raise ValueError(
-                f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} "
-                f"with one of {', '.join(TARGETS)}, or text."
+                f"{place} has an empty {part} ({value!r}): fill it in, or leave the row out."
             )
-        parts[what] = row[name]
-    for what, part in parts.items():
-        if not isinstance(part, str) or not part.strip():
-            raise ValueError(
-                f"Row {number} has an empty {what} ({part!r}): fill it in, or leave the row out."
-            )
-    return parts.get("prompt"), parts.get("target", parts.get("text"))
+    return parts.get("prompt", ""), parts.get("target") or parts["text"]

@@ -1,22 +1,28 @@
-"""One stage of a recipe: which parts of a mixture train, on which rows, by the stock `Trainer`."""
+"""Experts and routers on tasks, by the stock `Trainer`: expert after expert and then the routers,
+or all at once.
+"""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..config import NO_EXPERT
 from ..core.experts import Factor
 from ..core.model import MixtureModel, keeping_modes
+from ..validation import check_choice
+from .arguments import check_arguments
 from .collator import PadRouting
-from .datasets import Texts
+from .datasets import Texts, texts_of
+from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
+from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,155 @@ class Trained:
     loss: float
     steps: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class StagesReport:
+    """What `train_in_stages` did.
+
+    Args:
+        experts: each expert's run.
+        gate: how the routers were trained.
+        oracle: with labels="oracle", what they were trained on.
+    """
+
+    experts: dict[str, Trained]
+    gate: GateReport
+    oracle: OracleLabels | None = None
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return self.gate.seconds + sum(run.seconds for run in self.experts.values())
+
+
+def train_expert(
+    model: MixtureModel,
+    name: str,
+    data: Any,
+    args: TrainingArguments,
+    *,
+    collator: Callable | None = None,
+    checkpoints: bool = False,
+) -> float:
+    """Train one expert alone on its data, used for every token with weight 1.
+
+    The routers and all other experts keep their bits; of the base only what trains anyway
+    (`modules_to_save`) trains. A frozen expert trains all the same, and is frozen again afterwards.
+    Optimizers that were made before do not know the model's parameters any more.
+
+    Args:
+        model: the mixture.
+        name: the expert.
+        data: Texts, or what else a `Trainer` takes.
+        args: for a stock `Trainer`, which writes into the subfolder of the expert's name.
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        ValueError: an unknown expert, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`.
+    """
+    check_arguments(model, {name: data}, args, null_expert=False)
+    return _train_expert(model, name, data, args, collator, checkpoints).seconds
+
+
+def train_in_stages(
+    model: MixtureModel,
+    data: Mapping[str, Any],
+    args: TrainingArguments,
+    *,
+    gate: Mapping[str, Any] | None = None,
+    labels: str = "task",
+    collator: Callable | None = None,
+    checkpoints: bool = False,
+) -> StagesReport:
+    """Train each expert alone on its own data, and then the routers on all of it.
+
+    This is `train_expert` for every expert, and `train_gate`. Where a stage fails, everything is
+    frozen as it was before, and the experts of the stages before it stay trained.
+
+    Args:
+        model: the mixture.
+        data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what
+            comes before the labels. With `null_expert` also of "(base)", which the routers alone
+            learn from.
+        args: for each expert's run, as in `train_expert`.
+        gate: the options of `train_gate`.
+        labels: what the routers are told to choose for a text: "task", the expert whose data it
+            is, or "oracle", the one with the lowest loss on it (`oracle_targets`).
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
+
+    Raises:
+        ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
+    """
+    check_choice("labels", labels, ("task", "oracle"))
+    check_arguments(model, data, args, null_expert=True)
+    labelled = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    options = {"seed": args.seed, **(gate or {})}
+    # A mistake is found now, not when the experts have trained.
+    check_options(**options)
+    if labels == "oracle":
+        check_oracle_texts(model, labelled)
+    runs = {
+        name: _train_expert(model, name, own, args, collator, checkpoints)
+        for name, own in data.items()
+        if name != NO_EXPERT
+    }
+    oracle = None
+    if labels == "oracle":
+        oracle = oracle_targets(model, labelled, batch_size=args.per_device_eval_batch_size)
+        labelled = labelled.labelled(oracle.targets)
+    return StagesReport(runs, train_gate(model, labelled, **options), oracle)
+
+
+def train_jointly(
+    model: MixtureModel,
+    data: Mapping[str, Any],
+    args: TrainingArguments,
+    *,
+    collator: Callable | None = None,
+    expert_targets: bool = True,
+    checkpoints: bool = False,
+) -> Trained:
+    """Train experts and routers together on all data, mixed, by one stock `Trainer`.
+
+    What is frozen stays so.
+
+    Args:
+        model: the mixture.
+        data: as in `train_in_stages`.
+        args: for the `Trainer`.
+        collator: by default `PadRouting`.
+        expert_targets: tell the routers whose data each row is, by a loss beside the language
+            model's (`expert_target_loss_coef`); else they learn from the latter alone.
+        checkpoints: write those that `args` asks for.
+
+    Raises:
+        ValueError: unknown experts, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`, or data of another type.
+    """
+    check_arguments(model, data, args, null_expert=True)
+    texts = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    texts = texts if expert_targets else texts.unlabelled()
+    return fit(model, texts, args, "jointly", collator, checkpoints)
+
+
+def _train_expert(
+    model: MixtureModel,
+    name: str,
+    data: Any,
+    args: TrainingArguments,
+    collator: Callable | None,
+    checkpoints: bool,
+) -> Trained:
+    data = data.unlabelled() if isinstance(data, Texts) else data
+    with only_training(model, [name], routers=False), model.use_experts(name):
+        return fit(model, data, args, name, collator, checkpoints)
 
 
 @contextmanager
@@ -54,18 +209,6 @@ def only_training(model: MixtureModel, experts: Sequence[str], routers: bool) ->
     finally:
         _set_training(before)
         model.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
-    """The routers' parameters, which inside train or not; then their gradients are as before."""
-    before = [(p, p.requires_grad, p.grad) for p in model.moelora.routers.parameters()]
-    try:
-        yield [parameter.requires_grad_(train) for parameter, _, _ in before]
-    finally:
-        for parameter, takes_gradient, gradient in before:
-            parameter.requires_grad_(takes_gradient)
-            parameter.grad = gradient
 
 
 def fit(

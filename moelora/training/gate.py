@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,6 @@ from ..validation import check_integer, check_names, check_number
 from .arguments import check_not_overridden, check_texts
 from .collator import padded_batch
 from .datasets import Texts
-from .fitting import routers_training
 
 OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "epochs": partial(check_integer, low=1),
@@ -172,20 +172,35 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     check_texts("texts", texts)
     if not len(texts):
         raise ValueError(f"There are no texts: give some of each of {', '.join(names)}.")
+    counted = 0
     for number, row in enumerate(texts.rows):
         if "expert_targets" not in row:
             raise ValueError(
                 f"Row {number} has no expert_targets: give texts by expert, or Texts.labelled(…)."
             )
         targets = row["expert_targets"]
-        if bool(((targets != IGNORE) & ((targets < 0) | (targets >= len(names)))).any()):
+        own = targets[targets != IGNORE]
+        counted += own.numel()
+        if bool(((own < 0) | (own >= len(names))).any()):
             raise ValueError(
                 f"Row {number} has expert_targets {targets.tolist()}; expected 0 … "
                 f"{len(names) - 1} or −100."
             )
-    if all(bool((row["expert_targets"] == IGNORE).all()) for row in texts.rows):
+    if not counted:
         raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
+
+
+@contextmanager
+def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
+    """The routers' parameters, which inside train or not; then their gradients are as before."""
+    before = [(p, p.requires_grad, p.grad) for p in model.moelora.routers.parameters()]
+    try:
+        yield [parameter.requires_grad_(train) for parameter, _, _ in before]
+    finally:
+        for parameter, takes_gradient, gradient in before:
+            parameter.requires_grad_(takes_gradient)
+            parameter.grad = gradient
 
 
 def _batches(
