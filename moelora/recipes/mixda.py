@@ -121,10 +121,7 @@ def _checked(
     check_arguments(model, {task_expert: task}, args, null_expert=False)
     config = model.moelora_config
     if task_expert in domains:
-        raise ValueError(
-            f"task_expert={task_expert!r} is a domain's expert, which is frozen then: name another "
-            "one."
-        )
+        raise ValueError(f"task_expert={task_expert!r} is a domain's expert: name another one.")
     if not config.null_expert:
         raise ValueError(
             "MixDA weighs each expert against the base: make the mixture with null_expert=True."
@@ -132,8 +129,7 @@ def _checked(
     if config.num_experts_per_tok < 2:
         raise ValueError(
             f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and "
-            "where the base is chosen nothing learns; MixDA weighs both: use num_experts_per_tok=2 "
-            "or more."
+            "nothing learns where it is the base: use num_experts_per_tok=2 or more."
         )
     given = {**domains, task_expert: task, **({} if general is None else {None: general})}
     texts: dict[str | None, Texts] = {}

@@ -55,10 +55,8 @@ def select_replay(features: Tensor, share: float | int, *, seed: int = 0) -> lis
     """
     check_integer("seed", seed, 0)
     if features.dim() != 2 or not bool(features.isfinite().all()):
-        raise ValueError(
-            f"features has shape {tuple(features.shape)}; expected finite numbers [texts, d], one "
-            "row a text."
-        )
+        shape = tuple(features.shape)
+        raise ValueError(f"features has shape {shape}; expected finite numbers [texts, d].")
     clusters = _clusters(share, len(features))
     if clusters in (0, len(features)):
         return list(range(clusters))
@@ -136,8 +134,7 @@ def _clusters(share: float | int, texts: int) -> int:
             )
         if share > texts:
             raise ValueError(
-                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}, "
-                "or a share from 0.0 to 1.0."
+                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}."
             )
         return share
     check_number("share", share, 0.0, 1.0)

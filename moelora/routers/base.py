@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..registry import ROUTERS
+from ..validation import MAX_WIDTH, check_integer
 from .options import check_declared_options, read_options
-from .pooling import pool_attention, pool_last, pool_mean
 
 R = TypeVar("R", bound="Router")
 
@@ -140,7 +141,8 @@ class Router(nn.Module):
 
     @_without_autocast
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One vector for each prompt, `[B, d]`, made as router_pooling says.
+        """A vector for each prompt, `[B, d]`, as router_pooling says: the tokens' mean, the last one,
+        or Σ_s a_s x_s, a = softmax_s(x_s · q / √d), q the learned query.
 
         Args:
             x: prompts `[B, S, d]` of any dtype.
@@ -149,8 +151,19 @@ class Router(nn.Module):
         # Norms first: the first token of many models is a hundred times as large as the others.
         x = self.normalised(x)
         if self.pooling == "attention":
-            return pool_attention(x, mask, self.pool_query)
-        return pool_last(x, mask) if self.pooling == "last" else pool_mean(x, mask)
+            scores = x @ self.pool_query.to(x.dtype) * x.shape[2] ** -0.5
+            if mask is not None:
+                # Not −inf: a row without a prompt would become NaN.
+                scores = scores.masked_fill(~mask, torch.finfo(x.dtype).min)
+            return einsum(x, scores.softmax(1), "b s d, b s -> b d")
+        if mask is None:
+            return x[:, -1] if self.pooling == "last" else x.mean(1)
+        if self.pooling == "last":
+            # On whichever side the padding is.
+            last = (torch.arange(x.shape[1], device=x.device) * mask).argmax(1)
+            return x.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        counted = mask.to(x.dtype)
+        return einsum(x, counted, "b s d, b s -> b d") / counted.sum(1, keepdim=True).clamp(min=1)
 
     def score(self, x: Tensor) -> Tensor:
         """The logits `[N, num_choices]` in fp32.
@@ -277,6 +290,20 @@ class Router(nn.Module):
                 "override resize."
             )
         return {name: tensors[name] for name in sorted(self.expert_rows)}
+
+
+@dataclass(frozen=True)
+class HiddenSize(Router.Options):
+    """Settings of router="mlp" and "descriptor".
+
+    Args:
+        hidden_size: the number of hidden units, or of rows of the projection.
+    """
+
+    hidden_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
 
 
 def register_router(name: str) -> Callable[[type[R]], type[R]]:

@@ -4,15 +4,13 @@ from a few of the expert's texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from ..validation import MAX_WIDTH, check_integer
-from .base import Router, register_router
+from .base import HiddenSize, Router, register_router
 from .covariance import class_means, times_covariance_power
 
 # The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
@@ -41,20 +39,8 @@ class DescriptorRouter(Router):
     depends on the query as it was then: describe again after training it.
     """
 
-    @dataclass(frozen=True)
-    class Options(Router.Options):
-        """Settings of router="descriptor".
-
-        Args:
-            hidden_size: the number of rows of the projection.
-        """
-
-        hidden_size: int = 64
-
-        def __post_init__(self) -> None:
-            check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
-
-    options: Options
+    Options = HiddenSize
+    options: HiddenSize
     fills_every_slot = True
     expert_rows: ClassVar[frozenset[str]] = frozenset({"descriptors", "described"})
     shared_parameters = Router.shared_parameters | {"projection", "log_temperature"}

@@ -27,9 +27,9 @@ def read_options(declared: type, given: object, owner: str) -> Any:
     hints = get_type_hints(declared)
     names = [option.name for option in fields(declared)]
     if unknown := [name for name in given if name not in names]:
+        known = ", ".join(names) or "none"
         raise ValueError(
-            f"router_options: {owner} has no option {shown(unknown)}. "
-            f"Its options are: {', '.join(names) or 'none'}."
+            f"router_options: {owner} has no option {shown(unknown)}. Its options are: {known}."
         )
     options = declared(**{name: _typed(name, value, hints[name]) for name, value in given.items()})
     values = asdict(options)
@@ -81,10 +81,8 @@ def check_declared_options(cls: Any) -> None:
     defaults = asdict(cls.read_options(None))
     cls.read_options(defaults)
     if unknown := sorted(cls.changeable_options - defaults.keys()):
-        raise ValueError(
-            f"{cls.__name__}.changeable_options names {', '.join(unknown)}, "
-            "which are not among its Options."
-        )
+        names = ", ".join(unknown)
+        raise ValueError(f"{cls.__name__}.changeable_options names {names}, not its Options.")
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

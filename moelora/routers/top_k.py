@@ -4,7 +4,6 @@ without a sign (Arrow's), and those of one hidden layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,8 +11,7 @@ from moelora_kernels import router_logits
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from ..validation import MAX_WIDTH, check_integer
-from .base import Router, register_router
+from .base import HiddenSize, Router, register_router
 
 
 @register_router("top_k")
@@ -62,20 +60,8 @@ class MlpRouter(Router):
     W₁ `[H, d]`, b `[H]`, W₂ `[num_choices, H]`.
     """
 
-    @dataclass(frozen=True)
-    class Options(Router.Options):
-        """Settings of router="mlp".
-
-        Args:
-            hidden_size: the number of hidden units.
-        """
-
-        hidden_size: int = 64
-
-        def __post_init__(self) -> None:
-            check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
-
-    options: Options
+    Options = HiddenSize
+    options: HiddenSize
     fills_every_slot = True
     expert_rows: ClassVar[frozenset[str]] = frozenset({"weight"})
     shared_parameters = Router.shared_parameters | {"hidden_weight", "hidden_bias"}

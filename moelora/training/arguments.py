@@ -28,9 +28,7 @@ def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool
         raise ValueError(f"There is no data: give some of each of {', '.join(names)}.")
     for name, own in data.items():
         if hasattr(own, "__len__") and not len(own):
-            raise ValueError(
-                f"There is nothing to train {name!r} on: give some texts, or leave it out."
-            )
+            raise ValueError(f"There is nothing to train {name!r} on: give some, or leave it out.")
 
 
 def check_not_overridden(model: MixtureModel) -> None:
@@ -42,7 +40,4 @@ def check_not_overridden(model: MixtureModel) -> None:
 def check_texts(name: str, texts: Any) -> None:
     """Raise TypeError unless `texts`, which the caller calls `name`, is a `Texts`."""
     if not isinstance(texts, Texts):
-        raise TypeError(
-            f"{name} is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes "
-            "them)."
-        )
+        raise TypeError(f"{name} is a {type(texts).__name__}; expected Texts: use Texts.of(…).")

@@ -59,10 +59,8 @@ class PadRouting:
         batch = dict(self._padded(plain) if self.collator is None else self.collator(plain))
         ids = batch["input_ids"]
         if len(ids) != len(rows):
-            raise ValueError(
-                f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}: a packed row "
-                "has no single prompt, so use a collator that pads."
-            )
+            made = f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}"
+            raise ValueError(f"{made}: a packed row has no single prompt, so use one that pads.")
         for name in ROUTING:
             given = [torch.as_tensor(row[name]) for row in rows if name in row]
             # With a router_mask in some rows alone, the model finds each prompt by the labels.
@@ -71,8 +69,7 @@ class PadRouting:
                 batch[name] = self._stacked(name, given, ids.shape[1])
             elif given and name == "expert_targets":
                 raise ValueError(
-                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where "
-                    "none."
+                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all (−100: none)."
                 )
         return batch
 

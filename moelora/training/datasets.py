@@ -69,12 +69,12 @@ class Texts(Dataset):
         if max_length is None:
             known = getattr(tokenizer, "model_max_length", None)
             max_length = known if isinstance(known, int) and known < UNLIMITED else None
-        tokenised = []
-        for number, row in enumerate(rows):
-            prompt, target = _prompt_and_target(f"Row {number}", row)
-            joined = join + target if prompt else target
-            tokenised.append(_tokenised(f"Row {number}", prompt, joined, tokenizer, max_length))
-        texts = cls(tokenised)
+        texts = cls(
+            [
+                _tokenised(f"Row {number}", row, tokenizer, join, max_length)
+                for number, row in enumerate(rows)
+            ]
+        )
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -150,9 +150,7 @@ def texts_of(name: str, data: Any) -> Texts:
 def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
     if not isinstance(row, Mapping) or "input_ids" not in row:
         what = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(
-            f"{place} has {what}; expected input_ids, and labels where not all tokens are."
-        )
+        raise ValueError(f"{place} has {what}; expected input_ids, and labels if they differ.")
     ids = torch.as_tensor(row["input_ids"])
     labels = torch.as_tensor(row.get("labels", ids))
     if labels.shape != ids.shape or labels.dim() != 1:
@@ -172,19 +170,19 @@ def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
 
 
 def _tokenised(
-    place: str, prompt: str, target: str, tokenizer: Callable[..., Any], limit: int | None
+    place: str, row: Any, tokenizer: Callable[..., Any], join: str, limit: int | None
 ) -> dict[str, Tensor]:
+    prompt, target = _prompt_and_target(place, row)
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     # Special tokens at the beginning belong to the prompt, where there is one.
-    target_ids = tokenizer(target, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
+    joined = join + target if prompt else target
+    target_ids = tokenizer(joined, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and target_ids[-1:] != [end]:
         target_ids = [*target_ids, end]
     for part, ids in ((prompt, prompt_ids), (target, target_ids)):
         if part and not ids:
-            raise ValueError(
-                f"{place} has no token in {part!r}: this tokenizer knows nothing of it."
-            )
+            raise ValueError(f"{place} has no token in {part!r}: the tokenizer does not know it.")
     before = len(prompt_ids)
     if limit is not None and before + len(target_ids) > limit:
         raise ValueError(
@@ -210,13 +208,9 @@ def _prompt_and_target(place: str, row: Any) -> tuple[str, str]:
     if "text" in parts:
         parts = {"text": parts["text"]}
     elif len(parts) < 2:
-        raise ValueError(
-            f"{place} has the fields {sorted(row)}; expected one of instruction, prompt with one "
-            "of output, completion, or text."
-        )
+        expected = "one of instruction, prompt with one of output, completion; or text"
+        raise ValueError(f"{place} has the fields {sorted(row)}; expected {expected}.")
     for part, value in parts.items():
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(
-                f"{place} has an empty {part} ({value!r}): fill it in, or leave the row out."
-            )
+            raise ValueError(f"{place} has an empty {part} ({value!r}): fill it in, or drop it.")
     return parts.get("prompt", ""), parts.get("target") or parts["text"]

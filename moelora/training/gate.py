@@ -113,9 +113,8 @@ def train_gate(
 def check_options(**options: Any) -> None:
     """Raise where `train_gate` would refuse these options, for recipes that come to it late."""
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise ValueError(
-            f"train_gate has no option {unknown}. Its options are: {', '.join(OPTIONS)}."
-        )
+        known = ", ".join(OPTIONS)
+        raise ValueError(f"train_gate has no option {unknown}. Its options are: {known}.")
     for name, value in options.items():
         OPTIONS[name](name, value)
 
@@ -175,17 +174,13 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     counted = 0
     for number, row in enumerate(texts.rows):
         if "expert_targets" not in row:
-            raise ValueError(
-                f"Row {number} has no expert_targets: give texts by expert, or Texts.labelled(…)."
-            )
+            raise ValueError(f"Row {number} has no expert_targets: use Texts.labelled(…).")
         targets = row["expert_targets"]
         own = targets[targets != IGNORE]
         counted += own.numel()
         if bool(((own < 0) | (own >= len(names))).any()):
-            raise ValueError(
-                f"Row {number} has expert_targets {targets.tolist()}; expected 0 … "
-                f"{len(names) - 1} or −100."
-            )
+            expected = f"expected 0 … {len(names) - 1} or −100"
+            raise ValueError(f"Row {number} has expert_targets {targets.tolist()}; {expected}.")
     if not counted:
         raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
@@ -209,10 +204,16 @@ def _batches(
     """A function from rows' numbers to each router's logits `[N, choices]` and targets `[N]`."""
     config = model.moelora_config
     sequences = config.routing_level == "sequence"
-    rows = [
-        {"input_ids": prompt, "expert_targets": _targets(row, len(prompt), sequences)}
-        for row, prompt in zip(texts.rows, texts.prompts())
-    ]
+    rows = []
+    for row, prompt in zip(texts.rows, texts.prompts()):
+        targets = row["expert_targets"]
+        if targets.dim() == 0:
+            targets = targets if sequences else targets.expand(len(prompt))
+        elif sequences:
+            raise ValueError("A sequence router chooses once: give expert_targets one number each.")
+        elif "router_mask" in row:
+            targets = targets[row["router_mask"]]
+        rows.append({"input_ids": prompt, "expert_targets": targets})
     if sequences and config.router_scope == "model" and config.router_pooling != "attention":
         (router,) = model.moelora.routers.values()
         features = prompt_features(model, texts, batch_size).to(model.device)
@@ -225,18 +226,6 @@ def _batches(
         return [(routing.logits, targets) for routing in model.routing_only(**batch)]
 
     return run
-
-
-def _targets(row: dict[str, Tensor], length: int, sequences: bool) -> Tensor:
-    """The target of a prompt of `length` tokens: 0-dim at sequence level, else `[length]`."""
-    targets = row["expert_targets"]
-    if targets.dim() == 0:
-        return targets if sequences else targets.expand(length)
-    if sequences:
-        raise ValueError(
-            "routing_level='sequence' has one choice a text, so expert_targets is one number each."
-        )
-    return targets[row["router_mask"]] if "router_mask" in row else targets
 
 
 def _backward(pairs: list[tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> Tensor:

@@ -86,18 +86,14 @@ def oracle_targets(
 def check_oracle_texts(model: MixtureModel, texts: Texts) -> None:
     """Raise where `oracle_targets` could not label these texts."""
     if model.is_classifier:
-        raise TypeError(
-            "oracle_targets compares losses on target tokens, and a classifier has none."
-        )
+        raise TypeError("oracle_targets needs target tokens, and a classifier has none.")
     check_texts("texts", texts)
     if not len(texts):
         raise ValueError("There are no texts to label: give one at least.")
     for number, row in enumerate(texts.rows):
         # Nothing predicts the first token.
         if not bool((row["labels"][1:] != IGNORE).any()):
-            raise ValueError(
-                f"Row {number} has no target token to predict: leave it out, or give it a target."
-            )
+            raise ValueError(f"Row {number} has no target token to predict: leave it out.")
 
 
 @torch.no_grad()
@@ -116,9 +112,9 @@ def _losses(model: MixtureModel, texts: Texts, batch_size: int) -> Tensor:
                 with model.use_experts(alone(model, name)):
                     losses[numbers, choice] = _mean_losses(model, **batch).cpu()
     for row, choice in (~losses.isfinite()).nonzero().tolist():
+        loss = float(losses[row, choice])
         raise ValueError(
-            f"The loss with {names[choice]!r} is {float(losses[row, choice])} on row {row}: look "
-            "at its weights."
+            f"The loss with {names[choice]!r} is {loss} on row {row}: see its weights."
         )
     return losses
 
@@ -184,10 +180,7 @@ def _hash(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(about.encode())
     for name, tensor in tensors:
         if tensor.is_meta:
-            raise ValueError(
-                f"{name} is not in memory, so a cache could not be told to be stale: leave cache "
-                "out."
-            )
+            raise ValueError(f"{name} is not in memory, so no cache can be checked: leave it out.")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -95,14 +95,13 @@ def _check_router(model: MixtureModel, how: str) -> None:
     config = model.moelora_config
     if how == "arrow" and config.null_expert:
         raise ValueError(
-            "router_init='arrow' has no direction for null_expert, which changes nothing: use "
-            f"'prototype' with texts of {NO_EXPERT!r} too."
+            "router_init='arrow' has no direction for null_expert: use 'prototype', with texts of "
+            f"{NO_EXPERT!r} too."
         )
     if how == "arrow" and config.router_scope not in ("site", "projection"):
         raise ValueError(
             "router_init='arrow' needs router_scope='site' or 'projection', not "
-            f"{config.router_scope!r}: its vectors lie in the inputs of linears, not of decoder "
-            "layers. Use 'prototype'."
+            f"{config.router_scope!r}: its vectors are of linears' inputs. Use 'prototype'."
         )
     router = model.moelora.context.router_list[0]
     if how == "arrow":
@@ -232,16 +231,12 @@ def token_ids(texts: Any, tokenizer: Any, name: str) -> list[Tensor]:
         text = row["text"] if isinstance(row, Mapping) else row
         if isinstance(text, str):
             if tokenizer is None:
-                raise ValueError(
-                    f"The texts of {name!r} are strings: pass the base's tokenizer with them."
-                )
+                raise ValueError(f"The texts of {name!r} are strings: pass the base's tokenizer.")
             text = tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text).reshape(1, -1)
         if not ids.numel():
             raise ValueError(f"A text of {name!r} has no tokens: leave it out.")
         rows.append(ids)
     if not rows:
-        raise ValueError(
-            f"There are no texts of {name!r}: give a few, or leave router_init='random'."
-        )
+        raise ValueError(f"There are no texts of {name!r}: give a few.")
     return rows
