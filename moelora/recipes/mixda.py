@@ -85,8 +85,8 @@ def train_mixda(
         rows = texts[name]
         if general is not None:
             # The number of the null expert follows the experts'.
-            null_rows = texts[None].labelled(len(names))
-            rows = Texts.joined([rows.labelled(names.index(name)), null_rows])
+            of_base = texts[None].labelled(len(names))
+            rows = Texts.joined([rows.labelled(names.index(name)), of_base])
         others = [other for other in names if other != name]
         with only_training(model, [name], routers=True), model.use_experts(ban=others):
             runs[name] = fit(model, rows, args, f"domains/{name}", collator, checkpoints)
@@ -131,7 +131,9 @@ def _checked(
             f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and "
             "nothing learns where it is the base: use num_experts_per_tok=2 or more."
         )
-    given = {**domains, task_expert: task, **({} if general is None else {None: general})}
+    given: dict[str | None, Any] = {**domains, task_expert: task}
+    if general is not None:
+        given[None] = general
     texts: dict[str | None, Texts] = {}
     # What a sequence router reads of a text without a prompt, of which something must be left.
     prefix = config.router_prefix_tokens if config.routing_level == "sequence" else 0

@@ -141,8 +141,8 @@ class Router(nn.Module):
 
     @_without_autocast
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A vector for each prompt, `[B, d]`, as router_pooling says: the tokens' mean, the last one,
-        or Σ_s a_s x_s, a = softmax_s(x_s · q / √d), q the learned query.
+        """A vector for each prompt, `[B, d]`, by router_pooling: its tokens' mean, the last one, or
+        Σ_s a_s x_s, a = softmax_s(x_s · q / √d), q the learned query.
 
         Args:
             x: prompts `[B, S, d]` of any dtype.

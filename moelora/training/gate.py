@@ -77,13 +77,8 @@ def train_gate(
             or inside `use_experts`.
         TypeError: no Texts, or an option of another type.
     """
-    check_options(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        seed=seed,
-    )
+    check_options(epochs=epochs, batch_size=batch_size, seed=seed)
+    check_options(learning_rate=learning_rate, weight_decay=weight_decay)
     labelled = labelled_texts(model, texts)
     start = time.perf_counter()
     steps = epochs * math.ceil(len(labelled) / batch_size)
