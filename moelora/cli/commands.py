@@ -72,7 +72,9 @@ def compose(
     base: Base,
     adapter: Adapters,
     out_folder: Out,
-    router: Annotated[str | None, Option(help="Its kind; else what --router-init needs.")] = None,
+    router: Annotated[
+        str | None, Option(help="The kind of router; else top_k, or what --router-init needs.")
+    ] = None,
     router_option: Annotated[list[str] | None, Option(help="NAME=VALUE of its settings.")] = None,
     router_init: Annotated[str, Option(help="random, or arrow (from the weights).")] = "random",
     top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token; else 2.")] = None,
@@ -144,7 +146,9 @@ def merge(
     out_folder: Out,
     rank: Annotated[int | None, Option(help="Compress to this rank by SVD; else exact.")] = None,
     recipe: Annotated[str, Option(help="How the experts' changes become one.")] = "linear",
-    density: Annotated[float | None, Option(help="Of ties, dare_…, breadcrumbs: kept.")] = None,
+    density: Annotated[
+        float | None, Option(help="Of ties, dare_… and breadcrumbs: the part kept.")
+    ] = None,
     seed: Annotated[int | None, Option(help="Of dare_…: what is dropped.")] = None,
     base: OtherBase = None,
     overwrite: Overwrite = False,

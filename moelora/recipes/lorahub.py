@@ -110,12 +110,11 @@ def _minimise(
     start = [min(max(1 / count, low), high)] * count
     explored = max(1, budget * 2 // 3)
     # scipy's populations have at least five; about six generations for what is given.
-    settings = {"popsize": max(1, round(explored / (6 * count))), "maxiter": budget}
+    size = max(1, round(explored / (6 * count)))
+    settings: dict[str, Any] = {"popsize": size, "maxiter": budget, "tol": 0, "polish": False}
     with suppress(_Spent):
         evaluate(start)
-        optimize.differential_evolution(
-            evaluate, box, (explored,), x0=start, tol=0, polish=False, rng=seed, **settings
-        )
+        optimize.differential_evolution(evaluate, box, (explored,), x0=start, rng=seed, **settings)
     options = {"maxfev": budget, "xatol": 1e-6, "fatol": 1e-9}
     with suppress(_Spent):
         best = min(tried, key=evaluate)

@@ -30,8 +30,9 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     labels: Any = inputs.pop("labels")
     causal = isinstance(model, MixtureModel) and not model.is_classifier
     if causal and not model.moelora.by_token and labels.dim() == 2 and "router_mask" not in inputs:
-        mask = token_mask(inputs.get("attention_mask"), *labels.shape)
-        prompt = Prompt(*labels.shape, mask, None, is_classifier=False, answers=True)
+        batch_size, length = labels.shape
+        mask = token_mask(inputs.get("attention_mask"), batch_size, length)
+        prompt = Prompt(batch_size, length, mask, None, is_classifier=False, answers=True)
         prefix = model.moelora_config.router_prefix_tokens
         inputs["router_mask"], labels = read_prompt(prompt, {"labels": labels}, prefix)
     logits = model(**inputs).logits.float()

@@ -184,9 +184,11 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
 @contextmanager
 def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
     """The routers' parameters, which inside train or not; then their gradients are as before."""
-    before = [(p, p.requires_grad, p.grad) for p in model.moelora.routers.parameters()]
+    parameters = list(model.moelora.routers.parameters())
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     try:
-        yield [parameter.requires_grad_(train) for parameter, _, _ in before]
+        model.moelora.routers.requires_grad_(train)
+        yield parameters
     finally:
         for parameter, takes_gradient, gradient in before:
             parameter.requires_grad_(takes_gradient)

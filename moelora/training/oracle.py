@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -177,7 +178,7 @@ def _key(model: MixtureModel, texts: Texts) -> str:
 
 
 def _hash(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256(about.encode())
+    digest: Any = hashlib.sha256(about.encode())
     for name, tensor in tensors:
         if tensor.is_meta:
             raise ValueError(f"{name} is not in memory, so no cache can be checked: leave it out.")
