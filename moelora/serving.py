@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from .core.model import MixtureModel, evaluating
+from .training.collator import padded_batch
 from .validation import check_integer
 
 # What tokenizers give as their length where they know of none is far beyond.
@@ -62,21 +62,14 @@ def route_prompts(
 
 
 def route_ids(model: MixtureModel, rows: Sequence[list[int]]) -> list[RoutedPrompt]:
-    """Which expert each row of token ids needs.
-
-    Args:
-        model: a model with a mixture inside.
-        rows: token ids, one list a prompt; they are one batch.
-    """
+    """Which expert each row of token ids needs; they are one batch."""
     if not rows:
         return []
     # On the right, whatever the tokenizer prefers: every prompt begins at position 0, as it does
     # alone. The mask hides the padding, so that any id will do.
-    prompts = [torch.tensor(row, device=model.device) for row in rows]
-    ids = pad_sequence(prompts, batch_first=True)
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
+    batch = padded_batch([{"input_ids": row} for row in rows], model.device)
     with evaluating(model):
-        report = model.route(input_ids=ids, attention_mask=mask)  # type: ignore[attr-defined]
+        report = model.route(**batch)  # type: ignore[attr-defined]
     answers = []
     for expert, row in zip(report.top_experts(), report.probabilities.tolist()):
         falling = sorted(zip(report.choice_names, row), key=lambda pair: -pair[1])
@@ -85,9 +78,7 @@ def route_ids(model: MixtureModel, rows: Sequence[list[int]]) -> list[RoutedProm
 
 
 def context_length(model: MixtureModel, tokenizer: Any) -> int | None:
-    """How many tokens a prompt may have: what the base and the tokenizer allow, None where neither
-    says.
-    """
+    """How many tokens the base and the tokenizer allow a prompt; None where neither says."""
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     limits = [
@@ -97,13 +88,8 @@ def context_length(model: MixtureModel, tokenizer: Any) -> int | None:
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int | None) -> list[int]:
-    """The token ids of a text, or of chat messages in the tokenizer's template with the answer's
+    """At most `limit` token ids of a text, or of messages in the chat template with the answer's
     beginning.
-
-    Args:
-        prompt: the text or the messages.
-        tokenizer: the base's tokenizer.
-        limit: how many tokens there may be; None for any number.
 
     Raises:
         ValueError: it is empty, longer than `limit`, or not what the template takes.
@@ -133,12 +119,6 @@ def _in_template(messages: Any, tokenizer: Any) -> str:
             f"The prompt is a {type(messages).__name__}; expected a text, or messages such as "
             '[{"role": "user", "content": "…"}].'
         )
-    if not messages:
-        raise ValueError("The messages are empty.")
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The tokenizer has no chat template for messages: give the prompt as a text."
-        )
     for message in messages:
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
             raise ValueError(
@@ -147,6 +127,10 @@ def _in_template(messages: Any, tokenizer: Any) -> str:
             )
     if not any(str(message.get("content") or "").strip() for message in messages):
         raise ValueError("The messages are empty.")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The tokenizer has no chat template for messages: give the prompt as a text."
+        )
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
@@ -162,19 +146,13 @@ def load_tokenizer(model: MixtureModel, checkpoint: str | Path) -> Any:
     Raises:
         ValueError: there is none.
     """
-    places = [
-        str(checkpoint),
-        model.config.name_or_path,
-        model.moelora_config.base_model_name_or_path,
-    ]
-    for place in dict.fromkeys(filter(None, places)):
-        if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError):
-            continue
+    base = model.config.name_or_path
+    places = (str(checkpoint), base, model.moelora_config.base_model_name_or_path)
+    for place in filter(None, places):
+        if not Path(place).is_dir() or (Path(place) / "tokenizer_config.json").is_file():
+            with suppress(OSError, ValueError):
+                return AutoTokenizer.from_pretrained(place)
     raise ValueError(
-        f"There is no tokenizer in {checkpoint}, nor with its base ({model.config.name_or_path}): "
-        "save the base's into one of them with tokenizer.save_pretrained(…)."
+        f"There is no tokenizer in {checkpoint}, nor with its base ({base}): save the base's into "
+        "one of them with tokenizer.save_pretrained(…)."
     )

@@ -1,9 +1,9 @@
 """The console command `moelora`: check, compose, info, export, merge, route."""
 
-from . import adapters, checkpoint, route
+from . import commands, route
 from .console import app
 
-__all__ = ["adapters", "app", "checkpoint", "main", "route"]
+__all__ = ["app", "commands", "main", "route"]
 
 
 def main() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
+from typer import Option
 from typer.core import TyperGroup
 
 # What users cause; other errors are more often a mistake of this package.
@@ -25,20 +25,10 @@ out, err = (
     for stderr in (False, True)
 )
 
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise typer.BadParameter("it is empty, which would be this folder; expected a name.")
-    return Path(text)
-
-
-Checkpoint = Annotated[Path, typer.Argument(help="A folder written by save_pretrained or compose.")]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", parser=_folder, metavar="PATH", help="The folder to write.")
-]
 OtherBase = Annotated[
-    str | None, typer.Option("--base", help="Where the base is, if not where the checkpoint says.")
+    str | None, Option("--base", help="Where the base is, if not where the checkpoint says.")
 ]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
 
 
 class Commands(TyperGroup):
@@ -86,37 +76,20 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+Traceback = Option("--traceback", help="Show where an error happened.")
+
+
 @app.callback()
 def options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error happened.")
-    ] = False,
+    version: Annotated[bool, Version] = False, traceback: Annotated[bool, Traceback] = False
 ) -> None:
     """Take the options that stand before the command."""
 
 
-@contextmanager
-def busy(what: str) -> Iterator[None]:
+def busy(what: str) -> AbstractContextManager[Any]:
     """A spinner while it lasts; on standard error, so that the output can be piped."""
-    with err.status(Text(what)):
-        yield
-
-
-def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """NAME=VALUE words, split.
-
-    Raises:
-        ValueError: a word is not of this form.
-    """
-    split = [word.partition("=") for word in words]
-    for word, (name, _, value) in zip(words, split):
-        if not (name and value):
-            raise ValueError(f"{word!r} is not NAME=VALUE, for example math=adapters/math.")
-    return [(name, value) for name, _, value in split]
+    return err.status(Text(what))
 
 
 def public_class(classifier: bool) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from ..core.model import MixtureModel, evaluating
 from ..training.evaluation import predictions, summed_loss
 from ..validation import check_integer, check_number
 
-Loss = Callable[[], float]
-History = list[tuple[dict[str, float], float]]
+# A weight for each expert.
+Point = tuple[float, ...]
 
 
 class _Spent(Exception):
@@ -24,12 +26,12 @@ class _Spent(Exception):
 def search_weights(
     model: MixtureModel,
     names: Sequence[str],
-    loss: Loss | Iterable[Mapping[str, Tensor]],
+    loss: Callable[[], float] | Iterable[Mapping[str, Tensor]],
     *,
     budget: int = 100,
     seed: int = 0,
     bounds: tuple[float, float] = (-1.5, 1.5),
-) -> tuple[dict[str, float], History]:
+) -> tuple[dict[str, float], list[tuple[dict[str, float], float]]]:
     """Search the weights of some experts that have the lowest loss.
 
     The loss is taken under `model.use_experts(weights)`, so nothing is merged. First come equal
@@ -54,125 +56,97 @@ def search_weights(
             without labels, or no finite loss anywhere.
         TypeError: batches that can be read only once, or arguments of another type.
     """
-    names = _checked_names(model, names)
-    low, high = _checked_bounds(bounds)
+    _check(model, names, bounds)
     check_integer("budget", budget, 1)
     check_integer("seed", seed, 0)
-    measure = loss if callable(loss) else _mean_loss(model, loss)
-    history: History = []
-    known: dict[tuple[float, ...], float] = {}
+    if not callable(loss):
+        if not isinstance(loss, Iterable) or iter(loss) is loss:
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; expected a function without arguments, or "
+                "batches that can be read again, such as a list."
+            )
+        loss = partial(_mean_loss, model, loss)
 
-    def evaluate(point: Any) -> float:
-        # A rounding may carry a step out of the box.
-        values = tuple(min(max(float(w), low), high) for w in point)
-        if values not in known:
-            if len(history) >= budget:
-                raise _Spent
-            weights = dict(zip(names, values))
-            with model.use_experts(weights):
-                value = float(measure())
-            history.append((weights, value))
-            # A loss that overflows says only that it is bad there.
-            known[values] = value if math.isfinite(value) else math.inf
-        return known[values]
+    def measure(point: Point) -> float:
+        with model.use_experts(dict(zip(names, point))):
+            return float(loss())
 
-    _minimise(_scipy(), evaluate, history, len(names), budget, seed, (low, high))
+    tried = _minimise(measure, len(names), budget, seed, bounds)
+    history = [(dict(zip(names, point)), value) for point, value in tried.items()]
     finite = [(weights, value) for weights, value in history if math.isfinite(value)]
     if not finite:
         raise ValueError(f"The loss was NaN or Inf at all {len(history)} weights that were tried.")
-    return min(finite, key=lambda tried: tried[1])[0], history
+    return min(finite, key=lambda one: one[1])[0], history
 
 
 def _minimise(
-    scipy_optimize: Any,
-    evaluate: Callable[[Any], float],
-    history: History,
+    measure: Callable[[Point], float],
     count: int,
     budget: int,
     seed: int,
     bounds: tuple[float, float],
-) -> None:
-    """Spend the budget; the best is in `history`."""
-    box = [bounds] * count
-    start = [min(max(1 / count, bounds[0]), bounds[1])] * count
-    explored = max(1, budget * 2 // 3)
-
-    def within(point: Any) -> float:
-        if len(history) >= explored:
-            raise _Spent
-        return evaluate(point)
-
-    try:
-        within(start)
-        # scipy's populations have at least five; about six generations for what is given.
-        size = max(1, round(explored / (6 * count)))
-        scipy_optimize.differential_evolution(
-            within, box, x0=start, popsize=size, maxiter=budget, tol=0, polish=False, rng=seed
-        )
-    except _Spent:
-        pass
-    best = min(history, key=lambda tried: tried[1] if math.isfinite(tried[1]) else math.inf)[0]
-    try:
-        options = {"maxfev": budget, "xatol": 1e-6, "fatol": 1e-9}
-        scipy_optimize.minimize(
-            evaluate, list(best.values()), method="Nelder-Mead", bounds=box, options=options
-        )
-    except _Spent:
-        pass
-
-
-def _mean_loss(model: MixtureModel, batches: Iterable[Mapping[str, Tensor]]) -> Loss:
-    """A function that gives the model's mean loss over all labels of some batches."""
-    if not isinstance(batches, Iterable) or iter(batches) is batches:
-        raise TypeError(
-            f"loss is a {type(batches).__name__}; expected a function without arguments, or "
-            "batches that can be read again, such as a list."
-        )
-
-    @torch.no_grad()
-    def measure() -> float:
-        total = 0.0
-        count = 0
-        with evaluating(model):
-            for batch in batches:
-                logits, labels = predictions(model, batch)
-                total += summed_loss(logits, labels)
-                count += len(labels)
-        if not count:
-            raise ValueError(
-                "There is no label other than -100 in the batches: nothing to search for."
-            )
-        return total / count
-
-    return measure
-
-
-def _scipy() -> Any:
+) -> dict[Point, float]:
+    """The points that were tried and their losses, in order."""
     try:
         from scipy import optimize
     except ImportError as error:
         raise ImportError(
             "search_weights needs scipy, which is not installed: pip install 'moelora[search]'."
         ) from error
-    return optimize
+    low, high = bounds
+    tried: dict[Point, float] = {}
+
+    def evaluate(given: Any, limit: int = budget) -> float:
+        # A rounding may carry a step out of the box.
+        point = tuple(min(max(float(weight), low), high) for weight in given)
+        if point not in tried:
+            if len(tried) >= limit:
+                raise _Spent
+            tried[point] = measure(point)
+        # A loss that overflows says only that it is bad there.
+        return tried[point] if math.isfinite(tried[point]) else math.inf
+
+    box = [(low, high)] * count
+    start = [min(max(1 / count, low), high)] * count
+    explored = max(1, budget * 2 // 3)
+    # scipy's populations have at least five; about six generations for what is given.
+    size = max(1, round(explored / (6 * count)))
+    settings: dict[str, Any] = {"popsize": size, "maxiter": budget, "tol": 0, "polish": False}
+    with suppress(_Spent):
+        evaluate(start)
+        optimize.differential_evolution(evaluate, box, (explored,), x0=start, rng=seed, **settings)
+    options = {"maxfev": budget, "xatol": 1e-6, "fatol": 1e-9}
+    with suppress(_Spent):
+        best = min(tried, key=evaluate)
+        optimize.minimize(evaluate, best, method="Nelder-Mead", bounds=box, options=options)
+    return tried
 
 
-def _checked_names(model: MixtureModel, names: Sequence[str]) -> list[str]:
+@torch.no_grad()
+def _mean_loss(model: MixtureModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """The model's mean loss over all labels of some batches."""
+    total = 0.0
+    count = 0
+    with evaluating(model):
+        for batch in batches:
+            logits, labels = predictions(model, batch)
+            total += summed_loss(logits, labels)
+            count += len(labels)
+    if not count:
+        raise ValueError("There is no label other than -100 in the batches: nothing to search for.")
+    return total / count
+
+
+def _check(model: MixtureModel, names: Any, bounds: Any) -> None:
     if isinstance(names, str) or not names:
         raise ValueError(f"names={names!r}: expected a list with at least one expert's name.")
     for name in names:
         model.moelora_config.expert_index(name)
     if len(set(names)) != len(names):
         raise ValueError(f"names={list(names)} names an expert twice.")
-    return list(names)
-
-
-def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds={bounds!r}: expected a pair (low, high).")
-    low, high = bounds
-    check_number("bounds[0]", low, -math.inf, math.inf)
-    check_number("bounds[1]", high, -math.inf, math.inf)
-    if low >= high:
+    for i, bound in enumerate(bounds):
+        check_number(f"bounds[{i}]", bound, -math.inf, math.inf)
+    if bounds[0] >= bounds[1]:
         raise ValueError(f"bounds={bounds}: expected a low end below the high end.")
-    return float(low), float(high)

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
 from ..training.arguments import check_arguments
 from ..training.datasets import Texts, texts_of
@@ -86,8 +85,8 @@ def train_mixda(
         rows = texts[name]
         if general is not None:
             # The number of the null expert follows the experts'.
-            null_rows = texts[None].labelled(len(names))
-            rows = Texts.joined([rows.labelled(names.index(name)), null_rows])
+            of_base = texts[None].labelled(len(names))
+            rows = Texts.joined([rows.labelled(names.index(name)), of_base])
         others = [other for other in names if other != name]
         with only_training(model, [name], routers=True), model.use_experts(ban=others):
             runs[name] = fit(model, rows, args, f"domains/{name}", collator, checkpoints)
@@ -122,10 +121,7 @@ def _checked(
     check_arguments(model, {task_expert: task}, args, null_expert=False)
     config = model.moelora_config
     if task_expert in domains:
-        raise ValueError(
-            f"task_expert={task_expert!r} is a domain's expert, which is frozen then: name another "
-            "one."
-        )
+        raise ValueError(f"task_expert={task_expert!r} is a domain's expert: name another one.")
     if not config.null_expert:
         raise ValueError(
             "MixDA weighs each expert against the base: make the mixture with null_expert=True."
@@ -133,27 +129,25 @@ def _checked(
     if config.num_experts_per_tok < 2:
         raise ValueError(
             f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and "
-            "where the base is chosen nothing learns; MixDA weighs both: use num_experts_per_tok=2 "
-            "or more."
+            "nothing learns where it is the base: use num_experts_per_tok=2 or more."
         )
-    texts: dict[str | None, Texts] = {name: texts_of(name, own) for name, own in domains.items()}
-    texts[task_expert] = texts_of(task_expert, task)
+    given: dict[str | None, Any] = {**domains, task_expert: task}
     if general is not None:
-        texts[None] = texts_of("general", general)
-        if not len(texts[None]):
-            raise ValueError("general has no texts: give some, or leave it out.")
-    for name, own in texts.items():
-        _check_length(config, "general" if name is None else name, own)
-    return {name: own.unlabelled() for name, own in texts.items()}
-
-
-def _check_length(config: MoeLoraConfig, name: str, texts: Texts) -> None:
-    """Raise where no text has a token left to learn after what a sequence router reads."""
+        given[None] = general
+    texts: dict[str | None, Texts] = {}
+    # What a sequence router reads of a text without a prompt, of which something must be left.
     prefix = config.router_prefix_tokens if config.routing_level == "sequence" else 0
-    if all("router_mask" not in row and len(row["input_ids"]) <= prefix for row in texts.rows):
-        longest = max(len(row["input_ids"]) for row in texts.rows)
-        raise ValueError(
-            f"The texts of {name!r} have no prompt and {longest} tokens at most, and a sequence "
-            f"router reads the first router_prefix_tokens={prefix}, which then take no loss: give "
-            "longer texts, or a mixture with a smaller router_prefix_tokens."
-        )
+    for expert, own in given.items():
+        name = expert or "general"
+        rows = texts_of(name, own)
+        if not len(rows):
+            raise ValueError(f"{name} has no texts: give some, or leave it out.")
+        longest = max(len(row["input_ids"]) for row in rows.rows)
+        if longest <= prefix and not any("router_mask" in row for row in rows.rows):
+            raise ValueError(
+                f"The texts of {name!r} have no prompt and {longest} tokens at most, and a "
+                f"sequence router reads the first router_prefix_tokens={prefix}, which then take "
+                "no loss: give longer texts, or a mixture with a smaller router_prefix_tokens."
+            )
+        texts[expert] = rows.unlabelled()
+    return texts

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from transformers import TrainingArguments
 
 from ..core.model import MixtureModel
 from ..training.datasets import Texts
+from ..training.fitting import train_expert
 from ..training.gate import GateReport, labelled_texts, prompt_features, train_gate
-from ..training.stages import train_expert
 from ..validation import check_integer, check_number
 
 
@@ -56,13 +55,10 @@ def select_replay(features: Tensor, share: float | int, *, seed: int = 0) -> lis
     """
     check_integer("seed", seed, 0)
     if features.dim() != 2 or not bool(features.isfinite().all()):
-        raise ValueError(
-            f"features has shape {tuple(features.shape)}; expected finite numbers [texts, d], one "
-            "row a text."
-        )
-    texts = len(features)
-    clusters = _clusters(share, texts)
-    if clusters in (0, texts):
+        shape = tuple(features.shape)
+        raise ValueError(f"features has shape {shape}; expected finite numbers [texts, d].")
+    clusters = _clusters(share, len(features))
+    if clusters in (0, len(features)):
         return list(range(clusters))
     points = features.detach().double().cpu()
     nearest: list[int] = []
@@ -116,10 +112,15 @@ def add_task(
         for task, own in old.items()
     }
     replayed = {task: old[task].subset(rows) for task, rows in kept.items() if rows}
-    with _undone_on_error(model, name):
-        model.add_expert(name, adapter=adapter, seed=seed)
+    before = copy.deepcopy(model.moelora.routers.state_dict())
+    model.add_expert(name, adapter=adapter, seed=seed)
+    try:
         seconds = 0.0 if args is None else train_expert(model, name, texts, args)
         report = train_gate(model, {**replayed, name: texts}, **{"seed": seed, **(gate or {})})
+    except BaseException:
+        model.remove_expert(name)
+        model.moelora.routers.load_state_dict(before)
+        raise
     return AddedTask(name, kept, report, seconds)
 
 
@@ -133,8 +134,7 @@ def _clusters(share: float | int, texts: int) -> int:
             )
         if share > texts:
             raise ValueError(
-                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}, "
-                "or a share from 0.0 to 1.0."
+                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}."
             )
         return share
     check_number("share", share, 0.0, 1.0)
@@ -154,19 +154,3 @@ def _centres(points: Tensor, clusters: int, seed: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)
         kmeans = KMeans(clusters, n_init="auto", random_state=seed).fit(points.numpy())
     return torch.from_numpy(kmeans.cluster_centers_)
-
-
-@contextmanager
-def _undone_on_error(model: MixtureModel, name: str) -> Iterator[None]:
-    """Where what is inside fails, remove the expert `name`, and put the routers back."""
-    existed = name in model.moelora_config.choice_names
-    routers = model.moelora.routers
-    before = {key: copy.deepcopy(router.state_dict()) for key, router in routers.items()}
-    try:
-        yield
-    except BaseException:
-        if not existed and name in model.moelora_config.choice_names:
-            model.remove_expert(name)
-            for key, router in model.moelora.routers.items():
-                router.load_state_dict(before[key])
-        raise

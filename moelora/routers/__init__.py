@@ -1,12 +1,10 @@
 """Routers: from hidden states to the experts that act. Importing it registers the built-in ones."""
 
 from ..registry import ROUTERS, router_class
-from .arrow import ArrowRouter
-from .base import Router, Routing
+from .base import Router, Routing, register_router
 from .descriptor import DescriptorRouter
-from .mlp import MlpRouter
-from .registry import changed_options, register_router
-from .top_k import TopKRouter
+from .options import changed_options
+from .top_k import ArrowRouter, MlpRouter, TopKRouter
 
 __all__ = [
     "ROUTERS",

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from .options import read_options
-from .pooling import pool_attention, pool_last, pool_mean
+from ..registry import ROUTERS
+from ..validation import MAX_WIDTH, check_integer
+from .options import check_declared_options, read_options
+
+R = TypeVar("R", bound="Router")
 
 
 class Routing(NamedTuple):
@@ -137,7 +141,8 @@ class Router(nn.Module):
 
     @_without_autocast
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One vector for each prompt, `[B, d]`, made as router_pooling says.
+        """A vector for each prompt, `[B, d]`, by router_pooling: its tokens' mean, the last one, or
+        Σ_s a_s x_s, a = softmax_s(x_s · q / √d), q the learned query.
 
         Args:
             x: prompts `[B, S, d]` of any dtype.
@@ -146,8 +151,19 @@ class Router(nn.Module):
         # Norms first: the first token of many models is a hundred times as large as the others.
         x = self.normalised(x)
         if self.pooling == "attention":
-            return pool_attention(x, mask, self.pool_query)
-        return pool_last(x, mask) if self.pooling == "last" else pool_mean(x, mask)
+            scores = x @ self.pool_query.to(x.dtype) * x.shape[2] ** -0.5
+            if mask is not None:
+                # Not −inf: a row without a prompt would become NaN.
+                scores = scores.masked_fill(~mask, torch.finfo(x.dtype).min)
+            return einsum(x, scores.softmax(1), "b s d, b s -> b d")
+        if mask is None:
+            return x[:, -1] if self.pooling == "last" else x.mean(1)
+        if self.pooling == "last":
+            # On whichever side the padding is.
+            last = (torch.arange(x.shape[1], device=x.device) * mask).argmax(1)
+            return x.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        counted = mask.to(x.dtype)
+        return einsum(x, counted, "b s d, b s -> b d") / counted.sum(1, keepdim=True).clamp(min=1)
 
     def score(self, x: Tensor) -> Tensor:
         """The logits `[N, num_choices]` in fp32.
@@ -208,20 +224,16 @@ class Router(nn.Module):
         if jitters:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         logits = self.score(x)
-        if banned is None:
-            return self._chosen(logits, selection_bias)
-        choices = nn.functional.pad(banned, (0, int(self.null_expert)))
-        logits = logits.masked_fill(choices, -torch.inf)
-        bias = logits.new_zeros(self.num_choices) if selection_bias is None else selection_bias
-        # In the bias too: a probability of 0 plus another expert's bias could still win.
-        return self._chosen(logits, bias.masked_fill(choices, -torch.inf)).without(banned)
-
-    def _chosen(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
-        """What `select` chooses, with the null expert's slots empty."""
+        if banned is not None:
+            choices = nn.functional.pad(banned, (0, int(self.null_expert)))
+            logits = logits.masked_fill(choices, -torch.inf)
+            # In the bias too: a probability of 0 plus another expert's bias could still win.
+            bias = logits.new_zeros(self.num_choices) if selection_bias is None else selection_bias
+            selection_bias = bias.masked_fill(choices, -torch.inf)
         routing = self.select(logits, selection_bias)
-        if not self.null_expert:
-            return routing
-        return routing._emptied(routing.expert_ids == self.num_experts)
+        if self.null_expert:
+            routing = routing._emptied(routing.expert_ids == self.num_experts)
+        return routing if banned is None else routing.without(banned)
 
     @torch.no_grad()
     def resize(self, keep: Sequence[int | None]) -> None:
@@ -242,8 +254,7 @@ class Router(nn.Module):
             new = torch.zeros_like(tensor[0])
             if tensor.is_floating_point() and kept:
                 new = tensor[kept].mean(0)
-            rows = [new if i is None else tensor[i] for i in self.with_null(keep)]
-            resized = torch.stack(rows)
+            resized = torch.stack([new if i is None else tensor[i] for i in self.with_null(keep)])
             if isinstance(tensor, nn.Parameter):
                 resized = nn.Parameter(resized, requires_grad=tensor.requires_grad)
             owner, _, leaf = name.rpartition(".")
@@ -261,19 +272,62 @@ class Router(nn.Module):
     def _tensors_with_expert_rows(self) -> dict[str, Tensor]:
         """The parameters and buffers in `expert_rows`; ValueError unless each is declared."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        remedy = (
-            f"{type(self).__name__} cannot be resized: {{}}. Name what has one row a choice in "
-            "expert_rows, everything else in shared_parameters, or override resize."
-        )
+        problems = []
         if undeclared := sorted(tensors.keys() - self.expert_rows - self.shared_parameters):
-            raise ValueError(
-                remedy.format(f"it declares nothing about its {', '.join(undeclared)}")
-            )
+            problems.append(f"it declares nothing about its {', '.join(undeclared)}")
         for name in sorted(self.expert_rows):
             shape = tuple(tensors[name].shape) if name in tensors else None
-            if shape is None or shape[:1] != (self.num_choices,):
-                was = "does not exist" if shape is None else f"has the shape {shape}"
-                raise ValueError(
-                    remedy.format(f"{name} of expert_rows {was}, for {self.num_choices} choices")
+            if shape is None:
+                problems.append(f"{name} of expert_rows does not exist")
+            elif shape[:1] != (self.num_choices,):
+                problems.append(
+                    f"{name} of expert_rows has the shape {shape}, for {self.num_choices} choices"
                 )
+        if problems:
+            raise ValueError(
+                f"{type(self).__name__} cannot be resized: {'; '.join(problems)}. Name what has "
+                "one row a choice in expert_rows, everything else in shared_parameters, or "
+                "override resize."
+            )
         return {name: tensors[name] for name in sorted(self.expert_rows)}
+
+
+@dataclass(frozen=True)
+class HiddenSize(Router.Options):
+    """Settings of router="mlp" and "descriptor".
+
+    Args:
+        hidden_size: the number of hidden units, or of rows of the projection.
+    """
+
+    hidden_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
+
+
+def register_router(name: str) -> Callable[[type[R]], type[R]]:
+    """Class decorator that makes a `Router` available as `MoeLoraConfig(router=name)`.
+
+    Args:
+        name: what configurations call it.
+
+    Raises:
+        ValueError: the name is taken by another class, or a default of its options is not valid.
+        TypeError: the class is not a `Router`, or its `Options` are not a dataclass with defaults.
+    """
+
+    def register(cls: type[R]) -> type[R]:
+        if not (isinstance(cls, type) and issubclass(cls, Router)):
+            raise TypeError(f"@register_router({name!r}) takes a subclass of Router, not {cls!r}.")
+        check_declared_options(cls)
+        taken = ROUTERS.get(name, cls)
+        # A module that is imported twice (a notebook cell run again) may replace itself.
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+            )
+        ROUTERS[name] = cls
+        return cls
+
+    return register

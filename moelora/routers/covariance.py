@@ -24,13 +24,8 @@ def times_covariance_power(
     """rows Σ^power, with Σ = (1 − λ) XᵀX / n + λ v I shrunk to its mean variance v.
 
     Of few tokens in a large space XᵀX alone has no inverse. Σ is λ v I but in the span of X, so the
-    smaller one of XᵀX and XXᵀ is decomposed.
-
-    Args:
-        rows: `[m, d]`.
-        deviations: X `[n, d]`, tokens less the mean of their class.
-        power: −1 for linear discriminants, −1/2 to whiten.
-        shrinkage: λ in (0, 1].
+    smaller one of XᵀX and XXᵀ is decomposed. rows `[m, d]`; deviations X `[n, d]`; power −1 for
+    linear discriminants, −1/2 to whiten; shrinkage λ in (0, 1].
     """
     n, d = deviations.shape
     x = deviations * ((1 - shrinkage) / n) ** 0.5

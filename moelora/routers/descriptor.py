@@ -4,17 +4,14 @@ from a few of the expert's texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
-from ..validation import MAX_WIDTH, check_integer
-from .base import Router
+from .base import HiddenSize, Router, register_router
 from .covariance import class_means, times_covariance_power
-from .registry import register_router
 
 # The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
 # identity instead.
@@ -42,20 +39,8 @@ class DescriptorRouter(Router):
     depends on the query as it was then: describe again after training it.
     """
 
-    @dataclass(frozen=True)
-    class Options(Router.Options):
-        """Settings of router="descriptor".
-
-        Args:
-            hidden_size: the number of rows of the projection.
-        """
-
-        hidden_size: int = 64
-
-        def __post_init__(self) -> None:
-            check_integer("router_options['hidden_size']", self.hidden_size, 1, MAX_WIDTH)
-
-    options: Options
+    Options = HiddenSize
+    options: HiddenSize
     fills_every_slot = True
     expert_rows: ClassVar[frozenset[str]] = frozenset({"descriptors", "described"})
     shared_parameters = Router.shared_parameters | {"projection", "log_temperature"}
@@ -119,11 +104,8 @@ def fitted_projection(classes: list[Tensor], width: int) -> Tensor:
 
     The first rows span the directions Σ^(−1/2)(μ_e − μ), in which these classes differ: their
     scores are those of the full Σ⁻¹. The other rows are random in the rest of the space
-    (Johnson–Lindenstrauss), in which descriptors that come later may differ.
-
-    Args:
-        classes: the inputs of each class, `[n_e, d]`.
-        width: the number of rows of P.
+    (Johnson–Lindenstrauss), in which descriptors that come later may differ. `classes` are the
+    inputs of each class, `[n_e, d]`.
     """
     means, deviations = class_means(classes)
     apart = times_covariance_power(means - means.mean(0), deviations, -0.5, SHRINKAGE)

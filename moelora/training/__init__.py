@@ -3,10 +3,9 @@
 from .callback import MoeLoraCallback
 from .collator import PadRouting
 from .datasets import Texts
-from .fitting import Trained
+from .fitting import StagesReport, Trained, train_expert, train_in_stages, train_jointly
 from .gate import GateReport, prompt_features, train_gate
 from .oracle import OracleLabels, oracle_targets
-from .stages import StagesReport, train_expert, train_in_stages, train_jointly
 
 __all__ = [
     "GateReport",

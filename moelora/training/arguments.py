@@ -13,27 +13,14 @@ from .datasets import Texts
 
 
 def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool) -> None:
-    """Raise before anything trains where a recipe cannot use its data or `args`.
-
-    Args:
-        model: the mixture that is to train.
-        data: by expert what it trains on.
-        args: the `TrainingArguments`.
-        null_expert: whether "(base)" may have data too.
-
-    Raises:
-        ValueError: unknown experts, nothing to train on, or inside `use_experts`.
-        TypeError: no mapping, or no `TrainingArguments`.
-    """
+    """Raise where a recipe cannot use its data, by expert (perhaps "(base)" too), or its `args`."""
     check_not_overridden(model)
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(
-            f"args is a {type(args).__name__}; expected transformers' TrainingArguments."
-        )
-    if not isinstance(data, Mapping):
-        raise TypeError(
-            f"The data is a {type(data).__name__}; expected a mapping: by expert its own."
-        )
+    for name, value, kind, expected in (
+        ("args", args, TrainingArguments, "transformers' TrainingArguments"),
+        ("The data", data, Mapping, "a mapping: by expert its own"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}.")
     config = model.moelora_config
     names = config.choice_names if null_expert else config.expert_names or []
     check_names(data, names)
@@ -41,9 +28,7 @@ def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool
         raise ValueError(f"There is no data: give some of each of {', '.join(names)}.")
     for name, own in data.items():
         if hasattr(own, "__len__") and not len(own):
-            raise ValueError(
-                f"There is nothing to train {name!r} on: give some texts, or leave it out."
-            )
+            raise ValueError(f"There is nothing to train {name!r} on: give some, or leave it out.")
 
 
 def check_not_overridden(model: MixtureModel) -> None:
@@ -57,7 +42,4 @@ def check_not_overridden(model: MixtureModel) -> None:
 def check_texts(name: str, texts: Any) -> None:
     """Raise TypeError unless `texts`, which the caller calls `name`, is a `Texts`."""
     if not isinstance(texts, Texts):
-        raise TypeError(
-            f"{name} is a {type(texts).__name__}; expected Texts (Texts.of(rows, tokenizer) makes "
-            "them)."
-        )
+        raise TypeError(f"{name} is a {type(texts).__name__}; expected Texts: use Texts.of(…).")

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..core.mixture import Mixture
 from ..core.model import MixtureModel
 
 
@@ -17,45 +18,26 @@ class MoeLoraCallback(TrainerCallback):
     itself.
     """
 
-    def on_step_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs,
-    ) -> None:
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Read by how much the loop multiplies its loss before it calls backward."""
-        mixture = _unwrapped(model).moelora
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if args.average_tokens_across_devices:
             # Trainer multiplies the loss by this, because DDP averages the gradients.
             scale *= args.world_size
-        mixture.loss_scale = scale
+        _mixture_of(model).loss_scale = scale
 
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs
-    ) -> None:
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Forget the scale: another loop may have another one."""
-        _unwrapped(model).moelora.loss_scale = None
+        _mixture_of(model).loss_scale = None
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        logs: dict | None = None,
-        **kwargs,
-    ) -> None:
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """Add the experts' peak load: the largest share, times the number of experts.
 
         It is 1 where all are used alike, and the number of experts where one takes all. There are
         two: the worst router's, and the mean over routers.
         """
-        load = _unwrapped(model).moelora.load
+        load = _mixture_of(model).load
         if logs is None or load is None or not bool(load.current.any()):
             return
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
@@ -71,7 +53,7 @@ class MoeLoraCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
-def _unwrapped(model: Any) -> MixtureModel:
+def _mixture_of(model: Any) -> Mixture:
     while not isinstance(model, MixtureModel):
         model = model.module
-    return model
+    return model.moelora

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from ..core.losses import IGNORE
 from ..validation import check_choice
 
-# What each key of the model's own is filled up with, besides input_ids.
-FILL = {"attention_mask": 0, "labels": IGNORE, "token_type_ids": 0}
-ROUTING_FILL = {"router_mask": False, "expert_targets": IGNORE}
+ROUTING = ("router_mask", "expert_targets")
+# What a key with a value for each token is filled up with, besides input_ids.
+FILL = {
+    "attention_mask": 0,
+    "labels": IGNORE,
+    "token_type_ids": 0,
+    "router_mask": False,
+    "expert_targets": IGNORE,
+}
 
 
 class PadRouting:
@@ -45,44 +51,27 @@ class PadRouting:
             padding_side = getattr(getattr(collator, "tokenizer", None), "padding_side", "right")
         check_choice("padding_side", padding_side, ("right", "left"))
         self.collator = collator
-        self.pad_token_id = pad_token_id
+        self.fill = {**FILL, "input_ids": pad_token_id}
         self.left = padding_side == "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        plain = [{k: v for k, v in row.items() if k not in ROUTING_FILL} for row in rows]
+        plain = [{k: v for k, v in row.items() if k not in ROUTING} for row in rows]
         batch = dict(self._padded(plain) if self.collator is None else self.collator(plain))
         ids = batch["input_ids"]
         if len(ids) != len(rows):
-            raise ValueError(
-                f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}: a packed row "
-                "has no single prompt, so use a collator that pads."
-            )
-        for name in ROUTING_FILL:
+            made = f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}"
+            raise ValueError(f"{made}: a packed row has no single prompt, so use one that pads.")
+        for name in ROUTING:
             given = [torch.as_tensor(row[name]) for row in rows if name in row]
+            # With a router_mask in some rows alone, the model finds each prompt by the labels.
             if len(given) == len(rows):
-                batch[name] = self._routing(name, given, rows, ids.shape[1])
+                _check_lengths(name, given, rows)
+                batch[name] = self._stacked(name, given, ids.shape[1])
             elif given and name == "expert_targets":
                 raise ValueError(
-                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all, −100 where "
-                    "none."
+                    f"{name} is in {len(given)} of {len(rows)} rows: give it to all (−100: none)."
                 )
-            # With a router_mask in some rows alone, the model finds each prompt by the labels.
         return batch
-
-    def _routing(
-        self, name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]], width: int
-    ) -> Tensor:
-        """One key of the routers' as a tensor: `[batch]`, or padded to `[batch, width]`."""
-        if all(tensor.dim() == 0 for tensor in given):
-            return torch.stack(given)
-        for i, (tensor, row) in enumerate(zip(given, rows)):
-            length = len(row["input_ids"])
-            if tuple(tensor.shape) != (length,):
-                raise ValueError(
-                    f"{name} of row {i} has shape {tuple(tensor.shape)}; expected [{length}], as "
-                    "its input_ids, or one number in every row."
-                )
-        return self._stacked(given, width, ROUTING_FILL[name])
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if any(row.keys() != rows[0].keys() for row in rows):
@@ -90,17 +79,31 @@ class PadRouting:
         lengths = [len(row["input_ids"]) for row in rows]
         columns = {"attention_mask": [torch.ones(n, dtype=torch.int64) for n in lengths]}
         columns |= {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
-        fill = {**FILL, "input_ids": self.pad_token_id}
-        return {
-            name: self._stacked(tensors, max(lengths), fill[name])
-            if name in fill and tensors[0].dim() == 1
-            else torch.stack(tensors)
-            for name, tensors in columns.items()
-        }
+        return {name: self._stacked(name, own, max(lengths)) for name, own in columns.items()}
 
-    def _stacked(self, tensors: Sequence[Tensor], width: int, fill: float) -> Tensor:
-        """Tensors `[n]` filled up to `[batch, width]`."""
-        missing = [width - len(tensor) for tensor in tensors]
-        pads = [(n, 0) if self.left else (0, n) for n in missing]
-        padded = [nn.functional.pad(tensor, pad, value=fill) for tensor, pad in zip(tensors, pads)]
-        return torch.stack(padded)
+    def _stacked(self, name: str, tensors: list[Tensor], width: int) -> Tensor:
+        """One key's tensors; those `[n]` of tokens are filled up to `[batch, width]`."""
+        if name in self.fill and tensors[0].dim() == 1:
+            missing = [width - len(tensor) for tensor in tensors]
+            pads = [(n, 0) if self.left else (0, n) for n in missing]
+            tensors = [
+                nn.functional.pad(tensor, pad, value=self.fill[name])
+                for tensor, pad in zip(tensors, pads)
+            ]
+        return torch.stack(tensors)
+
+
+def _check_lengths(name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless a routers' key has one number in every row, or one a token in every row."""
+    for i, (tensor, row) in enumerate(zip(given, rows)):
+        length = len(row["input_ids"])
+        if tuple(tensor.shape) != (length,) and any(own.dim() for own in given):
+            raise ValueError(
+                f"{name} of row {i} has shape {tuple(tensor.shape)}; expected [{length}], as its "
+                "input_ids, or one number in every row."
+            )
+
+
+def padded_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """Rows as one batch on `device`, padded on the right, so that each begins at position 0."""
+    return {name: tensor.to(device) for name, tensor in PadRouting()(rows).items()}

@@ -11,8 +11,14 @@ from torch.utils.data import Dataset
 
 from ..core.losses import IGNORE
 
-PROMPTS = ("instruction", "prompt")
-TARGETS = ("output", "completion")
+# What each field of a row is.
+FIELDS = {
+    "text": "text",
+    "instruction": "prompt",
+    "prompt": "prompt",
+    "output": "target",
+    "completion": "target",
+}
 # Tokenizers that know of no limit give a length far beyond this one.
 UNLIMITED = 10**6
 
@@ -60,14 +66,15 @@ class Texts(Dataset):
             raise TypeError(
                 f"rows is a {type(rows).__name__}; expected several rows, such as a list of them."
             )
-        limit = max_length
-        if limit is None:
-            known = getattr(tokenizer, "model_max_length", UNLIMITED)
-            limit = known if isinstance(known, int) and known < UNLIMITED else None
-        tokenised = [
-            _tokenised(row, number, tokenizer, join, limit) for number, row in enumerate(rows)
-        ]
-        texts = cls(tokenised)
+        if max_length is None:
+            known = getattr(tokenizer, "model_max_length", None)
+            max_length = known if isinstance(known, int) and known < UNLIMITED else None
+        texts = cls(
+            [
+                _tokenised(f"Row {number}", row, tokenizer, join, max_length)
+                for number, row in enumerate(rows)
+            ]
+        )
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -108,7 +115,15 @@ class Texts(Dataset):
 
     def unlabelled(self) -> Texts:
         """The same rows without expert_targets."""
-        return Texts([{k: v for k, v in row.items() if k != "expert_targets"} for row in self.rows])
+        return self.without("expert_targets")
+
+    def without(self, key: str) -> Texts:
+        """The same rows without one of their keys.
+
+        Args:
+            key: which they may have or not.
+        """
+        return Texts([{k: v for k, v in row.items() if k != key} for row in self.rows])
 
     def subset(self, indices: Iterable[int]) -> Texts:
         """The rows with these numbers, in their order."""
@@ -116,17 +131,10 @@ class Texts(Dataset):
 
 
 def texts_of(name: str, data: Any) -> Texts:
-    """`data` as Texts: they themselves, or made of a dataset's rows.
+    """The data of `name` as Texts: they themselves, or made of a dataset's rows.
 
-    Args:
-        name: whose data it is, for errors.
-        data: Texts, or a dataset whose rows have input_ids `[n]`, and perhaps labels, router_mask
-            and attention_mask `[n]`. A row's prompt is its router_mask, else what comes before its
-            first label. Padding is left out.
-
-    Raises:
-        TypeError: not a dataset.
-        ValueError: a row without input_ids or of another shape, by its number.
+    A row has input_ids `[n]`, and perhaps labels, router_mask and attention_mask `[n]`. Its prompt
+    is its router_mask, else what comes before its first label. Padding is left out.
     """
     if isinstance(data, Texts):
         return data
@@ -136,28 +144,24 @@ def texts_of(name: str, data: Any) -> Texts:
             f"The data of {name!r} is a {type(data).__name__}; expected Texts (Texts.of(rows, "
             "tokenizer) makes them) or a dataset with a length, whose rows have input_ids."
         )
-    return Texts([_dataset_row(name, number, data[number]) for number in range(len(data))])
+    return Texts([_dataset_row(f"Row {i} of {name!r}", data[i]) for i in range(len(data))])
 
 
-def _dataset_row(name: str, number: int, row: Any) -> dict[str, Tensor]:
-    """A dataset's row as Texts have them."""
+def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
     if not isinstance(row, Mapping) or "input_ids" not in row:
         what = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(
-            f"Row {number} of {name!r} has {what}; expected input_ids, and labels where not all "
-            "tokens are."
-        )
+        raise ValueError(f"{place} has {what}; expected input_ids, and labels if they differ.")
     ids = torch.as_tensor(row["input_ids"])
     labels = torch.as_tensor(row.get("labels", ids))
     if labels.shape != ids.shape or labels.dim() != 1:
         raise ValueError(
-            f"Row {number} of {name!r} has labels of shape {list(labels.shape)} and input_ids of "
-            f"shape {list(ids.shape)}; expected [n] both."
+            f"{place} has labels of shape {list(labels.shape)} and input_ids of shape "
+            f"{list(ids.shape)}; expected [n] both."
         )
     attended = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).bool()
-    tensors = {"input_ids": ids, "labels": labels}
     counted = labels != IGNORE
     prompt = (counted.cumsum(0) == 0) & attended
+    tensors = {"input_ids": ids, "labels": labels}
     if "router_mask" in row:
         tensors["router_mask"] = torch.as_tensor(row["router_mask"]).bool()
     elif bool(counted.any()) and bool(prompt.any()):
@@ -166,55 +170,47 @@ def _dataset_row(name: str, number: int, row: Any) -> dict[str, Tensor]:
 
 
 def _tokenised(
-    row: Any, number: int, tokenizer: Callable[..., Any], join: str, limit: int | None
+    place: str, row: Any, tokenizer: Callable[..., Any], join: str, limit: int | None
 ) -> dict[str, Tensor]:
-    """A row of texts as Texts have it."""
-    prompt, target = _parts(row, number)
-    prompt_ids = [] if prompt is None else tokenizer(prompt, verbose=False)["input_ids"]
+    prompt, target = _prompt_and_target(place, row)
+    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     # Special tokens at the beginning belong to the prompt, where there is one.
-    joined = target if prompt is None else join + target
+    joined = join + target if prompt else target
     target_ids = tokenizer(joined, add_special_tokens=not prompt_ids, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and target_ids[-1:] != [end]:
         target_ids = [*target_ids, end]
     for part, ids in ((prompt, prompt_ids), (target, target_ids)):
-        if part is not None and not ids:
-            raise ValueError(
-                f"Row {number} has no token in {part!r}: this tokenizer knows nothing of it."
-            )
-    if limit is not None and len(prompt_ids) + len(target_ids) > limit:
+        if part and not ids:
+            raise ValueError(f"{place} has no token in {part!r}: the tokenizer does not know it.")
+    before = len(prompt_ids)
+    if limit is not None and before + len(target_ids) > limit:
         raise ValueError(
-            f"Row {number} has {len(prompt_ids)} tokens of prompt and {len(target_ids)} of target, "
-            f"more than max_length={limit}: shorten it, or leave it out."
+            f"{place} has {before} tokens of prompt and {len(target_ids)} of target, more than "
+            f"max_length={limit}: shorten it, or leave it out."
         )
-    tensors = {
-        "input_ids": torch.tensor(prompt_ids + target_ids),
-        "labels": torch.tensor([IGNORE] * len(prompt_ids) + target_ids),
-    }
-    if prompt_ids:
-        tensors["router_mask"] = torch.arange(len(tensors["labels"])) < len(prompt_ids)
-    return tensors
+    ids = torch.tensor(prompt_ids + target_ids)
+    is_prompt = torch.arange(len(ids)) < before
+    tensors = {"input_ids": ids, "labels": ids.masked_fill(is_prompt, IGNORE)}
+    return {**tensors, "router_mask": is_prompt} if before else tensors
 
 
-def _parts(row: Any, number: int) -> tuple[str | None, str]:
-    """The prompt, None for a whole text, and the target."""
+def _prompt_and_target(place: str, row: Any) -> tuple[str, str]:
+    """The prompt, empty for a whole text, and the target."""
     if isinstance(row, str):
-        parts = {"text": row}
-    elif not isinstance(row, Mapping):
-        raise ValueError(f"Row {number} is a {type(row).__name__}; expected a mapping or a string.")
-    elif "text" in row:
-        parts = {"text": row["text"]}
-    else:
-        names = [next((n for n in wanted if n in row), None) for wanted in (PROMPTS, TARGETS)]
-        if None in names:
-            raise ValueError(
-                f"Row {number} has the fields {sorted(row)}; expected one of {', '.join(PROMPTS)} "
-                f"with one of {', '.join(TARGETS)}, or text."
-            )
-        parts = {"prompt": row[names[0]], "target": row[names[1]]}
-    for what, part in parts.items():
-        if not isinstance(part, str) or not part.strip():
-            raise ValueError(
-                f"Row {number} has an empty {what} ({part!r}): fill it in, or leave the row out."
-            )
-    return parts.get("prompt"), parts.get("target", parts.get("text", ""))
+        row = {"text": row}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place} is a {type(row).__name__}; expected a mapping or a string.")
+    parts: dict[str, str] = {}
+    for field, part in FIELDS.items():
+        if field in row:
+            parts.setdefault(part, row[field])
+    if "text" in parts:
+        parts = {"text": parts["text"]}
+    elif len(parts) < 2:
+        expected = "one of instruction, prompt with one of output, completion; or text"
+        raise ValueError(f"{place} has the fields {sorted(row)}; expected {expected}.")
+    for part, value in parts.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{place} has an empty {part} ({value!r}): fill it in, or drop it.")
+    return parts.get("prompt", ""), parts.get("target") or parts["text"]

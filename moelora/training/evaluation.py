@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config import NO_EXPERT
+from ..core.inputs import token_mask
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel
+from ..core.prompts import Prompt, read_prompt
 
 
 def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -20,21 +21,20 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     training, a sequence router reads the prompt alone, and where a row has labels from its start,
     the first `router_prefix_tokens` tokens, which then count as no label.
 
-    Args:
-        model: a mixture or a plain model, in the mode that it is to be measured in.
-        batch: input_ids `[batch, length]`, labels, and what else its forward pass takes.
-
     Raises:
         ValueError: no labels, or labels that do not fit the predictions.
     """
     if batch.get("labels") is None:
         raise ValueError("A batch has no labels: give what the models should predict.")
-    inputs = {name: value.to(model.device) for name, value in batch.items()}
-    labels = inputs.pop("labels")
-    if _reads_prompts(model) and "router_mask" not in inputs and labels.dim() == 2:
-        prompts = _prompts(model, inputs, labels)
-        inputs["router_mask"] = prompts
-        labels = labels.masked_fill(prompts, IGNORE)
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
+    labels: Any = inputs.pop("labels")
+    causal = isinstance(model, MixtureModel) and not model.is_classifier
+    if causal and not model.moelora.by_token and labels.dim() == 2 and "router_mask" not in inputs:
+        batch_size, length = labels.shape
+        mask = token_mask(inputs.get("attention_mask"), batch_size, length)
+        prompt = Prompt(batch_size, length, mask, None, is_classifier=False, answers=True)
+        prefix = model.moelora_config.router_prefix_tokens
+        inputs["router_mask"], labels = read_prompt(prompt, {"labels": labels}, prefix)
     logits = model(**inputs).logits.float()
     if logits.dim() == 3 and labels.dim() == 2:
         logits = logits[:, :-1]
@@ -53,20 +53,6 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 def summed_loss(logits: Tensor, labels: Tensor) -> float:
     """The sum of the cross-entropies of logits `[N, classes]` with labels `[N]`."""
     return float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-
-
-def _reads_prompts(model: Any) -> bool:
-    """Whether the routers of a causal mixture choose once a sequence."""
-    mixture = isinstance(model, MixtureModel) and not model.is_classifier
-    return mixture and model.moelora_config.routing_level == "sequence"
-
-
-def _prompts(model: MixtureModel, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """The tokens before each row's first label, or its first tokens, `[batch, length]` bool."""
-    attended = inputs.get("attention_mask", torch.ones_like(labels)).bool()
-    prompts = attended & ((labels != IGNORE).cumsum(1) == 0)
-    prefix = attended & (attended.cumsum(1) <= model.moelora_config.router_prefix_tokens)
-    return torch.where(prompts.any(1, keepdim=True), prompts, prefix)
 
 
 def alone(model: MixtureModel, choice: str) -> dict[str, float]:

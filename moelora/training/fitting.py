@@ -1,22 +1,28 @@
-"""One stage of a recipe: which parts of a mixture train, on which rows, by the stock `Trainer`."""
+"""Experts and routers on tasks, by the stock `Trainer`: expert after expert and then the routers,
+or all at once.
+"""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..config import NO_EXPERT
 from ..core.experts import Factor
 from ..core.model import MixtureModel, keeping_modes
+from ..validation import check_choice
+from .arguments import check_arguments
 from .collator import PadRouting
-from .datasets import Texts
+from .datasets import Texts, texts_of
+from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
+from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
 
 @dataclass(frozen=True)
@@ -34,41 +40,174 @@ class Trained:
     seconds: float
 
 
-@contextmanager
-def only_training(model: MixtureModel, experts: Sequence[str], routers: bool) -> Iterator[None]:
-    """Inside, only the named experts and perhaps the routers train.
+@dataclass(frozen=True)
+class StagesReport:
+    """What `train_in_stages` did.
 
-    Afterwards what was frozen is frozen again, what took gradients takes them again, and every
-    submodule is in the mode that it was in. The base keeps its flags throughout.
+    Args:
+        experts: each expert's run.
+        gate: how the routers were trained.
+        oracle: with labels="oracle", what they were trained on.
+    """
+
+    experts: dict[str, Trained]
+    gate: GateReport
+    oracle: OracleLabels | None = None
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return self.gate.seconds + sum(run.seconds for run in self.experts.values())
+
+
+def train_expert(
+    model: MixtureModel,
+    name: str,
+    data: Any,
+    args: TrainingArguments,
+    *,
+    collator: Callable | None = None,
+    checkpoints: bool = False,
+) -> float:
+    """Train one expert alone on its data, used for every token with weight 1.
+
+    The routers and all other experts keep their bits; of the base only what trains anyway
+    (`modules_to_save`) trains. A frozen expert trains all the same, and is frozen again afterwards.
+    Optimizers that were made before do not know the model's parameters any more.
 
     Args:
         model: the mixture.
-        experts: the names of those that train, even if they are frozen.
-        routers: whether the routers train.
+        name: the expert.
+        data: Texts, or what else a `Trainer` takes.
+        args: for a stock `Trainer`, which writes into the subfolder of the expert's name.
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        ValueError: an unknown expert, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`.
+    """
+    check_arguments(model, {name: data}, args, null_expert=False)
+    return _train_expert(model, name, data, args, collator, checkpoints).seconds
+
+
+def train_in_stages(
+    model: MixtureModel,
+    data: Mapping[str, Any],
+    args: TrainingArguments,
+    *,
+    gate: Mapping[str, Any] | None = None,
+    labels: str = "task",
+    collator: Callable | None = None,
+    checkpoints: bool = False,
+) -> StagesReport:
+    """Train each expert alone on its own data, and then the routers on all of it.
+
+    This is `train_expert` for every expert, and `train_gate`. Where a stage fails, everything is
+    frozen as it was before, and the experts of the stages before it stay trained.
+
+    Args:
+        model: the mixture.
+        data: by expert its Texts, or a dataset with input_ids and labels, whose prompt is what
+            comes before the labels. With `null_expert` also of "(base)", which the routers alone
+            learn from.
+        args: for each expert's run, as in `train_expert`.
+        gate: the options of `train_gate`.
+        labels: what the routers are told to choose for a text: "task", the expert whose data it
+            is, or "oracle", the one with the lowest loss on it (`oracle_targets`).
+        collator: by default `PadRouting`.
+        checkpoints: write those that `args` asks for.
+
+    Raises:
+        ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
+    """
+    check_choice("labels", labels, ("task", "oracle"))
+    check_arguments(model, data, args, null_expert=True)
+    labelled = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    options = {"seed": args.seed, **(gate or {})}
+    # A mistake is found now, not when the experts have trained.
+    check_options(**options)
+    if labels == "oracle":
+        check_oracle_texts(model, labelled)
+    runs = {
+        name: _train_expert(model, name, own, args, collator, checkpoints)
+        for name, own in data.items()
+        if name != NO_EXPERT
+    }
+    oracle = None
+    if labels == "oracle":
+        oracle = oracle_targets(model, labelled, batch_size=args.per_device_eval_batch_size)
+        labelled = labelled.labelled(oracle.targets)
+    return StagesReport(runs, train_gate(model, labelled, **options), oracle)
+
+
+def train_jointly(
+    model: MixtureModel,
+    data: Mapping[str, Any],
+    args: TrainingArguments,
+    *,
+    collator: Callable | None = None,
+    expert_targets: bool = True,
+    checkpoints: bool = False,
+) -> Trained:
+    """Train experts and routers together on all data, mixed, by one stock `Trainer`.
+
+    What is frozen stays so.
+
+    Args:
+        model: the mixture.
+        data: as in `train_in_stages`.
+        args: for the `Trainer`.
+        collator: by default `PadRouting`.
+        expert_targets: tell the routers whose data each row is, by a loss beside the language
+            model's (`expert_target_loss_coef`); else they learn from the latter alone.
+        checkpoints: write those that `args` asks for.
+
+    Raises:
+        ValueError: unknown experts, no data, or inside `use_experts`.
+        TypeError: no `TrainingArguments`, or data of another type.
+    """
+    check_arguments(model, data, args, null_expert=True)
+    texts = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    texts = texts if expert_targets else texts.unlabelled()
+    return fit(model, texts, args, "jointly", collator, checkpoints)
+
+
+def _train_expert(
+    model: MixtureModel,
+    name: str,
+    data: Any,
+    args: TrainingArguments,
+    collator: Callable | None,
+    checkpoints: bool,
+) -> Trained:
+    data = data.unlabelled() if isinstance(data, Texts) else data
+    with only_training(model, [name], routers=False), model.use_experts(name):
+        return fit(model, data, args, name, collator, checkpoints)
+
+
+@contextmanager
+def only_training(model: MixtureModel, experts: Sequence[str], routers: bool) -> Iterator[None]:
+    """Inside, of the mixture only these experts (frozen ones too) and perhaps the routers train.
+
+    Afterwards what was frozen is so again, and what took gradients takes them again.
     """
     mixture = model.moelora
     trained = {model.moelora_config.expert_index(name) for name in experts}
     others = frozenset(range(mixture.num_experts)) - trained
-    factors = [
-        (factor, factor.frozen_experts, _takes_gradient(factor)) for factor in mixture.factors()
-    ]
-    parameters = [
-        (parameter, parameter.requires_grad)
-        for router in mixture.routers.values()
-        for parameter in router.parameters()
+    before = [
+        (factor, factor.frozen_experts, factor.weight is None or factor.weight.requires_grad)
+        for factor in mixture.factors()
     ]
     try:
-        for factor, _, _ in factors:
-            _set_training(factor, others, True)
-        for parameter, _ in parameters:
-            parameter.requires_grad_(routers)
-        with keeping_modes(model):
+        _set_training((factor, others, True) for factor, _, _ in before)
+        with routers_training(model, routers):
             yield
     finally:
-        for factor, frozen, takes_gradient in factors:
-            _set_training(factor, frozen, takes_gradient)
-        for parameter, takes_gradient in parameters:
-            parameter.requires_grad_(takes_gradient)
+        _set_training(before)
         model.zero_grad(set_to_none=True)
 
 
@@ -80,15 +219,10 @@ def fit(
     collator: Callable | None,
     checkpoints: bool,
 ) -> Trained:
-    """Train what takes gradients on `data` by a stock `Trainer`.
+    """Train what takes gradients on `data`, which a stock `Trainer` takes.
 
-    Args:
-        model: the mixture.
-        data: Texts, or what else a `Trainer` takes.
-        args: the Trainer's; a copy is used.
-        folder: the subfolder of the output folder of `args` that the run writes into.
-        collator: by default `PadRouting`.
-        checkpoints: write those that `args` asks for, as its default does; else none.
+    It writes into the subfolder `folder` of the output folder, with `checkpoints` those that `args`
+    asks for, as its default does; else none.
     """
     own = copy.copy(args)
     own.output_dir = str(Path(args.output_dir or "") / folder)
@@ -96,50 +230,26 @@ def fit(
         own.save_strategy = "no"  # type: ignore[assignment]
     if collator is None:
         collator = PadRouting(pad_token_id=getattr(model.config, "pad_token_id", None) or 0)
-    rows = _without_prompts_at_token_level(model, data)
+    if isinstance(data, Texts) and model.moelora.by_token:
+        # Routers that choose for single tokens refuse it.
+        data = data.without("router_mask")
+    before = dict(model.__dict__)
     start = time.perf_counter()
-    with keeping_modes(model), _without_wrappers(model):
-        output = Trainer(model, own, train_dataset=rows, data_collator=collator).train()
-    return Trained(output.training_loss, output.global_step, time.perf_counter() - start)
-
-
-def _trained_rows(factor: Factor) -> nn.Parameter | None:
-    return factor.weight
-
-
-def _takes_gradient(factor: Factor) -> bool:
-    rows = _trained_rows(factor)
-    return rows is None or rows.requires_grad
-
-
-def _set_training(factor: Factor, frozen: frozenset[int], takes_gradient: bool) -> None:
-    """Freeze exactly these experts' rows; the others take a gradient or not."""
-    factor.set_frozen(frozen)
-    rows = _trained_rows(factor)
-    if rows is not None:
-        rows.requires_grad_(takes_gradient)
-
-
-def _without_prompts_at_token_level(model: MixtureModel, data: Any) -> Any:
-    """`data` without router_mask where routers choose for single tokens, since they refuse it."""
-    if model.moelora_config.routing_level == "sequence" or not isinstance(data, Texts):
-        return data
-    return Texts(
-        [{key: value for key, value in row.items() if key != "router_mask"} for row in data.rows]
-    )
-
-
-@contextmanager
-def _without_wrappers(model: MixtureModel) -> Iterator[None]:
-    """Undo afterwards what accelerate wraps around `forward` for mixed precision.
-
-    The next Trainer would wrap it once more.
-    """
-    before: Mapping[str, Any] = dict(model.__dict__)
     try:
-        yield
+        with keeping_modes(model):
+            output = Trainer(model, own, train_dataset=data, data_collator=collator).train()
     finally:
+        # accelerate wraps `forward` for mixed precision; the next Trainer would wrap it once more.
         for name in ("forward", "_original_forward"):
             model.__dict__.pop(name, None)
             if name in before:
                 model.__dict__[name] = before[name]
+    return Trained(output.training_loss, output.global_step, time.perf_counter() - start)
+
+
+def _set_training(factors: Iterable[tuple[Factor, frozenset[int], bool]]) -> None:
+    """Freeze exactly these experts' rows in each factor; the others take a gradient or not."""
+    for factor, frozen, takes_gradient in factors:
+        factor.set_frozen(frozen)
+        if factor.weight is not None:
+            factor.weight.requires_grad_(takes_gradient)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +15,18 @@ from torch import Tensor, nn
 
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
-from ..routers import Router
 from ..validation import check_integer, check_names, check_number
 from .arguments import check_not_overridden, check_texts
-from .collator import PadRouting
+from .collator import padded_batch
 from .datasets import Texts
 
-# The lowest value of each integer option; None for numbers.
-LOWEST = {"epochs": 1, "learning_rate": None, "batch_size": 1, "weight_decay": None, "seed": 0}
+OPTIONS: dict[str, Callable[[str, Any], None]] = {
+    "epochs": partial(check_integer, low=1),
+    "learning_rate": partial(check_number, low=0.0, high=math.inf, open_low=True),
+    "batch_size": partial(check_integer, low=1),
+    "weight_decay": partial(check_number, low=0.0, high=math.inf),
+    "seed": partial(check_integer, low=0),
+}
 
 
 @dataclass(frozen=True)
@@ -38,20 +44,6 @@ class GateReport:
     accuracy: float
     steps: int
     seconds: float
-
-
-@dataclass
-class _Epoch:
-    """Sums over the steps of an epoch."""
-
-    loss: float = 0.0
-    right: int = 0
-    rows: int = 0
-
-    def add(self, loss: Tensor, right: int, rows: int) -> None:
-        self.loss += float(loss.detach()) * rows
-        self.right += right
-        self.rows += rows
 
 
 def train_gate(
@@ -85,53 +77,41 @@ def train_gate(
             or inside `use_experts`.
         TypeError: no Texts, or an option of another type.
     """
-    check_options(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        seed=seed,
-    )
+    check_options(epochs=epochs, batch_size=batch_size, seed=seed)
+    check_options(learning_rate=learning_rate, weight_decay=weight_decay)
     labelled = labelled_texts(model, texts)
     start = time.perf_counter()
-    steps = epochs * -(-len(labelled) // batch_size)
-    history = []
-    with _routers_alone(model, seed) as parameters:
+    steps = epochs * math.ceil(len(labelled) / batch_size)
+    losses = []
+    accuracy = 0.0
+    with evaluating(model), torch.random.fork_rng(), routers_training(model, True) as parameters:
+        # The routers' jitter noise draws from the global generators.
+        torch.manual_seed(seed)
+        model.moelora.routers.train()
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         logits_and_targets = _batches(model, labelled, batch_size)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            history.append(_Epoch())
-            for numbers in torch.randperm(len(labelled), generator=generator).split(batch_size):
-                loss, right, rows = _loss(logits_and_targets(numbers.tolist()))
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients):
-                    parameter.grad = gradient
+            order = torch.randperm(len(labelled), generator=generator)
+            sums = torch.zeros(3, dtype=torch.float64)
+            for numbers in order.split(batch_size):
+                optimizer.zero_grad()
+                sums += _backward(logits_and_targets(numbers.tolist()), parameters)
                 optimizer.step()
                 decay.step()
-                history[-1].add(loss, right, rows)
-    losses = [epoch.loss / max(epoch.rows, 1) for epoch in history]
-    accuracy = history[-1].right / max(history[-1].rows, 1)
+            loss, accuracy = (sums[:2] / sums[2].clamp(min=1)).tolist()
+            losses.append(loss)
     return GateReport(losses, accuracy, steps, time.perf_counter() - start)
 
 
 def check_options(**options: Any) -> None:
-    """Raise where `train_gate` would refuse these options, for recipes that come to it late.
-
-    Raises:
-        ValueError, TypeError: an option that does not exist, or out of range.
-    """
-    if unknown := sorted(set(options) - set(LOWEST)):
-        raise ValueError(
-            f"train_gate has no option {unknown}. Its options are: {', '.join(LOWEST)}."
-        )
+    """Raise where `train_gate` would refuse these options, for recipes that come to it late."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        known = ", ".join(OPTIONS)
+        raise ValueError(f"train_gate has no option {unknown}. Its options are: {known}.")
     for name, value in options.items():
-        lowest = LOWEST[name]
-        if lowest is not None:
-            check_integer(name, value, lowest)
-        else:
-            check_number(name, value, 0.0, float("inf"), open_low=name == "learning_rate")
+        OPTIONS[name](name, value)
 
 
 @torch.no_grad()
@@ -152,20 +132,30 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
     if not len(texts):
         raise ValueError("There are no texts to take features of: give one at least.")
     router = model.moelora.context.router_list[0]
+    read: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0]
+        x = router.pool(x, kwargs.get("prompt_mask")) if x.dim() == 3 else x
+        read.append(router.normalised(x))
+
     features = []
-    with evaluating(model):
+    prompts = [{"input_ids": prompt} for prompt in texts.prompts()]
+    with evaluating(model), router.register_forward_pre_hook(note, with_kwargs=True):
         for begin in range(0, len(texts), batch_size):
-            rows = [{"input_ids": prompt} for prompt in texts.prompts()[begin : begin + batch_size]]
-            features.append(_read(model, router, _padded(model, rows)).float().cpu())
+            batch = padded_batch(prompts[begin : begin + batch_size], model.device)
+            model.routing_only(**batch)
+            x = read.pop()
+            if model.moelora.by_token:
+                mask = batch["attention_mask"].to(x)
+                x = x.view(*mask.shape, -1) * mask.unsqueeze(-1)
+                x = x.sum(1) / mask.sum(1, keepdim=True)
+            features.append(x.float().cpu())
     return torch.cat(features)
 
 
 def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> Texts:
-    """All texts with expert_targets, of which at least one must count.
-
-    Raises:
-        ValueError, TypeError: as `train_gate`.
-    """
+    """All texts with expert_targets, of which at least one must count."""
     check_not_overridden(model)
     names = model.moelora_config.choice_names
     if isinstance(texts, Mapping):
@@ -176,37 +166,29 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     check_texts("texts", texts)
     if not len(texts):
         raise ValueError(f"There are no texts: give some of each of {', '.join(names)}.")
+    counted = 0
     for number, row in enumerate(texts.rows):
         if "expert_targets" not in row:
-            raise ValueError(
-                f"Row {number} has no expert_targets: give texts by expert, or Texts.labelled(…)."
-            )
+            raise ValueError(f"Row {number} has no expert_targets: use Texts.labelled(…).")
         targets = row["expert_targets"]
-        if bool(((targets != IGNORE) & ((targets < 0) | (targets >= len(names)))).any()):
-            raise ValueError(
-                f"Row {number} has expert_targets {targets.tolist()}; expected 0 … "
-                f"{len(names) - 1} or −100."
-            )
-    if all(bool((row["expert_targets"] == IGNORE).all()) for row in texts.rows):
+        own = targets[targets != IGNORE]
+        counted += own.numel()
+        if bool(((own < 0) | (own >= len(names))).any()):
+            expected = f"expected 0 … {len(names) - 1} or −100"
+            raise ValueError(f"Row {number} has expert_targets {targets.tolist()}; {expected}.")
+    if not counted:
         raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
 
 
 @contextmanager
-def _routers_alone(model: MixtureModel, seed: int) -> Iterator[list[nn.Parameter]]:
-    """The routers' parameters, which train inside; afterwards only their values have changed."""
-    routers = list(model.moelora.routers.values())
-    parameters = [parameter for router in routers for parameter in router.parameters()]
+def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
+    """The routers' parameters, which inside train or not; then their gradients are as before."""
+    parameters = list(model.moelora.routers.parameters())
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     try:
-        # The routers' jitter noise draws from the global generators.
-        with evaluating(model), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for router in routers:
-                router.train()
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            yield parameters
+        model.moelora.routers.requires_grad_(train)
+        yield parameters
     finally:
         for parameter, takes_gradient, gradient in before:
             parameter.requires_grad_(takes_gradient)
@@ -219,10 +201,16 @@ def _batches(
     """A function from rows' numbers to each router's logits `[N, choices]` and targets `[N]`."""
     config = model.moelora_config
     sequences = config.routing_level == "sequence"
-    rows = [
-        {"input_ids": prompt, "expert_targets": _targets(row, len(prompt), sequences)}
-        for row, prompt in zip(texts.rows, texts.prompts())
-    ]
+    rows = []
+    for row, prompt in zip(texts.rows, texts.prompts()):
+        targets = row["expert_targets"]
+        if targets.dim() == 0:
+            targets = targets if sequences else targets.expand(len(prompt))
+        elif sequences:
+            raise ValueError("A sequence router chooses once: give expert_targets one number each.")
+        elif "router_mask" in row:
+            targets = targets[row["router_mask"]]
+        rows.append({"input_ids": prompt, "expert_targets": targets})
     if sequences and config.router_scope == "model" and config.router_pooling != "attention":
         (router,) = model.moelora.routers.values()
         features = prompt_features(model, texts, batch_size).to(model.device)
@@ -230,68 +218,31 @@ def _batches(
         return lambda numbers: [(router(features[numbers]).logits, labels[numbers])]
 
     def run(numbers: list[int]) -> list[tuple[Tensor, Tensor]]:
-        batch = _padded(model, [rows[i] for i in numbers])
+        batch = padded_batch([rows[i] for i in numbers], model.device)
         targets = batch.pop("expert_targets").reshape(-1)
-        return [
-            (routing.logits, targets.to(routing.logits.device))
-            for routing in model.routing_only(**batch)
-        ]
+        return [(routing.logits, targets) for routing in model.routing_only(**batch)]
 
     return run
 
 
-def _targets(row: dict[str, Tensor], length: int, sequences: bool) -> Tensor:
-    """The target of a prompt of `length` tokens: 0-dim at sequence level, else `[length]`."""
-    targets = row["expert_targets"]
-    if targets.dim() == 0:
-        return targets if sequences else targets.expand(length)
-    if sequences:
-        raise ValueError(
-            "routing_level='sequence' has one choice a text, so expert_targets is one number each."
-        )
-    return targets[row["router_mask"]] if "router_mask" in row else targets
+def _backward(pairs: list[tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> Tensor:
+    """Give the parameters the gradient of the mean over routers of the cross-entropy.
 
-
-def _loss(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int, int]:
-    """The mean over routers of the cross-entropy; how many rows of all were right; all rows."""
+    Returns that loss times the rows, how many rows were right, and how many there are.
+    """
     losses = []
     right = 0
     rows = 0
     for logits, targets in pairs:
+        targets = targets.to(logits.device)
         there = targets != IGNORE
         count = int(there.sum())
         loss = 0 * logits.sum()
         if count:
             loss = nn.functional.cross_entropy(logits[there], targets[there])
-        losses.append(loss)
+        losses.append(loss.to(parameters[0].device))
         right += int((logits.argmax(-1) == targets)[there].sum())
         rows += count
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean(), right, rows
-
-
-def _padded(model: MixtureModel, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Prompts as one batch on the model's device, padded on the right."""
-    return {name: tensor.to(model.device) for name, tensor in PadRouting()(rows).items()}
-
-
-def _read(model: MixtureModel, router: Router, batch: dict[str, Tensor]) -> Tensor:
-    """What `router` reads of a batch of prompts, `[batch, d]`."""
-    rows: list[Tensor] = []
-
-    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0]
-        x = router.pool(x, kwargs.get("prompt_mask")) if x.dim() == 3 else x
-        rows.append(router.normalised(x))
-
-    handle = router.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        model.routing_only(**batch)
-    finally:
-        handle.remove()
-    (x,) = rows
-    mask = batch["attention_mask"]
-    if len(x) == len(mask):
-        return x
-    x = x.view(*mask.shape, -1)
-    mask = mask.to(x)
-    return (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    loss = torch.stack(losses).mean()
+    loss.backward(inputs=parameters)
+    return torch.tensor([float(loss.detach()) * rows, right, rows], dtype=torch.float64)

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,7 +24,7 @@ from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_number
 from .arguments import check_texts
-from .collator import PadRouting
+from .collator import padded_batch
 from .datasets import Texts
 from .evaluation import alone
 
@@ -83,25 +85,16 @@ def oracle_targets(
 
 
 def check_oracle_texts(model: MixtureModel, texts: Texts) -> None:
-    """Raise where `oracle_targets` could not label these texts.
-
-    Raises:
-        ValueError: no texts, or one without a target token to predict.
-        TypeError: a classifier, or no Texts.
-    """
+    """Raise where `oracle_targets` could not label these texts."""
     if model.is_classifier:
-        raise TypeError(
-            "oracle_targets compares losses on target tokens, and a classifier has none."
-        )
+        raise TypeError("oracle_targets needs target tokens, and a classifier has none.")
     check_texts("texts", texts)
     if not len(texts):
         raise ValueError("There are no texts to label: give one at least.")
     for number, row in enumerate(texts.rows):
         # Nothing predicts the first token.
         if not bool((row["labels"][1:] != IGNORE).any()):
-            raise ValueError(
-                f"Row {number} has no target token to predict: leave it out, or give it a target."
-            )
+            raise ValueError(f"Row {number} has no target token to predict: leave it out.")
 
 
 @torch.no_grad()
@@ -114,24 +107,21 @@ def _losses(model: MixtureModel, texts: Texts, batch_size: int) -> Tensor:
     with evaluating(model):
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
-            batch = PadRouting()([{k: texts.rows[i][k] for k in fields} for i in numbers])
+            rows = [{k: texts.rows[i][k] for k in fields} for i in numbers]
+            batch = padded_batch(rows, model.device)
             for choice, name in enumerate(names):
                 with model.use_experts(alone(model, name)):
-                    losses[numbers, choice] = _mean_losses(model, batch).cpu()
+                    losses[numbers, choice] = _mean_losses(model, **batch).cpu()
     for row, choice in (~losses.isfinite()).nonzero().tolist():
+        loss = float(losses[row, choice])
         raise ValueError(
-            f"The loss with {names[choice]!r} is {float(losses[row, choice])} on row {row}: look "
-            "at its weights."
+            f"The loss with {names[choice]!r} is {loss} on row {row}: see its weights."
         )
     return losses
 
 
-def _mean_losses(model: MixtureModel, batch: dict[str, Tensor]) -> Tensor:
+def _mean_losses(model: MixtureModel, labels: Tensor, **inputs: Tensor) -> Tensor:
     """The mean loss of each row over its labels, `[batch]` fp32."""
-    ids, mask, labels = (
-        batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")
-    )
-    inputs = {"input_ids": ids, "attention_mask": mask}
     targets = labels[:, 1:]
     asked = (targets != IGNORE).any(0).nonzero().flatten()
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -147,70 +137,51 @@ def _mean_losses(model: MixtureModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _cached_losses(model: MixtureModel, texts: Texts, batch_size: int, path: Path) -> Tensor:
-    """The losses in the file, if they are those of this model and these texts; else new ones."""
+    """The losses in the file, if they are whole and of this model and these texts; else new ones,
+    which are put there in one step: whoever reads meanwhile finds the old ones or the new ones.
+    """
     if path.is_dir():
         raise ValueError(f"cache={str(path)!r} is a folder; expected a file's path.")
     key = _key(model, texts)
-    losses = _read(path, key)
-    if losses is None:
-        # An error here comes before the work, not after it.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        losses = _losses(model, texts, batch_size)
-        _write(path, key, losses)
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        losses = file.get_tensor("losses")
+        if file.metadata() == _metadata(key, losses):
+            return losses
+    # An error here comes before the work, not after it.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    losses = _losses(model, texts, batch_size)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".oracle-") as folder:
+        whole = Path(folder) / "losses"
+        save_file({"losses": losses}, whole, metadata=_metadata(key, losses))
+        os.replace(whole, path)
     return losses
+
+
+def _metadata(key: str, losses: Tensor) -> dict[str, str]:
+    return {"key": key, "sum": _hash("", [("losses", losses)])}
 
 
 def _key(model: MixtureModel, texts: Texts) -> str:
     """A hash of what the losses depend on: texts, experts, and the base's weights and config."""
-    digest = hashlib.sha256()
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     about = {**config, "choice_names": model.moelora_config.choice_names}
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for row in texts.rows:
-        for name in ("input_ids", "labels"):
-            _add(digest, name, row[name])
-    for name, tensor in nn.Module.state_dict(model).items():
-        if not model.moelora.owns(name):
-            _add(digest, name, tensor)
+    tensors = [(name, row[name]) for row in texts.rows for name in ("input_ids", "labels")]
+    state = nn.Module.state_dict(model)
+    tensors += [(name, tensor) for name, tensor in state.items() if not model.moelora.owns(name)]
     for number in range(model.moelora.num_experts):
         for linear, factors in model.moelora.expert(number).items():
             scaling = model.moelora_config.scaling_of(linear)[number]
-            _add(digest, f"{linear} A {scaling}", factors.A)
-            _add(digest, f"{linear} B", factors.B)
+            tensors += [(f"{linear} A {scaling}", factors.A), (f"{linear} B", factors.B)]
+    return _hash(json.dumps(about, sort_keys=True, default=str), tensors)
+
+
+def _hash(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest: Any = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError(f"{name} is not in memory, so no cache can be checked: leave it out.")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "meta":
-        raise ValueError(
-            f"{name} is not in memory, so a cache could not be told to be stale: leave cache out."
-        )
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _hash_of(losses: Tensor) -> str:
-    digest = hashlib.sha256()
-    _add(digest, "losses", losses)
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str) -> Tensor | None:
-    """The losses in the file, if it is there, whole, and of this key."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            losses = file.get_tensor("losses")
-    except (OSError, SafetensorError):
-        return None
-    return losses if about.get("key") == key and about.get("sum") == _hash_of(losses) else None
-
-
-def _write(path: Path, key: str, losses: Tensor) -> None:
-    """Write the file in one step: whoever reads it meanwhile finds the old one or the new one."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".oracle-") as folder:
-        file = Path(folder) / "losses"
-        save_file({"losses": losses}, file, metadata={"key": key, "sum": _hash_of(losses)})
-        os.replace(file, path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,18 @@ from torch import Tensor, nn
 
 from ..config import NO_EXPERT
 from ..core.model import MixtureModel, evaluating
-from ..routers import ArrowRouter, DescriptorRouter, TopKRouter
+from ..routers import ArrowRouter, DescriptorRouter, Router, TopKRouter
 from ..routers.covariance import class_means, times_covariance_power
 from ..validation import check_choice, check_names
 from .arguments import check_not_overridden
 from .evaluation import alone
 
-ROUTER_INITS = ("random", "arrow", "prototype")
 # How much of the discriminants' covariance is a multiple of the identity.
 SHRINKAGE = 0.2
 MAX_TOKENS = 2048
 
 
+@torch.no_grad()
 def initialise(
     model: MixtureModel,
     how: str,
@@ -48,39 +50,31 @@ def initialise(
     Raises:
         ValueError: an unknown way, a router or scope that it does not fit, experts without texts.
     """
-    check_choice("router_init", how, ROUTER_INITS)
+    check_choice("router_init", how, ("random", "arrow", "prototype"))
     if how != "prototype" and texts is not None:
         raise ValueError(f"texts are for router_init='prototype', not {how!r}: drop them.")
     if how == "random":
         return
-    if how == "prototype" and _has_descriptors(model):
-        _describe(model, _texts_of_all(model, texts, tokenizer), fit=True)
-        return
-    routers = _routers(model, how)
-    rows = _arrows(model) if how == "arrow" else _prototypes(model, texts, tokenizer)
-    with torch.no_grad():
-        for name, router in routers.items():
-            router.get_parameter("weight").copy_(rows[name])
+    _check_router(model, how)
+    if how == "arrow":
+        rows = _arrows(model)
+    else:
+        inputs = _router_inputs(model, _texts_of_all(model, texts, tokenizer))
+        if _has_descriptors(model):
+            _describe(model, inputs, fit=True)
+            return
+        rows = [discriminants(list(classes.values())) for classes in inputs]
+    for router, own in zip(model.moelora.context.router_list, rows, strict=True):
+        router.get_parameter("weight").copy_(own)
 
 
+@torch.no_grad()
 def describe_experts(
     model: MixtureModel, texts: Mapping[str, Any], tokenizer: Callable[..., Any] | None = None
 ) -> None:
-    """Set the descriptors of these experts, with router="descriptor", from a few texts of each.
+    """Set the descriptors of these experts; see `MoeLoraForCausalLM.describe_experts`.
 
-    The other experts' descriptors keep their bits. The first description also fits the projection
-    to its texts: name all experts in it. Later ones leave the projection as it is, trained or not,
-    so a newcomer (`add_expert`) is chosen from then on without training.
-
-    Args:
-        model: the mixture.
-        texts: by expert a few texts, in any form that `initialise` takes. With `null_expert` of
-            "(base)" too.
-        tokenizer: the base's, for texts that are strings.
-
-    Raises:
-        ValueError: another router, an unknown expert, no text, strings without a tokenizer, or
-            inside `use_experts`.
+    Later descriptions leave the projection as it is, trained or not.
     """
     names = model.moelora_config.choice_names
     if not _has_descriptors(model):
@@ -92,69 +86,61 @@ def describe_experts(
     if not texts:
         raise ValueError(f"There are no texts: give a few of one of {', '.join(names)} at least.")
     check_names(texts, names, "experts")
-    _describe(model, {name: token_ids(own, tokenizer, name) for name, own in texts.items()})
+    ids = {name: token_ids(own, tokenizer, name) for name, own in texts.items()}
+    _describe(model, _router_inputs(model, ids))
 
 
-def _routers(model: MixtureModel, how: str) -> dict[str, TopKRouter]:
-    """The routers by their names in the mixture, if this way can set them."""
+def _check_router(model: MixtureModel, how: str) -> None:
+    """Raise ValueError where this way cannot set the routers."""
     config = model.moelora_config
     if how == "arrow" and config.null_expert:
         raise ValueError(
-            "router_init='arrow' has no direction for null_expert, which changes nothing: use "
-            f"'prototype' with texts of {NO_EXPERT!r} too."
+            "router_init='arrow' has no direction for null_expert: use 'prototype', with texts of "
+            f"{NO_EXPERT!r} too."
         )
     if how == "arrow" and config.router_scope not in ("site", "projection"):
         raise ValueError(
             "router_init='arrow' needs router_scope='site' or 'projection', not "
-            f"{config.router_scope!r}: its vectors lie in the inputs of linears, not of decoder "
-            "layers. Use 'prototype'."
+            f"{config.router_scope!r}: its vectors are of linears' inputs. Use 'prototype'."
         )
-    routers: dict[str, TopKRouter] = {}
-    for name, router in model.moelora.named_routers().items():
-        fits = isinstance(router, ArrowRouter) if how == "arrow" else type(router) is TopKRouter
-        if not fits:
-            wanted = "'arrow'" if how == "arrow" else "'top_k' (or the descriptors of 'descriptor')"
-            raise ValueError(
-                f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}."
-            )
-        assert isinstance(router, TopKRouter)
-        routers[name] = router
-    return routers
+    router = model.moelora.context.router_list[0]
+    if how == "arrow":
+        wanted = "'arrow'"
+        fits = isinstance(router, ArrowRouter)
+    else:
+        wanted = "'top_k' (or the descriptors of 'descriptor')"
+        fits = type(router) is TopKRouter or _has_descriptors(model)
+    if not fits:
+        raise ValueError(
+            f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}."
+        )
 
 
-@torch.no_grad()
-def _arrows(model: MixtureModel) -> dict[str, Tensor]:
+def _has_descriptors(model: MixtureModel) -> bool:
+    # All routers of a mixture are of one class.
+    return isinstance(model.moelora.context.router_list[0], DescriptorRouter)
+
+
+def _arrows(model: MixtureModel) -> list[Tensor]:
     """For each router `[E, d_in]`: unit vectors, 0 for an expert that is not there.
 
     ΔW_l = s A_lᵀ B_l with B_lᵀ = Q R: the rows s R A_l of all linears together have ΔW's right
     singular vectors.
     """
     mixture = model.moelora
-    names = list(mixture.routers)
-    sites = {names[site.router_index]: site for site in mixture.site_list()}
-    rows = {
-        name: torch.zeros(mixture.num_experts, site.in_features) for name, site in sites.items()
-    }
+    sites = sorted(mixture.site_list(), key=lambda site: site.router_index)
+    rows = [torch.zeros(mixture.num_experts, site.in_features) for site in sites]
     for expert in range(mixture.num_experts):
         factors = mixture.expert(expert)
-        for name, site in sites.items():
+        for site, own_rows in zip(sites, rows):
             products = []
             for own in (factors[linear] for linear in site.names):
                 r = torch.linalg.qr(own.B.T.float().cpu(), mode="r").R
                 products.append(own.scaling * r @ own.A.float().cpu())
             product = torch.cat(products)
             if product.numel() and bool(product.any()):
-                rows[name][expert] = torch.linalg.svd(product, full_matrices=False).Vh[0]
+                own_rows[expert] = torch.linalg.svd(product, full_matrices=False).Vh[0]
     return rows
-
-
-@torch.no_grad()
-def _prototypes(
-    model: MixtureModel, texts: Mapping[str, Any] | None, tokenizer: Any
-) -> dict[str, Tensor]:
-    ids = _texts_of_all(model, texts, tokenizer)
-    inputs = [_router_inputs(model, name, own) for name, own in ids.items()]
-    return {router: discriminants([own[router] for own in inputs]) for router in inputs[0]}
 
 
 def _texts_of_all(
@@ -174,50 +160,48 @@ def _texts_of_all(
 
 
 def _describe(
-    model: MixtureModel, ids: Mapping[str, list[Tensor]], fit: bool | None = None
+    model: MixtureModel, inputs: list[dict[int, Tensor]], fit: bool | None = None
 ) -> None:
-    """Set the descriptors of these choices in every router; all texts are read before."""
-    names = model.moelora_config.choice_names
-    inputs = {names.index(name): _router_inputs(model, name, own) for name, own in ids.items()}
-    for name, router in model.moelora.named_routers().items():
+    for router, own in zip(model.moelora.context.router_list, inputs, strict=True):
         assert isinstance(router, DescriptorRouter)
-        router.describe({choice: own[name] for choice, own in inputs.items()}, fit)
+        router.describe(own, fit)
 
 
-def _has_descriptors(model: MixtureModel) -> bool:
-    return all(isinstance(router, DescriptorRouter) for router in model.moelora.routers.values())
-
-
-def _router_inputs(model: MixtureModel, choice: str, texts: list[Tensor]) -> dict[str, Tensor]:
-    """What each router would read of the choice's texts with it at work, `[tokens, d]` fp32."""
-    routers = model.moelora.named_routers()
-    inputs: dict[str, list[Tensor]] = {name: [] for name in routers}
-    modules = {name.replace(".", "-"): module for name, module in model.named_modules()}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            x = x.detach().reshape(-1, x.shape[-1])
-            x = x if model.moelora.by_token else routers[name].pool(x[None])
-            inputs[name].append(routers[name].normalised(x).cpu())
-
-        return record
-
-    # Before the mixture's own hooks: one of them may end the forward pass.
-    handles = [
-        modules[name.replace(".", "-")].register_forward_pre_hook(
-            recorder(name), prepend=True, with_kwargs=True
-        )
-        for name in routers
-    ]
-    try:
-        with evaluating(model), model.use_experts(alone(model, choice)):
-            for text in texts:
+def _router_inputs(
+    model: MixtureModel, texts: Mapping[str, list[Tensor]]
+) -> list[dict[int, Tensor]]:
+    """For each router, by a choice's number, what it would read of the choice's texts with it at
+    work, `[tokens, d]` fp32.
+    """
+    context = model.moelora.context
+    names = model.moelora_config.choice_names
+    inputs: list[dict[int, Tensor]] = [{} for _ in context.router_list]
+    for choice, own in texts.items():
+        read: list[list[Tensor]] = [[] for _ in context.router_list]
+        with ExitStack() as stack:
+            for router, name, rows in zip(context.router_list, context.router_names, read):
+                # Before the mixture's own hooks: one of them may end the forward pass.
+                handle = model.get_submodule(name).register_forward_pre_hook(
+                    partial(_note, router, rows, context.by_token), prepend=True, with_kwargs=True
+                )
+                stack.enter_context(handle)
+            stack.enter_context(evaluating(model))
+            stack.enter_context(model.use_experts(alone(model, choice)))
+            for text in own:
                 model.routing_only(input_ids=text.to(model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts)[:MAX_TOKENS] for name, parts in inputs.items()}
+        for router_inputs, rows in zip(inputs, read):
+            router_inputs[names.index(choice)] = torch.cat(rows)[:MAX_TOKENS]
+    return inputs
+
+
+def _note(
+    router: Router, rows: list[Tensor], by_token: bool, module: nn.Module, args: tuple, kwargs: dict
+) -> None:
+    """A hook that adds to `rows` what the router reads of a linear's or decoder layer's input."""
+    x = args[0] if args else kwargs["hidden_states"]
+    x = x.detach().reshape(-1, x.shape[-1])
+    x = x if by_token else router.pool(x[None])
+    rows.append(router.normalised(x).cpu())
 
 
 def discriminants(classes: list[Tensor]) -> Tensor:
@@ -225,12 +209,7 @@ def discriminants(classes: list[Tensor]) -> Tensor:
 
     score_e(x) = (x − (μ_e + μ) / 2)ᵀ Σ⁻¹ (μ_e − μ), with μ the mean of the class means. A router
     has no bias: the constant goes along Σ⁻¹μ, in which direction all inputs are nearly alike.
-
-    Args:
-        classes: each class's inputs `[n_e, d]`.
-
-    Returns:
-        W `[E, d]`.
+    From each class's inputs `[n_e, d]` comes W `[E, d]`.
     """
     means, deviations = class_means(classes)
     centre = means.mean(0)
@@ -243,34 +222,21 @@ def discriminants(classes: list[Tensor]) -> Tensor:
 
 
 def token_ids(texts: Any, tokenizer: Any, name: str) -> list[Tensor]:
-    """Texts in any of the forms of `initialise` as tensors of token ids `[1, n]`.
-
-    Raises:
-        ValueError: no text, a text without tokens, or strings without a tokenizer.
-    """
+    """The texts of the choice `name`, in any of the forms of `initialise`, as ids `[1, n]` each."""
     if isinstance(texts, (str, Path)):
-        texts = [
-            line for line in Path(texts).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = Path(texts).read_text(encoding="utf-8").splitlines()
+        texts = [line for line in lines if line.strip()]
     rows = []
-    for text in _rows(texts):
+    for row in texts:
+        text = row["text"] if isinstance(row, Mapping) else row
         if isinstance(text, str):
             if tokenizer is None:
-                raise ValueError(
-                    f"The texts of {name!r} are strings: pass the base's tokenizer with them."
-                )
+                raise ValueError(f"The texts of {name!r} are strings: pass the base's tokenizer.")
             text = tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text).reshape(1, -1)
         if not ids.numel():
             raise ValueError(f"A text of {name!r} has no tokens: leave it out.")
         rows.append(ids)
     if not rows:
-        raise ValueError(
-            f"There are no texts of {name!r}: give a few, or leave router_init='random'."
-        )
+        raise ValueError(f"There are no texts of {name!r}: give a few.")
     return rows
-
-
-def _rows(texts: Iterable[Any]) -> Iterable[Any]:
-    for row in texts:
-        yield row["text"] if isinstance(row, Mapping) else row

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.cli import app
-from moelora.cli.json_lines import route_lines
+from moelora.cli.route import route_lines
 from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_prompts
 
 EXPERTS = ["math", "code", "law"]
