@@ -3,8 +3,9 @@
 from ..registry import ROUTERS, router_class
 from .base import Router, Routing, register_router
 from .descriptor import DescriptorRouter
+from .mlp import MlpRouter
 from .options import changed_options
-from .top_k import ArrowRouter, MlpRouter, TopKRouter
+from .top_k import ArrowRouter, TopKRouter
 
 __all__ = [
     "ROUTERS",
