@@ -66,13 +66,6 @@ def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
     model.__dict__["_old_forward"] = forward
 
 
-def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The submodules of `module` themselves: taking one out and putting it back where it was in
-    their order has no public way.
-    """
-    return module._modules
-
-
 def attention_of(config: PreTrainedConfig) -> str | None:
     """The attention implementation that was asked for; AutoConfig swallows the keyword."""
     return config._attn_implementation
@@ -81,11 +74,6 @@ def attention_of(config: PreTrainedConfig) -> str | None:
 def commit_of_config(config: PreTrainedConfig) -> str | None:
     """The hub commit that a configuration was loaded from, or None; transformers notes it there."""
     return getattr(config, "_commit_hash", None)
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of `module` itself, to put back what a forward pass replaced."""
-    return module._buffers
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

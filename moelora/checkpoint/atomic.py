@@ -24,25 +24,14 @@ LOCK_NAME = ".moelora.lock"
 
 
 @contextmanager
-def atomic_files(
-    folder: str | PathLike[str], commit: str, what: str = "checkpoint"
-) -> Iterator[Path]:
+def atomic_files(folder: Path, commit: str) -> Iterator[Path]:
     """A staging folder inside `folder`; at the end what lies in it takes its place there.
 
     Subfolders go first, one that is there already stays; then the files, each replaced at once, and
     `commit` after all others. So whoever reads `commit` finds everything that it refers to. Other
-    files in `folder` are left alone.
-
-    Args:
-        folder: where the files shall be; made where it is not there.
-        commit: the name of the file whose replacement makes the change happen.
-        what: what is written, for the error's text.
-
-    Raises:
-        OSError: something could not be written; `folder` holds what it held before.
+    files in `folder` are left alone. An OSError says that `folder` holds what it held before.
     """
-    folder = Path(folder)
-    with _errors_naming(what, folder):
+    with _writing("checkpoint", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / LOCK_NAME):
             for leftover in folder.glob(STAGING_PREFIX + "*"):
@@ -51,7 +40,12 @@ def atomic_files(
             try:
                 yield staging
                 _finish_writing(staging)
-                _put_in_place(staging, folder, commit)
+                contents = sorted(
+                    (p.is_file(), p.name == commit, p.name) for p in staging.iterdir()
+                )
+                for is_file, _, name in contents:
+                    if is_file or not (folder / name).exists():
+                        os.replace(staging / name, folder / name)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 
@@ -62,20 +56,12 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """A staging folder beside `target`, which takes that name at the end or is gone after an error.
 
-    Args:
-        target: the folder to make. A link is followed.
-        replace: take the place of a folder that is there; else that is an error.
-        what: what is written, for the error's text.
-
-    Raises:
-        FileExistsError: `target` is there, and `replace` is False.
-        OSError: something could not be written; `target` is what it was before.
+    A link is followed. A folder that is there is replaced, or without `replace` a FileExistsError.
     """
     target = Path(os.path.realpath(target))
-    staging, replaced = (
-        target.with_name(f"{STAGING_PREFIX}{target.name}{end}") for end in (".new", ".old")
-    )
-    with _errors_naming(what, target):
+    staging = target.with_name(f"{STAGING_PREFIX}{target.name}.new")
+    replaced = target.with_name(f"{STAGING_PREFIX}{target.name}.old")
+    with _writing(what, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f"{STAGING_PREFIX}{target.name}.lock")):
             try:
@@ -110,19 +96,9 @@ def _finish_writing(staging: Path) -> None:
     new_file.unlink()
     for path in staging.rglob("*"):
         if path.is_file():
-            os.chmod(path, mode)
+            path.chmod(mode)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-
-
-def _put_in_place(staging: Path, folder: Path, commit: str) -> None:
-    def order(path: Path) -> tuple[bool, bool, str]:
-        return path.is_file(), path.name == commit, path.name
-
-    for path in sorted(staging.iterdir(), key=order):
-        target = folder / path.name
-        if path.is_file() or not target.exists():
-            os.replace(path, target)
 
 
 @contextmanager
@@ -138,13 +114,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_naming(what: str, folder: Path) -> Iterator[None]:
+def _writing(what: str, folder: Path) -> Iterator[None]:
     """Make what goes wrong while writing an OSError that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError) and error.errno is None:
-            raise
         number = getattr(error, "errno", None)
+        if isinstance(error, FileExistsError) and number is None:
+            raise
         message = f"The {what} in {folder} could not be written: {error}"
         raise (OSError(message) if number is None else OSError(number, message)) from error

@@ -18,6 +18,7 @@ from ..core.mixture import Mixture
 
 SAMPLED_TENSORS = 32
 SAMPLED_VALUES = 8
+EXACT = (torch.float32, torch.float64)
 
 
 def fingerprint(
@@ -25,17 +26,18 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Shapes by name, and a few values of a few tensors, of the base inside `model`.
 
-    Args:
-        model: the base, with or without a mixture inside.
-        excluded: the keys that are not part of it, since they are trained.
-        gathered: whole tensors by key, where the model's own are sharded or offloaded.
+    excluded: the keys that are not part of it, since they are trained.
+    gathered: whole tensors by key, where the model's own are sharded or offloaded.
     """
     tensors = _base_tensors(model, excluded)
-    for name in tensors.keys() & (gathered or {}).keys():
-        tensors[name] = (gathered or {})[name]
-    sample = _sample(tensors)
-    dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name in sample}
-    return {"shapes": _shapes(tensors), "sample": sample, "dtypes": dtypes}
+    tensors |= {name: own for name, own in (gathered or {}).items() if name in tensors}
+    names = [name for name, tensor in tensors.items() if _has_values(tensor)]
+    names = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    return {
+        "shapes": {name: _shape(tensor) for name, tensor in tensors.items()},
+        "sample": {name: _values(tensors[name]) for name in names},
+        "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
+    }
 
 
 def digest(print_: Mapping[str, Any]) -> str:
@@ -58,32 +60,29 @@ def check_fingerprint(saved: Mapping[str, Any]) -> None:
 def differences(
     saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]
 ) -> list[str]:
-    """What differs between the base that was saved and the one in `model`, in words.
+    """What differs between the base with the fingerprint `saved` and the one in `model`, in words.
 
-    Args:
-        saved: the fingerprint of the base that was saved.
-        model: the base, with or without a mixture inside.
-        excluded: the keys that are not part of the base, since they were trained.
+    excluded: the keys that are not part of the base, since they were trained.
     """
     tensors = _base_tensors(model, excluded)
-    shapes = _shapes(tensors)
+    shapes = saved["shapes"]
     differing = []
     for title, names in (
-        ("weights it lacks", sorted(set(saved["shapes"]) - set(shapes))),
-        ("weights it has in addition", sorted(set(shapes) - set(saved["shapes"]))),
+        ("weights it lacks", sorted(shapes.keys() - tensors.keys())),
+        ("weights it has in addition", sorted(tensors.keys() - shapes.keys())),
     ):
         if names:
-            some = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-            differing.append(f"{title}: {some} ({len(names)} in all)")
-    for name, shape in saved["shapes"].items():
-        if name in shapes and None not in (shape, shapes[name]) and shapes[name] != shape:
-            differing.append(f"{name} is {shapes[name]}, was {shape}")
+            differing.append(f"{title}: {', '.join(names[:4])} ({len(names)} in all)")
+    for name, tensor in tensors.items():
+        now = _shape(tensor)
+        then = shapes.get(name)
+        if None not in (now, then) and now != then:
+            differing.append(f"{name} is {now}, was {then}")
     return differing[:8] or _value_differences(saved, tensors)
 
 
 def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Sampled tensors that changed by more than loading in another floating dtype explains."""
-    exact = (torch.float32, torch.float64)
     changed = []
     for name, values in saved["sample"].items():
         tensor = tensors[name]
@@ -92,7 +91,7 @@ def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         now = torch.tensor(_values(tensor))
         then = torch.tensor(values)
         # Through 16 bits, then or now, the same weights come out nearly the same.
-        same_bits = tensor.dtype in exact and getattr(torch, saved["dtypes"][name]) in exact
+        same_bits = tensor.dtype in EXACT and getattr(torch, saved["dtypes"][name]) in EXACT
         rtol, atol = (0.0, 0.0) if same_bits else (1e-2, 1e-4)
         if now.shape != then.shape or not torch.allclose(now, then, rtol=rtol, atol=atol):
             changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
@@ -108,23 +107,15 @@ def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, 
     }
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int] | None]:
-    """Shapes by name; None for what is quantised, whose storage may have any."""
-    return {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
-
-
-def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The values of some of the tensors."""
-    names = [name for name, tensor in tensors.items() if _has_values(tensor)]
-    step = max(1, len(names) // SAMPLED_TENSORS)
-    return {name: _values(tensors[name]) for name in names[::step]}
+def _shape(tensor: Tensor) -> list[int] | None:
+    """None for what is quantised, whose storage may have any shape."""
+    return list(tensor.shape) if tensor.is_floating_point() else None
 
 
 def _has_values(tensor: Tensor) -> bool:
     """Whether this process has values of `tensor` to compare, as a whole."""
-    if not tensor.is_floating_point() or tensor.is_meta or is_sharded(tensor):
-        return False
-    return tensor.numel() > 0
+    there = tensor.is_floating_point() and tensor.numel() > 0
+    return there and not tensor.is_meta and not is_sharded(tensor)
 
 
 def _values(tensor: Tensor) -> list[float]:
@@ -132,4 +123,4 @@ def _values(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
     count = min(SAMPLED_VALUES, flat.numel())
     where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    return [float(v) for v in flat[where.to(flat.device)].float().cpu()]
+    return flat[where.to(flat.device)].float().tolist()

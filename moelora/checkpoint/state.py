@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,6 @@ from torch import Tensor, nn
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel, base_class
 from ..injection.targets import saved_modules
-
-
-class LoadedKeys(NamedTuple):
-    """What `load_state_dict` returns, under torch's names."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def layout(model: MixtureModel) -> dict[str, Tensor]:
@@ -32,7 +25,7 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not Mixture.owns(name)
     }
-    for _, module in saved_modules(model, model.moelora_config, model.is_classifier):
+    for module in saved_modules(model, model.moelora_config, model.is_classifier):
         # Also where the user froze it after training it.
         trained |= {id(parameter) for parameter in module.parameters()}
     held = {}
@@ -43,61 +36,60 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
     return model.moelora.merged(held)
 
 
+def misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """In words, in what `tensors` are not those of a layout, each of its shape and kind."""
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    for key, tensor in tensors.items():
+        own = expected.get(key)
+        if own is None:
+            wrong.append(f"{key} is unknown")
+        elif tensor.shape != own.shape:
+            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(own.shape)}")
+        elif tensor.dtype != own.dtype and not (
+            tensor.is_floating_point() and own.is_floating_point()
+        ):
+            wrong.append(f"{key} has {tensor.dtype}, expected {own.dtype}")
+    return wrong
+
+
 def tensors_to_save(
     model: MixtureModel, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint of `model`, on the CPU.
 
-    Args:
-        model: the model to save.
-        state_dict: the model's state dict where somebody else gathered it (FSDP, accelerate), raw
-            or merged; the base's keys may be missing.
+    state_dict: the model's state dict where somebody else gathered it (FSDP, accelerate), raw or
+    merged; the base's keys may be missing.
 
     Raises:
         ValueError: the state dict lacks a tensor, or one has another shape, is on the meta device,
             or contains NaN or Inf.
     """
-    state = nn.Module.state_dict(model) if state_dict is None else state_dict
-    state = model.moelora.merged(state)
-    tensors = {}
-    wrong = []
-    for key, expected in layout(model).items():
-        tensor = state.get(key)
-        if tensor is None:
-            wrong.append(f"{key} is missing")
-        elif tensor.shape != expected.shape:
-            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(expected.shape)}")
-        elif tensor.device.type == "meta":
+    state = model.moelora.merged(nn.Module.state_dict(model) if state_dict is None else state_dict)
+    expected = layout(model)
+    own = {key: state[key] for key in expected if key in state}
+    wrong = misfits(expected, own)
+    for key, tensor in own.items():
+        if tensor.is_meta:
             wrong.append(f"{key} is offloaded (pass state_dict=accelerator.get_state_dict(model))")
         elif not is_finite(tensor):
             wrong.append(f"{key} contains NaN or Inf")
-        else:
-            tensors[key] = tensor.detach().cpu().contiguous()
     if wrong:
         raise ValueError(
             f"This model cannot be saved: {'; '.join(wrong[:6])} ({len(wrong)} in all). "
             "Nothing was written."
         )
-    return tensors
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
 
 
 def load_state_dict(
     model: MixtureModel, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-) -> LoadedKeys:
-    """Load tensors into `model`; missing keys of the base are forgiven, of the mixture never.
-
-    Args:
-        model: the model to load into; unchanged after an error about the mixture.
-        state_dict: the model's own state dict, or the merged form of a checkpoint.
-        strict: whether keys that the model lacks are an error.
-        assign: as in `torch.nn.Module.load_state_dict`.
-
-    Raises:
-        RuntimeError: a key of the mixture is missing, unknown, or of the wrong shape.
+) -> Any:
+    """Load tensors into `model`, which is unchanged after an error about the mixture; returns what
+    torch's does. Missing keys of the base are forgiven, of the mixture never.
     """
     state = model.moelora.merged(state_dict)
     expected = layout(model)
-    missing = sorted(set(expected) - set(state))
+    missing = sorted(expected.keys() - state.keys())
     surplus = sorted(key for key in state if Mixture.owns(key) and key not in expected)
     if missing or surplus:
         raise RuntimeError(
@@ -116,13 +108,11 @@ def load_state_dict(
         raise RuntimeError(
             f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}."
         )
-    return LoadedKeys([], result.unexpected_keys)
+    return result._replace(missing_keys=[])
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether `tensor` has no NaN and no Inf."""
-    if not tensor.is_floating_point():
-        return True
     # float8 has no isfinite.
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    return bool(tensor.isfinite().all())
+    small = tensor.is_floating_point() and tensor.element_size() == 1
+    return bool((tensor.float() if small else tensor).isfinite().all())

@@ -28,28 +28,33 @@ def find_targets(
         ValueError: nothing matches (with the nearest names), or a named module is not a linear.
     """
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = ALL_LINEAR
-    named = targets is not None and targets != ALL_LINEAR
     if targets is None:
         targets = PEFT_TARGETS.get(model.config.model_type, ALL_LINEAR)
+    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    named = config.target_modules is not None and not all_linear
+    # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they say.
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or [])
     lora = peft.LoraConfig(
         target_modules=targets,
-        layers_to_transform=config.layers_to_transform if targets != ALL_LINEAR else None,
+        layers_to_transform=None if all_linear else layers,
         modules_to_save=modules_to_save(model, config, is_classifier) or None,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
     )
-    targeted = _match(model, lora, refuse=named)
-    if targets == ALL_LINEAR and config.layers_to_transform is not None:
-        # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they
-        # say.
-        layers = config.layers_to_transform
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        targeted = {
-            name: module
-            for name, module in targeted.items()
-            if layer_number(decoder_layer(model, name)) in wanted
-        }
+    include_all_linear(lora, model)
+    targeted = {}
+    for name, module in model.named_modules():
+        if not name or not check_target_module_exists(lora, name):
+            continue
+        if all_linear and wanted and layer_number(decoder_layer(model, name)) not in wanted:
+            continue
+        try:
+            _check_linear(model, lora, name, module)
+        except ValueError:
+            if named:
+                raise
+        else:
+            targeted[name] = module
     if not targeted:
         raise ValueError(_nothing_matched(model, config))
     return targeted, named
@@ -70,10 +75,9 @@ def decoder_layer(model: nn.Module, name: str) -> str | None:
     """The path of the outermost numbered block around module `name`, or None outside of any."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        if parts[i].isdigit() and isinstance(
-            model.get_submodule(".".join(parts[:i])), nn.ModuleList
-        ):
-            return ".".join(parts[: i + 1])
+        around = ".".join(parts[:i])
+        if parts[i].isdigit() and isinstance(model.get_submodule(around), nn.ModuleList):
+            return f"{around}.{parts[i]}"
     return None
 
 
@@ -98,14 +102,10 @@ def modules_to_save(
 
 def saved_modules(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[nn.Module]:
     """The modules that `modules_to_save` names, whole or by their end; ValueError for none."""
     for name in modules_to_save(model, config, is_classifier):
-        matches = [
-            (path, module)
-            for path, module in model.named_modules()
-            if path == name or path.endswith("." + name)
-        ]
+        matches = [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")]
         if not matches:
             raise ValueError(
                 f"modules_to_save names {name!r}, which matches no module of "
@@ -115,29 +115,17 @@ def saved_modules(
         yield from matches
 
 
-def _match(model: PreTrainedModel, lora: peft.LoraConfig, refuse: bool) -> dict[str, nn.Module]:
-    """What `lora` names in `model`, without what PEFT refuses; `refuse` raises instead."""
-    include_all_linear(lora, model)
-    targeted = {}
-    for name, module in model.named_modules():
-        if not name or not check_target_module_exists(lora, name):
-            continue
-        if features(module) is None:
-            if not refuse:
-                continue
-            raise ValueError(
-                f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers "
-                "(also Conv1D and "
-                "quantised ones) can carry LoRA experts. Name its linears, or use a narrower regex."
-            )
-        try:
-            check_mamba_targets(lora, model, name.rpartition(".")[2])
-        except ValueError:
-            if refuse:
-                raise
-            continue
-        targeted[name] = module
-    return targeted
+def _check_linear(
+    model: PreTrainedModel, lora: peft.LoraConfig, name: str, module: nn.Module
+) -> None:
+    """Raise ValueError where a module cannot carry LoRA, or PEFT refuses it."""
+    if features(module) is None:
+        raise ValueError(
+            f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers (also "
+            "Conv1D and quantised ones) can carry LoRA experts. Name its linears, or use a "
+            "narrower regex."
+        )
+    check_mamba_targets(lora, model, name.rpartition(".")[2])
 
 
 def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
@@ -146,9 +134,8 @@ def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
     asked = config.target_modules
     words = [asked] if isinstance(asked, str) else list(asked or [])
     near = [n for w in words for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.3)]
-    where = (
-        f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
-    )
+    layers = config.layers_to_transform
+    where = "" if layers is None else f" in layers {layers}"
     return (
         f"target_modules={asked!r}{where} matches no module of {type(model).__name__}. "
         f"Nearest names: {', '.join(near) or 'none'}. Its linears are called: {', '.join(ends)}."
