@@ -60,13 +60,10 @@ def plain_names(pattern: str) -> frozenset[str]:
 
     Such a pattern is matched in linear time, however long it is.
     """
-    names = set()
-    for escaped in pattern.split("|", MAX_ITEMS):
-        name = re.sub(r"\\(.)", r"\1", escaped)
-        if not 0 < len(name) <= MAX_LENGTH or re.escape(name) != escaped:
-            return frozenset()
-        names.add(name)
-    return frozenset(names)
+    names = [re.sub(r"\\(.)", r"\1", escaped) for escaped in pattern.split("|", MAX_ITEMS)]
+    are_names = all(0 < len(name) <= MAX_LENGTH for name in names)
+    is_plain = are_names and "|".join(map(re.escape, names)) == pattern
+    return frozenset(names if is_plain else [])
 
 
 def _ways(pattern: Any, anchored: bool = False) -> float:
@@ -107,12 +104,9 @@ def _inside(argument: Any) -> list[Any]:
 
 def _exclude_each_other(alternatives: list[Any]) -> bool:
     """Whether all are plain texts, of which none begins another, also where case is ignored."""
-    texts = []
-    for alternative in alternatives:
-        if any(kind is not parser.LITERAL for kind, _ in alternative):
-            return False
-        texts.append("".join(chr(letter) for _, letter in alternative).casefold())
-    texts.sort()
+    if any(kind is not parser.LITERAL for text in alternatives for kind, _ in text):
+        return False
+    texts = sorted("".join(chr(letter) for _, letter in text).casefold() for text in alternatives)
     return not any(after.startswith(before) for before, after in pairwise(texts))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -239,7 +239,7 @@ class MoeLoraConfig(PreTrainedConfig):
     @classmethod
     def field_names(cls) -> list[str]:
         """The fields that are not inherited from `PreTrainedConfig`."""
-        return [f.name for f in fields(cls) if f.name in MoeLoraConfig.__annotations__]
+        return list(MoeLoraConfig.__annotations__)
 
     def own_fields(self) -> dict[str, Any]:
         """What is saved: these fields alone; the inherited ones come and go with transformers'
@@ -391,10 +391,7 @@ class MoeLoraConfig(PreTrainedConfig):
         elif layers is not None:
             check_integer("layers_to_transform", layers, 0)
         if self.sites is not None:
-            are_lists = isinstance(self.sites, list) and all(
-                isinstance(site, list) for site in self.sites
-            )
+            is_list = isinstance(self.sites, list) and len(self.sites) > 0
             expected = "lists of module names; leave it to save_pretrained"
-            check_type("sites", self.sites, are_lists and bool(self.sites), expected)
-            for site in self.sites:
-                string_list("sites", site)
+            check_type("sites", self.sites, is_list, expected)
+            self.sites = [string_list("sites", site) for site in self.sites]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers import PreTrainedConfig
 # transformers: Trainer looks for this attribute before it trains a quantised base; the base's own
 # save_pretrained must not see it, or it takes the model for one with PEFT adapters.
 PEFT_ATTACHED = "_hf_peft_config_loaded"
+# transformers: the attention implementation that was asked for; AutoConfig swallows the keyword.
+attention_of = attrgetter("_attn_implementation")
+# transformers: where each module keeps its gradient checkpointing function.
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 # transformers: what the Auto classes add to the keywords of from_pretrained.
 AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
@@ -49,11 +54,8 @@ def inside_backward() -> bool:
 
 
 def checkpoint_functions(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a gradient checkpointing function, which transformers keeps on each."""
+    """The modules that hold a gradient checkpointing function."""
     return [module for module in model.modules() if CHECKPOINT_FUNCTION in module.__dict__]
-
-
-CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 
 def dispatched_forward(model: nn.Module) -> Any:
@@ -64,11 +66,6 @@ def dispatched_forward(model: nn.Module) -> Any:
 def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
     """Put another forward in the place of the one that accelerate keeps."""
     model.__dict__["_old_forward"] = forward
-
-
-def attention_of(config: PreTrainedConfig) -> str | None:
-    """The attention implementation that was asked for; AutoConfig swallows the keyword."""
-    return config._attn_implementation
 
 
 def commit_of_config(config: PreTrainedConfig) -> str | None:

@@ -6,6 +6,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 # More than anybody means: from a damaged file or a typing error, it would fill memory and time.
@@ -42,17 +43,13 @@ def check_depth(name: str, value: Any) -> None:
     """Raise ValueError if lists and dicts are nested too deep or hold too much to go through."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for outer in level:
-            if isinstance(outer, dict):
-                inner.extend(outer.values())
-            elif isinstance(outer, (list, tuple, set)):
-                inner.extend(outer)
-            if len(inner) > MAX_ITEMS:
-                raise ValueError(f"{name} holds too much; expected at most {MAX_ITEMS} values.")
-        if not inner:
+        outer = [own for own in level if isinstance(own, (dict, list, tuple, set))]
+        inner = (own.values() if isinstance(own, dict) else own for own in outer)
+        level = list(islice(chain.from_iterable(inner), MAX_ITEMS + 1))
+        if len(level) > MAX_ITEMS:
+            raise ValueError(f"{name} holds too much; expected at most {MAX_ITEMS} values.")
+        if not level:
             return
-        level = inner
     raise ValueError(f"{name} is nested deeper than {MAX_DEPTH} levels.")
 
 

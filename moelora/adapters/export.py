@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
-from ..injection.targets import features
+from ..injection.sites import features
 from ..validation import check_integer
 from .deltas import compress, distance, expert_deltas
 from .merging import RECIPES, MergeReport, check_weights, merged_deltas, recipe_options

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
-from ..injection.targets import features
+from ..injection.sites import features
 from .deltas import product, wide
 from .export import DTYPES, check_rank
 from .merging import check_weights, merged_deltas, recipe_options

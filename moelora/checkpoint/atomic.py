@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
 from filelock import FileLock
 from safetensors import SafetensorError
-
-STAGING_PREFIX = ".moelora-"
-LOCK_NAME = ".moelora.lock"
 
 
 @contextmanager
@@ -31,23 +27,15 @@ def atomic_files(folder: Path, commit: str) -> Iterator[Path]:
     `commit` after all others. So whoever reads `commit` finds everything that it refers to. Other
     files in `folder` are left alone. An OSError says that `folder` holds what it held before.
     """
-    with _writing("checkpoint", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / LOCK_NAME):
-            for leftover in folder.glob(STAGING_PREFIX + "*"):
-                shutil.rmtree(leftover)
-            staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
-            try:
-                yield staging
-                _finish_writing(staging)
-                contents = sorted(
-                    (p.is_file(), p.name == commit, p.name) for p in staging.iterdir()
-                )
-                for is_file, _, name in contents:
-                    if is_file or not (folder / name).exists():
-                        os.replace(staging / name, folder / name)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+
+    def put(staging: Path) -> None:
+        contents = sorted((p.is_file(), p.name == commit, p.name) for p in staging.iterdir())
+        for is_file, _, name in contents:
+            if is_file or not (folder / name).exists():
+                os.replace(staging / name, folder / name)
+
+    with _staged(folder / ".moelora", put, "checkpoint", folder) as staging:
+        yield staging
 
 
 @contextmanager
@@ -59,33 +47,59 @@ def atomic_folder(
     A link is followed. A folder that is there is replaced, or without `replace` a FileExistsError.
     """
     target = Path(os.path.realpath(target))
-    staging = target.with_name(f"{STAGING_PREFIX}{target.name}.new")
-    replaced = target.with_name(f"{STAGING_PREFIX}{target.name}.old")
-    with _writing(what, target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{STAGING_PREFIX}{target.name}.lock")):
+    hidden = target.with_name(f".moelora-{target.name}")
+    replaced = Path(f"{hidden}.old")
+
+    def restore() -> None:
+        """Put the folder that was moved aside back, unless another has taken its place."""
+        if replaced.is_dir() and not target.exists():
+            os.rename(replaced, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def put(staging: Path) -> None:
+        if target.exists():
+            if not replace:
+                raise FileExistsError(f"{target} is there already: choose another folder.")
+            os.rename(target, replaced)
+        try:
+            os.rename(staging, target)
+        finally:
+            restore()
+
+    with _staged(hidden, put, what, target) as staging:
+        restore()
+        yield staging
+
+
+@contextmanager
+def _staged(hidden: Path, put: Callable[[Path], None], what: str, target: Path) -> Iterator[Path]:
+    """A new folder, in the hands of one writer at a time, whose contents `put` brings to `target`;
+    what goes wrong while writing is an OSError that names the target.
+    """
+    staging = Path(f"{hidden}.new")
+    lock = Path(f"{hidden}.lock")
+    try:
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
             try:
-                _restore(replaced, target)
                 shutil.rmtree(staging, ignore_errors=True)
                 # Not mkdtemp, whose folders only their owner may read.
                 staging.mkdir()
                 yield staging
                 _finish_writing(staging)
-                if target.exists():
-                    if not replace:
-                        raise FileExistsError(f"{target} is there already: choose another folder.")
-                    os.rename(target, replaced)
-                os.rename(staging, target)
+                put(staging)
             finally:
-                _restore(replaced, target)
                 shutil.rmtree(staging, ignore_errors=True)
-
-
-def _restore(replaced: Path, target: Path) -> None:
-    """Put the folder that was moved aside back, unless another has taken its place."""
-    if replaced.is_dir() and not target.exists():
-        os.rename(replaced, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+                # While it is held: who waits for it sees that it is gone, and makes a new one.
+                # Windows keeps it.
+                with suppress(PermissionError):
+                    lock.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if isinstance(error, FileExistsError) and number is None:
+            raise
+        message = f"The {what} in {target} could not be written: {error}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def _finish_writing(staging: Path) -> None:
@@ -99,28 +113,3 @@ def _finish_writing(staging: Path) -> None:
             path.chmod(mode)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            # While it is held: who waits for it sees that it is gone, and makes a new one. Windows
-            # keeps it.
-            with suppress(PermissionError):
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(what: str, folder: Path) -> Iterator[None]:
-    """Make what goes wrong while writing an OSError that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, FileExistsError) and number is None:
-            raise
-        message = f"The {what} in {folder} could not be written: {error}"
-        raise (OSError(message) if number is None else OSError(number, message)) from error

@@ -20,9 +20,8 @@ from ..host_internals import AUTO_KEYWORDS, attention_of
 from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
 from ..routers import changed_options
-from .fingerprint import differences
 from .reading import json_object, read
-from .state import layout, load_state_dict, misfits
+from .state import differences, layout, load_state_dict, misfits
 
 # What may be another at loading than it was at saving: the tensors mean the same.
 CHANGEABLE = (
@@ -56,31 +55,26 @@ def load(
     config: what the Auto class read from config.json and changed by the caller's keywords.
     kwargs: fields in `CHANGEABLE`, and what goes to the base's `from_pretrained`.
     """
-    if not isinstance(folder, (str, PathLike)):
-        raise TypeError(
-            f"pretrained_model_name_or_path={folder!r} is a {type(folder).__name__}; expected the "
-            "folder that save_pretrained wrote, or the id of its repository."
-        )
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
     _join_dtypes(kwargs)
     found_by = {k: kwargs.pop(k) for k in (*ACCESS, "revision", "subfolder") if k in kwargs}
-    path = _file(folder, SAFE_WEIGHTS_NAME, found_by)
-    if path is None:
-        raise ValueError(
-            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
-            "whole one."
-        )
+    path = _weights_file(folder, found_by)
     # The configuration of these weights; config.json may be of another moment.
     tensors, saved, base_print = read(path)
     generation = None if cls.is_classifier else _generation_config(folder, found_by)
     changes = _changes(str(folder), saved, config, kwargs)
     trained_on = saved.base_model_name_or_path
-    model, info = _load_base(cls, folder, found_by, saved, base, kwargs)
-    if not allow_base_mismatch and (differing := _differences(saved, base_print, model, tensors)):
-        raise ValueError(
-            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
-            f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "
-            "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
+    where, keywords = _where_base(folder, found_by, saved, base, kwargs)
+    try:
+        model, info = base_for(cls, where, saved, keywords)
+    except OSError as error:
+        raise OSError(
+            f"The base of {folder}, {where}, cannot be loaded ({error}). "
+            "Pass base=… with where it is now."
+        ) from error
+    if not allow_base_mismatch:
+        _check_same_base(
+            model, saved, base_print, tensors, f"{folder} was trained on ({trained_on})"
         )
     for name, value in changes.items():
         setattr(saved, name, value)
@@ -113,23 +107,31 @@ def _join_dtypes(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _file(folder: str | PathLike[str], name: str, found_by: Mapping[str, Any]) -> Path | None:
-    """The path of a file of the checkpoint, downloaded if need be; None if it is not there."""
+def _weights_file(folder: str | PathLike[str], found_by: Mapping[str, Any]) -> Path:
+    """The path of the checkpoint's weights, downloaded if need be."""
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(
+            f"pretrained_model_name_or_path={folder!r} is a {type(folder).__name__}; expected the "
+            "folder that save_pretrained wrote, or the id of its repository."
+        )
     try:
-        path = cached_file(str(folder), name, **found_by)
-    except OSError:
-        # Of weights on the hub it says what is wrong: no network, no access, no repository.
-        if name == SAFE_WEIGHTS_NAME and not Path(folder).is_dir():
+        return Path(cached_file(str(folder), SAFE_WEIGHTS_NAME, **found_by))  # type: ignore[arg-type]
+    except OSError as error:
+        # Of a repository on the hub it says itself what is wrong.
+        if not Path(folder).is_dir():
             raise
-        return None
-    return None if path is None else Path(path)
+        raise ValueError(
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
+            "whole one."
+        ) from error
 
 
 def _generation_config(
     folder: str | PathLike[str], found_by: Mapping[str, Any]
 ) -> GenerationConfig | None:
-    path = _file(folder, GENERATION_CONFIG_NAME, found_by)
-    if path is None:
+    try:
+        path = Path(cached_file(str(folder), GENERATION_CONFIG_NAME, **found_by))  # type: ignore[arg-type]
+    except OSError:
         return None
     try:
         return GenerationConfig.from_dict(json_object(path.read_text(encoding="utf-8")))
@@ -173,69 +175,58 @@ def _changes(
     return asked
 
 
-def _load_base(
-    cls: type[MixtureModel],
+def _where_base(
     folder: str | PathLike[str],
     found_by: Mapping[str, Any],
     saved: MoeLoraConfig,
     base: str | PathLike[str] | PreTrainedModel | None,
     kwargs: dict[str, Any],
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base, given, inside the checkpoint or named by it, and transformers' loading info; its
-    origin is noted in `saved`.
+) -> tuple[Any, dict[str, Any]]:
+    """The base, or its id or folder as given, inside the checkpoint or named by it; and the
+    keywords for its `from_pretrained`.
     """
     if isinstance(base, PreTrainedModel):
-        # A loaded base trusts its code already.
+        # Whose code is trusted already.
         unused = {"trust_remote_code", *(name for name in kwargs if kwargs[name] is None)}
-        return base_for(cls, base, saved, {k: v for k, v in kwargs.items() if k not in unused})
-    where = base
-    inside: dict[str, Any] = {}
-    if base is None:
-        where, inside = _where_base(folder, found_by, saved)
-    kwargs |= {k: v for k, v in found_by.items() if k in ACCESS}
-    kwargs |= {k: v for k, v in inside.items() if v is not None}
+        return base, {name: value for name, value in kwargs.items() if name not in unused}
+    keywords = {name: found_by[name] for name in ACCESS if name in found_by} | kwargs
     if saved.base_config is not None:
-        kwargs.setdefault("dtype", saved.base_config.get("dtype"))
-    try:
-        return base_for(cls, where, saved, kwargs)
-    except OSError as error:
-        raise OSError(
-            f"The base of {folder}, {where}, cannot be loaded ({error}). "
-            "Pass base=… with where it is now."
-        ) from error
-
-
-def _where_base(
-    folder: str | PathLike[str], found_by: Mapping[str, Any], saved: MoeLoraConfig
-) -> tuple[str, dict[str, Any]]:
-    """The id or folder of the base that a checkpoint names, and the keywords that find it there."""
+        keywords.setdefault("dtype", saved.base_config.get("dtype"))
+    if base is not None:
+        return base, keywords
     if saved.base_folder is not None:
-        subfolder = found_by.get("subfolder") or ""
+        inside = Path(found_by.get("subfolder") or "", saved.base_folder)
         if Path(folder).is_dir():
-            return str(Path(folder, subfolder, saved.base_folder)), {}
-        path = f"{subfolder}/{saved.base_folder}".removeprefix("/")
-        return str(folder), {"subfolder": path, "revision": found_by.get("revision")}
+            return Path(folder, inside), keywords
+        keywords |= {"subfolder": inside.as_posix(), "revision": found_by.get("revision")}
+        return str(folder), keywords
     if not saved.base_model_name_or_path:
         raise ValueError(
             f"{folder} names no base: it was saved from a model that was made in memory. Pass "
             "base=… (a folder, an id or a loaded model), or save with save_base=True."
         )
-    keywords = {"revision": saved.base_revision, "subfolder": saved.base_subfolder}
+    keywords |= {"subfolder": saved.base_subfolder or "", "revision": saved.base_revision}
     return saved.base_model_name_or_path, keywords
 
 
-def _differences(
+def _check_same_base(
+    model: PreTrainedModel,
     saved: MoeLoraConfig,
     base_print: Mapping[str, Any],
-    model: PreTrainedModel,
     excluded: Iterable[str],
-) -> list[str]:
-    """What differs between `model` and the base that the experts were trained on, in words."""
-    own = model.config.model_type
-    expected = (saved.base_config or {}).get("model_type", own)
-    if own != expected:
-        return [
-            f"it is a {own!r} model; the experts in the checkpoint belong to a {expected!r} "
-            f"({saved.base_architecture})"
-        ]
-    return differences(base_print, model, excluded)
+    expected: str,
+) -> None:
+    """Raise ValueError where `model` is not the `expected` base, with what differs."""
+    own_type = model.config.model_type
+    saved_type = (saved.base_config or {}).get("model_type", own_type)
+    if own_type == saved_type:
+        differing = differences(base_print, model, excluded)
+    else:
+        words = f"it is a {own_type!r} model; the experts in the checkpoint belong to a "
+        differing = [f"{words}{saved_type!r} ({saved.base_architecture})"]
+    if differing:
+        raise ValueError(
+            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
+            f"{expected}: {'; '.join(differing)}. Pass base=… with the right one, or "
+            "allow_base_mismatch=True to load the experts onto this one all the same."
+        )

@@ -20,8 +20,7 @@ from torch import Tensor
 from ..config import FORMAT_VERSION, MoeLoraConfig
 from ..core.mixture import Mixture
 from ..routers import ROUTERS
-from .fingerprint import check_fingerprint
-from .state import is_finite
+from .state import check_fingerprint, is_finite
 
 # Largest seen in practice: the shapes of a base of ten thousand tensors, a megabyte.
 MAX_JSON_LENGTH = 2**24
@@ -141,12 +140,12 @@ def _checked_config(file: str, fields: dict[str, Any]) -> MoeLoraConfig:
             "upgrade moelora."
         )
     known = {*MoeLoraConfig.field_names(), "model_type", "transformers_version"}
-    names = fields.get("expert_names")
     if surplus := sorted(set(fields) - known):
         raise ValueError(f"it has fields {surplus[:4]}, which a MoeLoraConfig does not have")
     if fields.get("model_type") != MoeLoraConfig.model_type:
         raise ValueError(f"it is not of model_type {MoeLoraConfig.model_type!r}")
     # Before anything is made for each of num_experts.
+    names = fields.get("expert_names")
     if not isinstance(names, list) or fields.get("num_experts") != len(names):
         raise ValueError("num_experts is not the number of expert_names")
     if not fields.get("sites"):

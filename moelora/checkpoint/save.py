@@ -30,12 +30,11 @@ from transformers.utils import (
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, base_class
 from ..host_internals import PEFT_ATTACHED
+from ..injection.base import snapshot
 from ..injection.inject import take_out_parts
-from ..injection.undo import snapshot
 from .atomic import atomic_files
-from .fingerprint import digest, fingerprint
 from .reading import BASE_FOLDER, is_ours, sealed
-from .state import tensors_to_save
+from .state import digest, fingerprint, tensors_to_save
 
 # Of PreTrainedModel.save_pretrained's keywords: those for the base, and those that change nothing
 # here.

@@ -1,12 +1,14 @@
-"""The base that takes a mixture: found or loaded, and of the right kind."""
+"""The base that takes a mixture: found or loaded, of the right kind, and given back as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
@@ -16,7 +18,6 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
-from .targets import has_peft_layers
 
 # The keywords that say how a repository on the hub is reached.
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -40,7 +41,7 @@ def base_for(
                 f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop "
                 "them."
             )
-        name = base.config.name_or_path
+        name = base.config.name_or_path or ""
         model = base
         info: dict[str, Any] = {part: [] for part in LOADING_INFO}
     elif isinstance(base, (str, PathLike)):
@@ -54,9 +55,9 @@ def base_for(
         )
     check_base(public, model)
     # Now, not when the model is saved: by then the process may work in another folder.
-    is_folder = bool(name) and Path(name).is_dir()
+    is_folder = name != "" and Path(name).is_dir()
     config.base_model_name_or_path = str(Path(name).resolve()) if is_folder else name or None
-    config.base_subfolder = kwargs.get("subfolder")
+    config.base_subfolder = kwargs.get("subfolder") or None
     config.base_revision = kwargs.get("revision")
     return model, info
 
@@ -79,6 +80,34 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
             f"{name} does not have a language modelling head; expected a causal language model "
             "(for a classifier use MoeLoraForSequenceClassification)."
         )
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into `model`."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def snapshot(model: PreTrainedModel) -> Callable[[], None]:
+    """What gives `model` back all that it is now, but for its weights' values: its class, its
+    settings, every module's attributes, submodules, buffers and hooks, and what trains.
+    """
+    cls = type(model)
+    contents: list[dict[str, Any]] = [vars(model.config)]
+    for module in model.modules():
+        # Submodules, buffers and hooks lie in dicts among the attributes.
+        contents += [vars(module), *(v for v in vars(module).values() if isinstance(v, dict))]
+    before = [(own, dict(own)) for own in contents]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        model.__class__ = cls
+        for own, then in before:
+            own.clear()
+            own.update(then)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
 
 
 def _commit_of(base: str, kwargs: Mapping[str, Any]) -> str | None:

@@ -15,9 +15,8 @@ from ..core.linear import ExpertHook, LayerRoutingHook, Site
 from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
-from .sites import check_sites, device_of, find_sites
-from .targets import decoder_layer, features, saved_modules
-from .undo import snapshot
+from .base import snapshot
+from .sites import check_sites, decoder_layer, device_of, features, find_sites, saved_modules
 
 NAME = "moelora"
 
