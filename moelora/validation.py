@@ -43,9 +43,9 @@ def check_depth(name: str, value: Any) -> None:
     """Raise ValueError if lists and dicts are nested too deep or hold too much to go through."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        outer = [own for own in level if isinstance(own, (dict, list, tuple, set))]
-        inner = (own.values() if isinstance(own, dict) else own for own in outer)
-        level = list(islice(chain.from_iterable(inner), MAX_ITEMS + 1))
+        lists = (own for own in level if isinstance(own, (list, tuple, set)))
+        dicts = (own.values() for own in level if isinstance(own, dict))
+        level = list(islice(chain.from_iterable(chain(lists, dicts)), MAX_ITEMS + 1))
         if len(level) > MAX_ITEMS:
             raise ValueError(f"{name} holds too much; expected at most {MAX_ITEMS} values.")
         if not level:
