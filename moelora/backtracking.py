@@ -73,10 +73,10 @@ def _ways(pattern: Any, anchored: bool = False) -> float:
     """
     ways = 1.0
     items = list(pattern)
-    for item, after in zip(items, [*items[1:], None]):
+    for (kind, argument), after in zip(items, [*items[1:], None]):
         ends_surely = anchored if after is None else _letters(*after) <= FEW_LETTERS
         # No number in here is large enough to become infinite.
-        ways = min(ways * _ways_of(*item, ends_surely), MAX_WAYS + 1.0)
+        ways = min(ways * _ways_of(kind, argument, ends_surely), MAX_WAYS + 1.0)
     return ways
 
 
