@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -22,12 +22,12 @@ from .validation import (
     check_by_linear,
     check_choice,
     check_depth,
-    check_expert_names,
     check_flag,
     check_integer,
-    check_name_lists,
+    check_names,
     check_number,
-    numbers,
+    check_type,
+    expert_name_problem,
     shown,
     string_list,
 )
@@ -40,42 +40,48 @@ AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
 # What reports and label mappings call the null expert.
 NO_EXPERT = "(base)"
 
-# The checks of single fields, as data: (smallest, largest), then names or choices.
-_COUNTS = {
-    "num_experts": (1, MAX_EXPERTS),
-    "num_experts_per_tok": (1, MAX_EXPERTS),
-    "router_layer": (0, sys.maxsize),
-    "router_prefix_tokens": (1, sys.maxsize),
-    "format_version": (0, FORMAT_VERSION),
-}
-_SHARES = ("lora_dropout", "router_jitter_noise")
-_COEFFICIENTS = (
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_bias_update_rate",
-    "expert_target_loss_coef",
-)
-_FLAGS = ("use_rslora", "norm_topk_prob", "router_input_norm", "null_expert")
-_CHOICES = {
-    "routing_level": ROUTING_LEVELS,
-    "router_scope": ROUTER_SCOPES,
-    "router_pooling": ROUTER_POOLINGS,
-    "router_aux_loss_window": AUX_LOSS_WINDOWS,
+
+def _check_optional(name: str, value: Any, kind: type = str, word: str = "string") -> None:
+    if not isinstance(value, (kind, type(None))):
+        raise TypeError(f"{name} is not a {word}, but {shown(value)}.")
+
+
+_check_share = partial(check_number, low=0.0, high=1.0, open_high=True)
+_check_coefficient = partial(check_number, low=0.0, high=math.inf)
+# The checks of single fields, as data; those that say more than this are methods.
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "num_experts": partial(check_integer, low=1, high=MAX_EXPERTS),
+    "num_experts_per_tok": partial(check_integer, low=1, high=MAX_EXPERTS),
+    "router_layer": partial(check_integer, low=0),
+    "router_prefix_tokens": partial(check_integer, low=1),
+    "format_version": partial(check_integer, low=0, high=FORMAT_VERSION),
+    "lora_dropout": _check_share,
+    "router_jitter_noise": _check_share,
+    "router_aux_loss_coef": _check_coefficient,
+    "router_z_loss_coef": _check_coefficient,
+    "router_bias_update_rate": _check_coefficient,
+    "expert_target_loss_coef": _check_coefficient,
+    "use_rslora": check_flag,
+    "norm_topk_prob": check_flag,
+    "router_input_norm": check_flag,
+    "null_expert": check_flag,
+    "routing_level": partial(check_choice, choices=ROUTING_LEVELS),
+    "router_scope": partial(check_choice, choices=ROUTER_SCOPES),
+    "router_pooling": partial(check_choice, choices=ROUTER_POOLINGS),
+    "router_aux_loss_window": partial(check_choice, choices=AUX_LOSS_WINDOWS),
+    "base_config": partial(_check_optional, kind=dict, word="dict"),
+    "base_architecture": _check_optional,
+    "base_model_name_or_path": _check_optional,
+    "base_revision": _check_optional,
+    "base_folder": _check_optional,
+    "base_subfolder": _check_optional,
 }
 # What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
 _INHERITED_KEYWORDS = {
-    "name_or_path",
-    "attn_implementation",
-    "experts_implementation",
-    "output_attentions",
-    "torch_dtype",
-    "model_type",
-    "num_labels",
-    "_commit_hash",
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "_output_attentions",
+    *("name_or_path", "_name_or_path", "model_type", "num_labels", "torch_dtype", "_commit_hash"),
+    *("attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation_internal"),
+    *("output_attentions", "_output_attentions"),
 }
 
 
@@ -188,10 +194,15 @@ class MoeLoraConfig(PreTrainedConfig):
         return made
 
     def __post_init__(self, **kwargs):
-        for name in (vars(self).keys() | kwargs.keys()) - set(self.field_names()):
-            check_depth(name, kwargs.get(name, vars(self).get(name)))
+        for name, value in {**vars(self), **kwargs}.items():
+            check_depth(name, value)
         # First, since a newer format may have fields that are not known here.
-        self._check_format()
+        version = self.format_version
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"This configuration has format version {shown(version)}; this moelora reads up to "
+                f"{FORMAT_VERSION}: upgrade moelora."
+            )
         if unknown := sorted(set(kwargs) - _INHERITED_KEYWORDS):
             raise ValueError(
                 f"MoeLoraConfig has no field {shown(unknown)}. "
@@ -204,7 +215,7 @@ class MoeLoraConfig(PreTrainedConfig):
             # What transformers says of wrong types in its own fields, such as id2label or dtype.
             raise TypeError(f"A field of every configuration has a wrong type: {error}.") from error
         if self.expert_names is None:
-            check_integer("num_experts", self.num_experts, *_COUNTS["num_experts"])
+            _CHECKS["num_experts"]("num_experts", self.num_experts)
             self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
         self.validate()
 
@@ -212,34 +223,23 @@ class MoeLoraConfig(PreTrainedConfig):
         """Check every field; called at construction and again after keywords changed a loaded
         config.
         """
-        for name in self.field_names():
-            check_depth(name, getattr(self, name))
-        for name, (low, high) in _COUNTS.items():
-            check_integer(name, getattr(self, name), low, high)
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
                 f"{self.num_experts}: a token cannot choose more experts than there are. Lower "
                 "num_experts_per_tok."
             )
-        for name in _SHARES:
-            check_number(name, getattr(self, name), 0.0, 1.0, open_high=True)
-        for name in _COEFFICIENTS:
-            check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in _FLAGS:
-            check_flag(name, getattr(self, name))
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        self._check_experts()
+        self._check_ranks()
         self._check_router()
         self._check_names()
         self._check_targets()
-        self._check_base()
 
     @classmethod
     def field_names(cls) -> list[str]:
         """The fields that are not inherited from `PreTrainedConfig`."""
-        return [f.name for f in fields(cls) if f.name in MoeLoraConfig.__annotations__]
+        return list(MoeLoraConfig.__annotations__)
 
     def own_fields(self) -> dict[str, Any]:
         """What is saved: these fields alone; the inherited ones come and go with transformers'
@@ -308,10 +308,7 @@ class MoeLoraConfig(PreTrainedConfig):
             ValueError: there is no such expert, with the names that there are.
         """
         names = self.expert_names or []
-        if name not in names:
-            raise ValueError(
-                f"There is no expert {shown(name)}. The experts are: {', '.join(names)}."
-            )
+        check_names([name], names, "experts")
         return names.index(name)
 
     def _per_expert(self, name: str) -> Sequence:
@@ -325,15 +322,7 @@ class MoeLoraConfig(PreTrainedConfig):
             )
         return value
 
-    def _check_format(self) -> None:
-        version = self.format_version
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ValueError(
-                f"This configuration has format version {shown(version)}; this moelora reads up to "
-                f"{FORMAT_VERSION}: upgrade moelora."
-            )
-
-    def _check_experts(self) -> None:
+    def _check_ranks(self) -> None:
         """Ranks and scaling, of all linears and of single ones."""
         for rank in self._per_expert("r"):
             check_integer("r", rank, 1, MAX_RANK)
@@ -367,32 +356,42 @@ class MoeLoraConfig(PreTrainedConfig):
                 f"expert_names={shown(names)} must be {self.num_experts} different names "
                 f"(num_experts={self.num_experts})."
             )
-        check_expert_names("expert_names", names)
         if NO_EXPERT in names:
             raise ValueError(
                 f"expert_names contains {NO_EXPERT!r}, which stands for the null expert: rename it."
             )
+        seen: dict[str, str] = {}
+        for name in names:
+            if problem := expert_name_problem(name):
+                raise ValueError(f"expert_names: {problem}.")
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(
+                    f"expert_names contains {other!r} and {name!r}, which differ in case alone: "
+                    "some file systems would hold both in one folder. Rename one."
+                )
         self.expert_names = names
 
     def _check_targets(self) -> None:
-        """The fields that PEFT matches; sets and tuples become lists, which JSON can hold."""
+        """The fields that name modules; sets and tuples become lists, which JSON can hold."""
         if isinstance(self.target_modules, str):
             check_regex("target_modules", self.target_modules)
         elif self.target_modules is not None:
             self.target_modules = string_list("target_modules", self.target_modules)
         if self.modules_to_save is not None:
-            self.modules_to_save = string_list(
-                "modules_to_save", self.modules_to_save, may_be_empty=True
-            )
-        if self.layers_to_transform is not None:
-            self.layers_to_transform = numbers("layers_to_transform", self.layers_to_transform)
-
-    def _check_base(self) -> None:
-        """What `save_pretrained` fills in, which a damaged file may hold in any form."""
-        for name in self.field_names():
-            value = getattr(self, name)
-            expected = dict if name == "base_config" else str
-            if name.startswith("base_") and not isinstance(value, (expected, type(None))):
-                raise TypeError(f"{name}={shown(value)}: expected a {expected.__name__} or None.")
+            own = string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
+            self.modules_to_save = own
+        layers = self.layers_to_transform
+        if isinstance(layers, (list, tuple, set)):
+            for number in layers:
+                check_integer("layers_to_transform", number, 0)
+            if not layers:
+                raise ValueError("layers_to_transform is empty: give numbers, or None for all.")
+            self.layers_to_transform = sorted(layers)
+        elif layers is not None:
+            check_integer("layers_to_transform", layers, 0)
         if self.sites is not None:
-            check_name_lists("sites", self.sites)
+            is_list = isinstance(self.sites, list) and len(self.sites) > 0
+            expected = "lists of module names; leave it to save_pretrained"
+            check_type("sites", self.sites, is_list, expected)
+            self.sites = [string_list("sites", site) for site in self.sites]

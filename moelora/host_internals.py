@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers import PreTrainedConfig
 # transformers: Trainer looks for this attribute before it trains a quantised base; the base's own
 # save_pretrained must not see it, or it takes the model for one with PEFT adapters.
 PEFT_ATTACHED = "_hf_peft_config_loaded"
+# transformers: the attention implementation that was asked for; AutoConfig swallows the keyword.
+attention_of = attrgetter("_attn_implementation")
+# transformers: where each module keeps its gradient checkpointing function.
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 # transformers: what the Auto classes add to the keywords of from_pretrained.
 AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
@@ -49,11 +54,8 @@ def inside_backward() -> bool:
 
 
 def checkpoint_functions(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a gradient checkpointing function, which transformers keeps on each."""
+    """The modules that hold a gradient checkpointing function."""
     return [module for module in model.modules() if CHECKPOINT_FUNCTION in module.__dict__]
-
-
-CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 
 def dispatched_forward(model: nn.Module) -> Any:
@@ -66,26 +68,9 @@ def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
     model.__dict__["_old_forward"] = forward
 
 
-def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The submodules of `module` themselves: taking one out and putting it back where it was in
-    their order has no public way.
-    """
-    return module._modules
-
-
-def attention_of(config: PreTrainedConfig) -> str | None:
-    """The attention implementation that was asked for; AutoConfig swallows the keyword."""
-    return config._attn_implementation
-
-
 def commit_of_config(config: PreTrainedConfig) -> str | None:
     """The hub commit that a configuration was loaded from, or None; transformers notes it there."""
     return getattr(config, "_commit_hash", None)
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of `module` itself, to put back what a forward pass replaced."""
-    return module._buffers
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

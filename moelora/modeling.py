@@ -56,7 +56,8 @@ class MoeLoraModel(MixtureModel):
             raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
         config = config.without_base()
         config.validate()
-        return put_into(base_for(cls, base, config, kwargs), config, cls)
+        model, _ = base_for(cls, base, config, kwargs)
+        return put_into(model, config, cls)
 
     @classmethod
     def from_adapters(

@@ -68,7 +68,7 @@ def from_adapters(
     checked.raise_if_bad()
     described = checked.adapters
     config = composed_config(config, described)
-    model = base_for(cls, base, config, kwargs)
+    model, _ = base_for(cls, base, config, kwargs)
     if not loaded and any(adapter.saved for adapter in described.values()):
         # Copies of the base's own weights could not be compared before those were there.
         preflight(model, described, allow_base_mismatch=True).raise_if_bad()

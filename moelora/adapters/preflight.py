@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..injection.base import ACCESS
-from ..injection.targets import features, has_peft_layers
+from ..injection.base import ACCESS, has_peft_layers
+from ..injection.sites import features
 from ..validation import expert_name_problem, shown
 from .folders import xlora_sources
 from .reading import DTYPES, Adapter, read_adapter

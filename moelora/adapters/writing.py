@@ -21,7 +21,7 @@ from ..checkpoint.atomic import atomic_folder
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel, base_class
 from ..host_internals import commit_of_config
-from ..injection.targets import modules_to_save
+from ..injection.sites import modules_to_save
 from .folders import CONFIG, WEIGHTS
 
 KEY = "base_model.model."

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -19,41 +18,24 @@ from pathlib import Path
 from filelock import FileLock
 from safetensors import SafetensorError
 
-STAGING_PREFIX = ".moelora-"
-LOCK_NAME = ".moelora.lock"
-
 
 @contextmanager
-def atomic_files(
-    folder: str | PathLike[str], commit: str, what: str = "checkpoint"
-) -> Iterator[Path]:
+def atomic_files(folder: Path, commit: str) -> Iterator[Path]:
     """A staging folder inside `folder`; at the end what lies in it takes its place there.
 
     Subfolders go first, one that is there already stays; then the files, each replaced at once, and
     `commit` after all others. So whoever reads `commit` finds everything that it refers to. Other
-    files in `folder` are left alone.
-
-    Args:
-        folder: where the files shall be; made where it is not there.
-        commit: the name of the file whose replacement makes the change happen.
-        what: what is written, for the error's text.
-
-    Raises:
-        OSError: something could not be written; `folder` holds what it held before.
+    files in `folder` are left alone. An OSError says that `folder` holds what it held before.
     """
-    folder = Path(folder)
-    with _errors_naming(what, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / LOCK_NAME):
-            for leftover in folder.glob(STAGING_PREFIX + "*"):
-                shutil.rmtree(leftover)
-            staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
-            try:
-                yield staging
-                _finish_writing(staging)
-                _put_in_place(staging, folder, commit)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+
+    def put(staging: Path) -> None:
+        contents = sorted((p.is_file(), p.name == commit, p.name) for p in staging.iterdir())
+        for is_file, _, name in contents:
+            if is_file or not (folder / name).exists():
+                os.replace(staging / name, folder / name)
+
+    with _staged(folder / ".moelora", put, "checkpoint", folder) as staging:
+        yield staging
 
 
 @contextmanager
@@ -62,44 +44,62 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """A staging folder beside `target`, which takes that name at the end or is gone after an error.
 
-    Args:
-        target: the folder to make. A link is followed.
-        replace: take the place of a folder that is there; else that is an error.
-        what: what is written, for the error's text.
-
-    Raises:
-        FileExistsError: `target` is there, and `replace` is False.
-        OSError: something could not be written; `target` is what it was before.
+    A link is followed. A folder that is there is replaced, or without `replace` a FileExistsError.
     """
     target = Path(os.path.realpath(target))
-    staging, replaced = (
-        target.with_name(f"{STAGING_PREFIX}{target.name}{end}") for end in (".new", ".old")
-    )
-    with _errors_naming(what, target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{STAGING_PREFIX}{target.name}.lock")):
+    hidden = target.with_name(f".moelora-{target.name}")
+    replaced = Path(f"{hidden}.old")
+
+    def restore() -> None:
+        """Put the folder that was moved aside back, unless another has taken its place."""
+        if replaced.is_dir() and not target.exists():
+            os.rename(replaced, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def put(staging: Path) -> None:
+        if target.exists():
+            if not replace:
+                raise FileExistsError(f"{target} is there already: choose another folder.")
+            os.rename(target, replaced)
+        try:
+            os.rename(staging, target)
+        finally:
+            restore()
+
+    with _staged(hidden, put, what, target) as staging:
+        restore()
+        yield staging
+
+
+@contextmanager
+def _staged(hidden: Path, put: Callable[[Path], None], what: str, target: Path) -> Iterator[Path]:
+    """A new folder, in the hands of one writer at a time, whose contents `put` brings to `target`;
+    what goes wrong while writing is an OSError that names the target.
+    """
+    staging = Path(f"{hidden}.new")
+    lock = Path(f"{hidden}.lock")
+    try:
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
             try:
-                _restore(replaced, target)
                 shutil.rmtree(staging, ignore_errors=True)
                 # Not mkdtemp, whose folders only their owner may read.
                 staging.mkdir()
                 yield staging
                 _finish_writing(staging)
-                if target.exists():
-                    if not replace:
-                        raise FileExistsError(f"{target} is there already: choose another folder.")
-                    os.rename(target, replaced)
-                os.rename(staging, target)
+                put(staging)
             finally:
-                _restore(replaced, target)
                 shutil.rmtree(staging, ignore_errors=True)
-
-
-def _restore(replaced: Path, target: Path) -> None:
-    """Put the folder that was moved aside back, unless another has taken its place."""
-    if replaced.is_dir() and not target.exists():
-        os.rename(replaced, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+                # While it is held: who waits for it sees that it is gone, and makes a new one.
+                # Windows keeps it.
+                with suppress(PermissionError):
+                    lock.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if isinstance(error, FileExistsError) and number is None:
+            raise
+        message = f"The {what} in {target} could not be written: {error}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def _finish_writing(staging: Path) -> None:
@@ -110,41 +110,6 @@ def _finish_writing(staging: Path) -> None:
     new_file.unlink()
     for path in staging.rglob("*"):
         if path.is_file():
-            os.chmod(path, mode)
+            path.chmod(mode)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-
-
-def _put_in_place(staging: Path, folder: Path, commit: str) -> None:
-    def order(path: Path) -> tuple[bool, bool, str]:
-        return path.is_file(), path.name == commit, path.name
-
-    for path in sorted(staging.iterdir(), key=order):
-        target = folder / path.name
-        if path.is_file() or not target.exists():
-            os.replace(path, target)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            # While it is held: who waits for it sees that it is gone, and makes a new one. Windows
-            # keeps it.
-            with suppress(PermissionError):
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _errors_naming(what: str, folder: Path) -> Iterator[None]:
-    """Make what goes wrong while writing an OSError that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError) and error.errno is None:
-            raise
-        number = getattr(error, "errno", None)
-        message = f"The {what} in {folder} could not be written: {error}"
-        raise (OSError(message) if number is None else OSError(number, message)) from error

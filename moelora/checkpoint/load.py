@@ -4,25 +4,24 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
 from ..host_internals import AUTO_KEYWORDS, attention_of
-from ..injection.base import check_base, note_origin
+from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
 from ..routers import changed_options
-from .fingerprint import differences
-from .origin import Source
-from .reading import read, read_json
-from .state import layout, load_state_dict
+from .reading import json_object, read
+from .state import differences, layout, load_state_dict, misfits
 
 # What may be another at loading than it was at saving: the tensors mean the same.
 CHANGEABLE = (
@@ -39,8 +38,6 @@ CHANGEABLE = (
     "router_bias_update_rate",
     "expert_target_loss_coef",
 )
-# What transformers' from_pretrained returns beside the model, empty for a base that was given.
-NOTHING_MISSING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def load(
@@ -55,48 +52,41 @@ def load(
 ) -> MixtureModel | tuple[MixtureModel, dict[str, Any]]:
     """Load a checkpoint folder or hub repository; see `MoeLoraModel.from_pretrained`.
 
-    Args:
-        cls: the public class to load.
-        folder: the checkpoint's folder, or the id of its repository.
-        config: what the Auto class read from config.json and changed by the caller's keywords.
-        base: a folder, id or loaded model to use instead of the one that the checkpoint names.
-        allow_base_mismatch: take a base whose weights are not the ones that the experts were
-            trained on.
-        output_loading_info: return the model and what transformers says about the base's keys.
-        kwargs: fields in `CHANGEABLE`, and what goes to the base's `from_pretrained`.
-
-    Raises:
-        ValueError: not a checkpoint, a damaged or newer one, or another base, with what differs.
-        TypeError: `folder` is not a path or an id.
-        OSError: the base that the checkpoint names cannot be loaded.
+    config: what the Auto class read from config.json and changed by the caller's keywords.
+    kwargs: fields in `CHANGEABLE`, and what goes to the base's `from_pretrained`.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
     _join_dtypes(kwargs)
-    source = Source(folder, kwargs)
-    path = source.file(SAFE_WEIGHTS_NAME)
-    if path is None:
-        raise ValueError(
-            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
-            "whole one."
-        )
+    found_by = {k: kwargs.pop(k) for k in (*ACCESS, "revision", "subfolder") if k in kwargs}
+    path = _weights_file(folder, found_by)
     # The configuration of these weights; config.json may be of another moment.
     tensors, saved, base_print = read(path)
-    generation = None if cls.is_classifier else _generation_config(source)
-    changes = _changes(source, saved, config, kwargs)
+    generation = None if cls.is_classifier else _generation_config(folder, found_by)
+    changes = _changes(str(folder), saved, config, kwargs)
     trained_on = saved.base_model_name_or_path
-    model, info = _load_base(cls, source, saved, base, kwargs, allow_base_mismatch)
-    check_base(cls, model)
-    if not allow_base_mismatch and (differing := differences(base_print, model, tensors)):
-        raise ValueError(
-            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
-            f"{folder} was trained on ({trained_on}): {'; '.join(differing)}. Pass base=… with the "
-            "right one, or allow_base_mismatch=True to load the experts onto this one all the same."
+    where, keywords = _where_base(folder, found_by, saved, base, kwargs)
+    try:
+        model, info = base_for(cls, where, saved, keywords)
+    except OSError as error:
+        raise OSError(
+            f"The base of {folder}, {where}, cannot be loaded ({error}). "
+            "Pass base=… with where it is now."
+        ) from error
+    if not allow_base_mismatch:
+        _check_same_base(
+            model, saved, base_print, tensors, f"{folder} was trained on ({trained_on})"
         )
     for name, value in changes.items():
         setattr(saved, name, value)
     saved.validate()
+
+    def fill(mixed: MixtureModel) -> None:
+        if wrong := misfits(layout(mixed), tensors):
+            raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")
+        load_state_dict(mixed, tensors)
+
     try:
-        restored = _put_into(cls, model, saved, tensors).eval()
+        restored = put_into(model, saved, cls, then=fill).eval()
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error
@@ -107,10 +97,9 @@ def load(
 
 def _join_dtypes(kwargs: dict[str, Any]) -> None:
     """`torch_dtype` is transformers' former name of `dtype`."""
-    if kwargs.get("torch_dtype") is None:
-        kwargs.pop("torch_dtype", None)
+    given = kwargs.pop("torch_dtype", None)
+    if given is None:
         return
-    given = kwargs.pop("torch_dtype")
     dtype = kwargs.setdefault("dtype", given)
     if str(dtype).removeprefix("torch.") != str(given).removeprefix("torch."):
         raise ValueError(
@@ -118,20 +107,41 @@ def _join_dtypes(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _generation_config(source: Source) -> GenerationConfig | None:
-    path = source.file(GENERATION_CONFIG_NAME)
-    if path is None:
-        return None
-    settings = read_json(path)
+def _weights_file(folder: str | PathLike[str], found_by: Mapping[str, Any]) -> Path:
+    """The path of the checkpoint's weights, downloaded if need be."""
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(
+            f"pretrained_model_name_or_path={folder!r} is a {type(folder).__name__}; expected the "
+            "folder that save_pretrained wrote, or the id of its repository."
+        )
     try:
-        return GenerationConfig.from_dict(settings)
+        return Path(cached_file(str(folder), SAFE_WEIGHTS_NAME, **found_by))  # type: ignore[arg-type]
+    except OSError as error:
+        # Of a repository on the hub it says itself what is wrong.
+        if not Path(folder).is_dir():
+            raise
+        raise ValueError(
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
+            "whole one."
+        ) from error
+
+
+def _generation_config(
+    folder: str | PathLike[str], found_by: Mapping[str, Any]
+) -> GenerationConfig | None:
+    try:
+        path = Path(cached_file(str(folder), GENERATION_CONFIG_NAME, **found_by))  # type: ignore[arg-type]
+    except OSError:
+        return None
+    try:
+        return GenerationConfig.from_dict(json_object(path.read_text(encoding="utf-8")))
     except Exception as error:
         # Its values are checked by transformers, with errors of many kinds.
         raise ValueError(f"{path} is not a generation configuration: {error}") from error
 
 
 def _changes(
-    source: Source, saved: MoeLoraConfig, given: MoeLoraConfig | None, kwargs: dict[str, Any]
+    folder: str, saved: MoeLoraConfig, given: MoeLoraConfig | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """What the caller wants other than saved; `AutoConfig` has put it into `given`, else it is in
     `kwargs`.
@@ -139,131 +149,84 @@ def _changes(
     Keywords of the base that AutoConfig kept for itself go back into `kwargs`.
     """
     own = MoeLoraConfig.field_names()
-    if given is None:
-        asked = {name: kwargs.pop(name) for name in own if name in kwargs}
-    else:
+    changed = kwargs
+    if given is not None:
         # Not what config.json says now: another save may have replaced it.
-        own_file = given.name_or_path == source.name
-        before = getattr(given, "as_read", saved) if own_file else saved
-        asked = {n: getattr(given, n) for n in own if getattr(given, n) != getattr(before, n)}
-        inherited = {f.name for f in fields(given)} | {"output_attentions"}
-        for name in inherited - {*own, "transformers_version", "architectures"}:
-            if getattr(given, name) != getattr(before, name):
-                kwargs.setdefault(name, getattr(given, name))
+        before = getattr(given, "as_read", saved) if given.name_or_path == folder else saved
+        names = {f.name for f in fields(given)} | {"output_attentions"}
+        names -= {"transformers_version", "architectures"}
+        changed = {n: getattr(given, n) for n in names if getattr(given, n) != getattr(before, n)}
         if attention_of(given) is not None:
             kwargs.setdefault("attn_implementation", attention_of(given))
+    asked = {name: changed.pop(name) for name in own if name in changed}
+    for name, value in changed.items():
+        kwargs.setdefault(name, value)
     if "router_options" in asked:
         asked["router_options"] = changed_options(
             saved.router, saved.router_options, asked["router_options"]
         )
-    fixed = sorted(
-        name for name in asked if name not in CHANGEABLE and asked[name] != getattr(saved, name)
-    )
+    fixed = sorted(n for n in asked if n not in CHANGEABLE and asked[n] != getattr(saved, n))
     if fixed:
         raise ValueError(
-            f"{', '.join(fixed)} cannot be changed when loading {source.name}: the experts and "
-            "routers in it were trained with what it says. These can: "
+            f"{', '.join(fixed)} cannot be changed when loading {folder}: the experts and routers "
+            "in it were trained with what it says. These can: "
             f"{', '.join(CHANGEABLE)}."
         )
-    return {name: value for name, value in asked.items() if name in CHANGEABLE}
-
-
-def _load_base(
-    cls: type[MixtureModel],
-    source: Source,
-    config: MoeLoraConfig,
-    base: str | PathLike[str] | PreTrainedModel | None,
-    kwargs: dict[str, Any],
-    allow_mismatch: bool,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base, given, inside the checkpoint or named by it, and transformers' loading info; its
-    origin is noted in `config`.
-    """
-    if isinstance(base, PreTrainedModel):
-        surplus = sorted(k for k, v in kwargs.items() if v is not None and k != "trust_remote_code")
-        if surplus:
-            raise ValueError(
-                f"{surplus} go to from_pretrained, but the base is loaded already: drop them."
-            )
-        if not allow_mismatch:
-            _check_architecture(base.config.model_type, type(base).__name__, source, config)
-        note_origin(config, base)
-        return base, {name: [] for name in NOTHING_MISSING}
-    where, found_by = _where_base(source, config, base)
-    trust = {k: kwargs[k] for k in ("trust_remote_code",) if k in kwargs}
-    try:
-        architecture = AutoConfig.from_pretrained(where, **found_by, **trust)
-    except OSError as error:
-        raise OSError(
-            f"The base of {source.name}, {where}, cannot be loaded ({error}). "
-            "Pass base=… with where it is now."
-        ) from error
-    if not allow_mismatch:
-        _check_architecture(architecture.model_type, where, source, config)
-    if config.base_config is not None:
-        kwargs.setdefault("dtype", config.base_config.get("dtype"))
-    note_origin(config, where, found_by.get("subfolder"), found_by.get("revision"))
-    return cls.auto_class.from_pretrained(where, output_loading_info=True, **found_by, **kwargs)
+    return asked
 
 
 def _where_base(
-    source: Source, config: MoeLoraConfig, base: str | PathLike[str] | None
-) -> tuple[str, dict[str, Any]]:
-    """The base's id or folder, and the keywords that find it."""
+    folder: str | PathLike[str],
+    found_by: Mapping[str, Any],
+    saved: MoeLoraConfig,
+    base: str | PathLike[str] | PreTrainedModel | None,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """The base, or its id or folder as given, inside the checkpoint or named by it; and the
+    keywords for its `from_pretrained`.
+    """
+    if isinstance(base, PreTrainedModel):
+        # Whose code is trusted already.
+        unused = {"trust_remote_code", *(name for name in kwargs if kwargs[name] is None)}
+        return base, {name: value for name, value in kwargs.items() if name not in unused}
+    keywords = {name: found_by[name] for name in ACCESS if name in found_by} | kwargs
+    if saved.base_config is not None:
+        keywords.setdefault("dtype", saved.base_config.get("dtype"))
     if base is not None:
-        return str(base), source.access
-    if config.base_folder is not None:
-        where, found_by = source.base(config.base_folder)
-    elif config.base_model_name_or_path:
-        where = config.base_model_name_or_path
-        found_by = {"revision": config.base_revision, "subfolder": config.base_subfolder}
-    else:
+        return base, keywords
+    if saved.base_folder is not None:
+        inside = Path(found_by.get("subfolder") or "", saved.base_folder)
+        if Path(folder).is_dir():
+            return Path(folder, inside), keywords
+        keywords |= {"subfolder": inside.as_posix(), "revision": found_by.get("revision")}
+        return str(folder), keywords
+    if not saved.base_model_name_or_path:
         raise ValueError(
-            f"{source.name} names no base: it was saved from a model that was made in memory. Pass "
+            f"{folder} names no base: it was saved from a model that was made in memory. Pass "
             "base=… (a folder, an id or a loaded model), or save with save_base=True."
         )
-    return where, {**source.access, **{k: v for k, v in found_by.items() if v is not None}}
+    keywords |= {"subfolder": saved.base_subfolder or "", "revision": saved.base_revision}
+    return saved.base_model_name_or_path, keywords
 
 
-def _check_architecture(model_type: str, where: str, source: Source, config: MoeLoraConfig) -> None:
-    expected = (config.base_config or {}).get("model_type", model_type)
-    if model_type != expected:
+def _check_same_base(
+    model: PreTrainedModel,
+    saved: MoeLoraConfig,
+    base_print: Mapping[str, Any],
+    excluded: Iterable[str],
+    expected: str,
+) -> None:
+    """Raise ValueError where `model` is not the `expected` base, with what differs."""
+    own_type = model.config.model_type
+    saved_type = (saved.base_config or {}).get("model_type", own_type)
+    if own_type == saved_type:
+        differing = differences(base_print, model, excluded)
+    else:
+        words = f"it is a {own_type!r} model; the experts in the checkpoint belong to a "
+        differing = [f"{words}{saved_type!r} ({saved.base_architecture})"]
+    if differing:
         raise ValueError(
-            f"{where} is a {model_type!r} model; the experts in {source.name} belong to a "
-            f"{expected!r} ({config.base_architecture}). Pass base=… with the right one."
+            f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "
+            f"{expected}: {'; '.join(differing)}. Pass base=… with the right one, or "
+            "allow_base_mismatch=True to load the experts onto this one all the same."
         )
-
-
-def _put_into(
-    cls: type[MixtureModel],
-    base: PreTrainedModel,
-    config: MoeLoraConfig,
-    tensors: Mapping[str, Tensor],
-) -> MixtureModel:
-    """`base` with the mixture that the tensors are; unchanged after an error."""
-
-    def restore(model: MixtureModel) -> None:
-        _check(model, tensors)
-        load_state_dict(model, tensors)
-
-    return put_into(base, config, cls, then=restore)
-
-
-def _check(model: MixtureModel, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the tensors are those of `model`, each of its shape and kind; nothing
-    is loaded before.
-    """
-    expected = layout(model)
-    wrong = [f"{key} is missing" for key in expected if key not in tensors]
-    for key, tensor in tensors.items():
-        own = expected.get(key)
-        if own is None:
-            wrong.append(f"{key} is unknown")
-        elif tensor.shape != own.shape:
-            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(own.shape)}")
-        elif tensor.dtype != own.dtype and not (
-            tensor.is_floating_point() and own.is_floating_point()
-        ):
-            wrong.append(f"{key} has {tensor.dtype}, expected {own.dtype}")
-    if wrong:
-        raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")

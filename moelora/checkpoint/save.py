@@ -29,13 +29,12 @@ from transformers.utils import (
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, base_class
-from ..host_internals import PEFT_ATTACHED, submodules
-from ..injection.inject import NAME, holders
+from ..host_internals import PEFT_ATTACHED
+from ..injection.base import snapshot
+from ..injection.inject import take_out_parts
 from .atomic import atomic_files
-from .fingerprint import digest, fingerprint
-from .origin import base_inside
-from .reading import is_ours, sealed
-from .state import tensors_to_save
+from .reading import BASE_FOLDER, is_ours, sealed
+from .state import digest, fingerprint, tensors_to_save
 
 # Of PreTrainedModel.save_pretrained's keywords: those for the base, and those that change nothing
 # here.
@@ -50,21 +49,7 @@ def save(
     save_base: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`.
-
-    Args:
-        model: the model to save.
-        folder: a folder, new or with an earlier checkpoint, whose place this one takes.
-        state_dict: the model's state dict where somebody else gathered it.
-        save_base: whether the base is saved too, into a folder inside `folder`.
-        kwargs: what transformers' `save_pretrained` takes and goes to the base's.
-
-    Raises:
-        OSError: the folder cannot be written; the checkpoint that was there is left as it was.
-        ValueError: the folder holds a model that moelora did not write, or a tensor is missing or
-            contains NaN or Inf.
-        TypeError: a folder that is not a path, or a keyword that does not exist.
-    """
+    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
             f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a "
@@ -75,7 +60,7 @@ def save(
     _check_nothing_foreign(folder)
     tensors = tensors_to_save(model, state_dict)
     base_print = fingerprint(model, tensors, state_dict)
-    config = describe(model, folder)
+    config = _described(model, folder)
     if save_base:
         model.moelora.check_resident("save its base")
         # Else it is None, or where this model's base lies in this folder already.
@@ -93,13 +78,8 @@ def save(
                 base.save_pretrained(staging / config.base_folder, **keywords)
 
 
-def describe(model: MixtureModel, folder: Path) -> MoeLoraConfig:
-    """A copy of the mixture's configuration that also says which base it belongs to.
-
-    Args:
-        model: the model whose configuration it is.
-        folder: where it will be saved.
-    """
+def _described(model: MixtureModel, folder: Path) -> MoeLoraConfig:
+    """A copy of the mixture's configuration that also says which base it belongs to."""
     config = copy.deepcopy(model.moelora_config)
     base = model.config.to_diff_dict()
     for ours in ("keys_to_ignore_at_inference", "quantization_config"):
@@ -107,32 +87,29 @@ def describe(model: MixtureModel, folder: Path) -> MoeLoraConfig:
     base["dtype"] = str(model.dtype).removeprefix("torch.")
     config.base_config = base
     config.base_architecture = base_class(type(model)).__name__
-    config.base_folder = base_inside(config, folder)
+    # Where its base was loaded from this folder, that is part of the new checkpoint, too.
+    config.base_folder = None
+    if config.base_model_name_or_path:
+        origin = Path(config.base_model_name_or_path, config.base_subfolder or "").resolve()
+        is_inside = origin.parent == folder.resolve() and origin.is_dir()
+        config.base_folder = (
+            origin.name if is_inside and BASE_FOLDER.fullmatch(origin.name) else None
+        )
     return config
 
 
 @contextmanager
 def as_base(model: MixtureModel) -> Iterator[PreTrainedModel]:
     """`model` with its base's class and without the mixture's tensors, while inside; hooks stay."""
-    cls = type(model)
-    before = {module: dict(submodules(module)) for module in holders(model)}
-    for module in before:
-        delattr(module, NAME)
-    ignored = model.config.__dict__.pop("keys_to_ignore_at_inference", None)
-    attached = model.__dict__.pop(PEFT_ATTACHED, None)
-    model.__class__ = base_class(cls)  # type: ignore[assignment]
+    restore = snapshot(model)
     try:
+        take_out_parts(model)
+        model.config.__dict__.pop("keys_to_ignore_at_inference", None)
+        model.__dict__.pop(PEFT_ATTACHED, None)
+        model.__class__ = base_class(type(model))  # type: ignore[assignment]
         yield model
     finally:
-        model.__class__ = cls
-        for module, children in before.items():
-            # All of them, so that they keep their order.
-            submodules(module).clear()
-            submodules(module).update(children)
-        if ignored is not None:
-            model.config.keys_to_ignore_at_inference = ignored
-        if attached is not None:
-            setattr(model, PEFT_ATTACHED, attached)
+        restore()
 
 
 def _check_keywords(kwargs: Mapping[str, Any]) -> None:
@@ -153,13 +130,11 @@ def _check_keywords(kwargs: Mapping[str, Any]) -> None:
 def _check_nothing_foreign(folder: Path) -> None:
     """Raise ValueError where a model that moelora did not write would be overwritten."""
     ours = {name: is_ours(folder, name) for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME)}
-    others = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    foreign = [name for name, is_own in ours.items() if is_own is False]
     if True not in ours.values():
         # Neither a config.json nor weights of ours: a damaged file may be anybody's.
-        ours |= dict.fromkeys(others)
-        foreign = [name for name in ours if (folder / name).exists()]
-    else:
-        foreign = [name for name, is_own in ours.items() if is_own is False]
+        others = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        foreign = [name for name in (*ours, *others) if (folder / name).exists()]
     if foreign:
         raise ValueError(
             f"{folder} holds a model that moelora did not write ({', '.join(foreign)}), perhaps "

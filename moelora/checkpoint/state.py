@@ -1,23 +1,26 @@
-"""What of a model's state dict a checkpoint holds, and loading a state dict into a mixture."""
+"""What a checkpoint says of a model: the tensors that were trained, and of its base a fingerprint,
+shapes and a sample of values, by which it is known again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..core.experts import is_sharded
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel, base_class
-from ..injection.targets import saved_modules
+from ..injection.sites import saved_modules
 
-
-class LoadedKeys(NamedTuple):
-    """What `load_state_dict` returns, under torch's names."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+SAMPLED_TENSORS = 32
+SAMPLED_VALUES = 8
+EXACT = (torch.float32, torch.float64)
 
 
 def layout(model: MixtureModel) -> dict[str, Tensor]:
@@ -32,7 +35,7 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not Mixture.owns(name)
     }
-    for _, module in saved_modules(model, model.moelora_config, model.is_classifier):
+    for module in saved_modules(model, model.moelora_config, model.is_classifier):
         # Also where the user froze it after training it.
         trained |= {id(parameter) for parameter in module.parameters()}
     held = {}
@@ -43,61 +46,60 @@ def layout(model: MixtureModel) -> dict[str, Tensor]:
     return model.moelora.merged(held)
 
 
+def misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """In words, in what `tensors` are not those of a layout, each of its shape and kind."""
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    for key, tensor in tensors.items():
+        own = expected.get(key)
+        if own is None:
+            wrong.append(f"{key} is unknown")
+        elif tensor.shape != own.shape:
+            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(own.shape)}")
+        elif tensor.dtype != own.dtype and not (
+            tensor.is_floating_point() and own.is_floating_point()
+        ):
+            wrong.append(f"{key} has {tensor.dtype}, expected {own.dtype}")
+    return wrong
+
+
 def tensors_to_save(
     model: MixtureModel, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint of `model`, on the CPU.
 
-    Args:
-        model: the model to save.
-        state_dict: the model's state dict where somebody else gathered it (FSDP, accelerate), raw
-            or merged; the base's keys may be missing.
+    state_dict: the model's state dict where somebody else gathered it (FSDP, accelerate), raw or
+    merged; the base's keys may be missing.
 
     Raises:
         ValueError: the state dict lacks a tensor, or one has another shape, is on the meta device,
             or contains NaN or Inf.
     """
-    state = nn.Module.state_dict(model) if state_dict is None else state_dict
-    state = model.moelora.merged(state)
-    tensors = {}
-    wrong = []
-    for key, expected in layout(model).items():
-        tensor = state.get(key)
-        if tensor is None:
-            wrong.append(f"{key} is missing")
-        elif tensor.shape != expected.shape:
-            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(expected.shape)}")
-        elif tensor.device.type == "meta":
+    state = model.moelora.merged(nn.Module.state_dict(model) if state_dict is None else state_dict)
+    expected = layout(model)
+    own = {key: state[key] for key in expected if key in state}
+    wrong = misfits(expected, own)
+    for key, tensor in own.items():
+        if tensor.is_meta:
             wrong.append(f"{key} is offloaded (pass state_dict=accelerator.get_state_dict(model))")
         elif not is_finite(tensor):
             wrong.append(f"{key} contains NaN or Inf")
-        else:
-            tensors[key] = tensor.detach().cpu().contiguous()
     if wrong:
         raise ValueError(
             f"This model cannot be saved: {'; '.join(wrong[:6])} ({len(wrong)} in all). "
             "Nothing was written."
         )
-    return tensors
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
 
 
 def load_state_dict(
     model: MixtureModel, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-) -> LoadedKeys:
-    """Load tensors into `model`; missing keys of the base are forgiven, of the mixture never.
-
-    Args:
-        model: the model to load into; unchanged after an error about the mixture.
-        state_dict: the model's own state dict, or the merged form of a checkpoint.
-        strict: whether keys that the model lacks are an error.
-        assign: as in `torch.nn.Module.load_state_dict`.
-
-    Raises:
-        RuntimeError: a key of the mixture is missing, unknown, or of the wrong shape.
+) -> Any:
+    """Load tensors into `model`, which is unchanged after an error about the mixture; returns what
+    torch's does. Missing keys of the base are forgiven, of the mixture never.
     """
     state = model.moelora.merged(state_dict)
     expected = layout(model)
-    missing = sorted(set(expected) - set(state))
+    missing = sorted(expected.keys() - state.keys())
     surplus = sorted(key for key in state if Mixture.owns(key) and key not in expected)
     if missing or surplus:
         raise RuntimeError(
@@ -116,13 +118,116 @@ def load_state_dict(
         raise RuntimeError(
             f"The state dict has keys that the model lacks: {result.unexpected_keys[:5]}."
         )
-    return LoadedKeys([], result.unexpected_keys)
+    return result._replace(missing_keys=[])
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether `tensor` has no NaN and no Inf."""
-    if not tensor.is_floating_point():
-        return True
     # float8 has no isfinite.
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    return bool(tensor.isfinite().all())
+    small = tensor.is_floating_point() and tensor.element_size() == 1
+    return bool((tensor.float() if small else tensor).isfinite().all())
+
+
+def fingerprint(
+    model: PreTrainedModel, excluded: Iterable[str], gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Shapes by name, and a few values of a few tensors, of the base inside `model`.
+
+    excluded: the keys that are not part of it, since they are trained.
+    gathered: whole tensors by key, where the model's own are sharded or offloaded.
+    """
+    tensors = _base_tensors(model, excluded)
+    tensors |= {name: own for name, own in (gathered or {}).items() if name in tensors}
+    names = [name for name, tensor in tensors.items() if _has_values(tensor)]
+    names = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    return {
+        "shapes": {name: _shape(tensor) for name, tensor in tensors.items()},
+        "sample": {name: _values(tensors[name]) for name in names},
+        "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
+    }
+
+
+def digest(print_: Mapping[str, Any]) -> str:
+    """A short hash of a fingerprint, for a folder's name."""
+    return hashlib.sha256(json.dumps(print_, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_fingerprint(saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `saved`, read from a file, has the form that `fingerprint` gives."""
+    shapes, sample, dtypes = (saved.get(part) for part in ("shapes", "sample", "dtypes"))
+    if not (isinstance(shapes, dict) and isinstance(sample, dict) and isinstance(dtypes, dict)):
+        raise ValueError("the base's fingerprint lacks shapes, sample or dtypes")
+    for name, values in sample.items():
+        numbers = isinstance(values, list) and all(isinstance(v, float) for v in values)
+        dtype = getattr(torch, str(dtypes.get(name)), None)
+        if name not in shapes or not (numbers and values) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"the base's fingerprint is not valid at {name[:80]!r}")
+
+
+def differences(
+    saved: Mapping[str, Any], model: PreTrainedModel, excluded: Iterable[str]
+) -> list[str]:
+    """What differs between the base with the fingerprint `saved` and the one in `model`, in words.
+
+    excluded: the keys that are not part of the base, since they were trained.
+    """
+    tensors = _base_tensors(model, excluded)
+    shapes = saved["shapes"]
+    differing = []
+    for title, names in (
+        ("weights it lacks", sorted(shapes.keys() - tensors.keys())),
+        ("weights it has in addition", sorted(tensors.keys() - shapes.keys())),
+    ):
+        if names:
+            differing.append(f"{title}: {', '.join(names[:4])} ({len(names)} in all)")
+    for name, tensor in tensors.items():
+        now = _shape(tensor)
+        then = shapes.get(name)
+        if None not in (now, then) and now != then:
+            differing.append(f"{name} is {now}, was {then}")
+    return differing[:8] or _value_differences(saved, tensors)
+
+
+def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Sampled tensors that changed by more than loading in another floating dtype explains."""
+    changed = []
+    for name, values in saved["sample"].items():
+        tensor = tensors[name]
+        if not _has_values(tensor):
+            continue
+        now = torch.tensor(_values(tensor))
+        then = torch.tensor(values)
+        # Through 16 bits, then or now, the same weights come out nearly the same.
+        same_bits = tensor.dtype in EXACT and getattr(torch, saved["dtypes"][name]) in EXACT
+        rtol, atol = (0.0, 0.0) if same_bits else (1e-2, 1e-4)
+        if now.shape != then.shape or not torch.allclose(now, then, rtol=rtol, atol=atol):
+            changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
+    return changed[:4]
+
+
+def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Tensor]:
+    skip = set(excluded)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not Mixture.owns(name) and name not in skip
+    }
+
+
+def _shape(tensor: Tensor) -> list[int] | None:
+    """None for what is quantised, whose storage may have any shape."""
+    return list(tensor.shape) if tensor.is_floating_point() else None
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether this process has values of `tensor` to compare, as a whole."""
+    there = tensor.is_floating_point() and tensor.numel() > 0
+    return there and not tensor.is_meta and not is_sharded(tensor)
+
+
+def _values(tensor: Tensor) -> list[float]:
+    """A few values spread over the tensor, exactly representable in JSON."""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLED_VALUES, flat.numel())
+    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+    return flat[where.to(flat.device)].float().tolist()

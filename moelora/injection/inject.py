@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from ..core.linear import ExpertHook, LayerRoutingHook, Site
 from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
-from .sites import check_sites, device_of, find_sites
-from .targets import decoder_layer, features, saved_modules
+from .base import snapshot
+from .sites import check_sites, decoder_layer, device_of, features, find_sites, saved_modules
 
 NAME = "moelora"
 
@@ -28,34 +27,47 @@ def put_into(
     public: type[MixtureModel],
     then: Callable[[Any], None] | None = None,
 ) -> Any:
-    """Make `model` one with a mixture, in place; all of it is undone if any of it fails.
-
-    Args:
-        model: the base.
-        config: of the mixture; its `sites` are filled in.
-        public: the class of ours that the model becomes an instance of.
-        then: what else is done with it.
+    """Make `model` one of the class `public` with a mixture, in place, and do `then` with it; all
+    of it is undone if any of it fails.
     """
-    with undone_on_error(model):
-        inject(model, config, public.is_classifier)
+    undo = snapshot(model)
+    try:
+        _inject(model, config, public.is_classifier)
         mixed = become(model, public)
         if then is not None:
             then(mixed)
+    except BaseException:
+        undo()
+        raise
     return mixed
 
 
-def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = False) -> Mixture:
-    """Put a mixture into `model`, in place: freeze it, make sites and routers, hook linears.
+def unload(model: MixtureModel) -> PreTrainedModel:
+    """Take the mixture out, in place: the base is as it was, with its own class."""
+    trained = set(model.moelora.trained_before)
+    gradient_checkpointing.unwrap(model)
+    for module in model.modules():
+        for hook in hooks_of(module):
+            if isinstance(hook, (ExpertHook, LayerRoutingHook)):
+                hook.handle.remove()
+    take_out_parts(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return revert(model)
+
+
+def take_out_parts(model: nn.Module) -> None:
+    """Take what a mixture has in decoder layers and in `model` itself out of them; hooks stay."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, NAME, None), (Mixture, LayerExperts)):
+            delattr(module, NAME)
+
+
+def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> None:
+    """Freeze `model`, make sites and routers, hook linears.
 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
-
-    Raises:
-        ValueError: nothing to adapt, or a named module that cannot be adapted, with the reason.
     """
-    if hasattr(model, NAME):
-        raise ValueError(
-            f"{type(model).__name__} holds a mixture already; take it out with unload() first."
-        )
     mixture = Mixture(config)
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
@@ -63,9 +75,10 @@ def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = 
         check_sites(model, config.sites)
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
-    for _, module in saved_modules(model, config, is_classifier):
+    for module in saved_modules(model, config, is_classifier):
         module.requires_grad_(True)
-    _add_routers(model, mixture)
+    if config.router_scope in ("layer", "model"):
+        _add_shared_routers(model, mixture, config.sites)
     for names in config.sites:
         _add_site(model, mixture, names)
     device = next(mixture.factors()).block(0).device
@@ -73,81 +86,25 @@ def inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool = 
     mixture.has_values = device.type != "meta"
     gradient_checkpointing.wrap(model, mixture.context)
     setattr(model, NAME, mixture)
-    return mixture
 
 
-def unload(model: MixtureModel) -> PreTrainedModel:
-    """Take the mixture out, in place: the base is as it was, with its own class."""
-    trained = set(model.moelora.trained_before)
-    eject(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    return revert(model)
-
-
-def eject(model: nn.Module) -> None:
-    """Take every part of a mixture out of `model`, in place."""
-    gradient_checkpointing.unwrap(model)
-    for module in model.modules():
-        for hook in hooks_of(module):
-            if isinstance(hook, (ExpertHook, LayerRoutingHook)):
-                hook.handle.remove()
-    for module in holders(model):
-        delattr(module, NAME)
-
-
-def holders(model: nn.Module) -> list[nn.Module]:
-    """The modules of `model` that hold a part of a mixture: decoder layers and the model itself."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, NAME, None), (Mixture, LayerExperts))
-    ]
-
-
-@contextmanager
-def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """If what is done to `model` inside fails, give it back as it was."""
-    cls = type(model)
-    attributes = dict(model.__dict__)
-    settings = dict(model.config.__dict__)
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        eject(model)
-        model.__class__ = cls
-        for owner, before in ((model, attributes), (model.config, settings)):
-            owner.__dict__.clear()
-            owner.__dict__.update(before)
-        for parameter, trained in trains:
-            parameter.requires_grad_(trained)
-        raise
-
-
-def _add_routers(model: PreTrainedModel, mixture: Mixture) -> None:
+def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[list[str]]) -> None:
     """Make the routers of scopes "layer" and "model", and the hooks that run them."""
     config = mixture.config
-    assert config.sites is not None
-    if config.router_scope in ("site", "projection"):
-        return
-    layers = dict.fromkeys(decoder_layer(model, names[0]) for names in config.sites)
+    layers = list(dict.fromkeys(str(decoder_layer(model, names[0])) for names in sites))
     if config.router_scope == "model":
-        stack = next(layer for layer in layers if layer is not None).rpartition(".")[0]
-        layers = {f"{stack}.{config.router_layer}": None}
+        layers = [f"{layers[0].rpartition('.')[0]}.{config.router_layer}"]
     modules = dict(model.named_modules())
     for layer in layers:
-        assert layer is not None
         if layer not in modules:
             raise ValueError(
                 f"router_layer={config.router_layer} is not a decoder layer of this "
                 f"{type(model).__name__}: {layer} does not exist. Choose a smaller number."
             )
-        module = modules[layer]
         hidden = model.config.get_text_config().hidden_size
         experts = _place(model, mixture, layer)
-        index = mixture.add_router(experts, layer, hidden, device=device_of(module))
-        LayerRoutingHook(mixture.context, index, module)
+        index = mixture.add_router(experts, layer, hidden, device=device_of(modules[layer]))
+        LayerRoutingHook(mixture.context, index, modules[layer])
 
 
 def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:

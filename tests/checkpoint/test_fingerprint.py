@@ -8,8 +8,7 @@ from bases import causal_base, classifier_base
 from checkpoint.stored import load, logits, mixture_on, same, saved, write_base
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.checkpoint.fingerprint import differences, digest, fingerprint
-from moelora.checkpoint.state import tensors_to_save
+from moelora.checkpoint.state import differences, digest, fingerprint, tensors_to_save
 
 
 def test_a_base_of_another_architecture_is_named(tmp_path):

@@ -12,9 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moelora import MoeLoraForCausalLM
-from moelora.checkpoint.fingerprint import differences, fingerprint
 from moelora.checkpoint.save import as_base
-from moelora.checkpoint.state import layout
+from moelora.checkpoint.state import differences, fingerprint, layout
 
 
 def _state(model):
