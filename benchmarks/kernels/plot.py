@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels.candidates import FROZEN
 from benchmarks.kernels.cases import Suite
+from benchmarks.kernels.names import FROZEN
 
 LABELS = {
     "tokens": "tokens T",

@@ -5,10 +5,10 @@ interpreter.
 from __future__ import annotations
 
 import torch
+from benchmarks.kernels.layer import ROUTED, layer_decode
 
 from benchmarks.kernels.bounds import Peaks
 from benchmarks.kernels.cases import suite_for
-from benchmarks.kernels.layer import ROUTED, layer_decode
 from benchmarks.kernels.measures import Run
 
 
