@@ -160,10 +160,14 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
         ids=ids,
         weights=chosen.softmax(1).requires_grad_(),
         dy=normal(case.tokens, case.d_out, leaf=False),
-        fp32=tuple(factor.detach().float().requires_grad_() for factor in (A, B)),
+        fp32=(_fp32_leaf(A), _fp32_leaf(B)),
         lora=factors(case.top_k * case.rank, case.top_k * case.rank),
         lora_16=factors(16, 16),
     )
+
+
+def _fp32_leaf(factor: Tensor) -> Tensor:
+    return factor.detach().float().requires_grad_()
 
 
 def candidates() -> list[Candidate]:

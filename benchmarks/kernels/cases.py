@@ -63,6 +63,7 @@ class Suite:
     decode: shapes of which decode_tokens are decoded; layer, model: what is measured as a whole.
     sweep: the middle of the scaling plots; axes: the values of each of its fields.
     tiny: whether it runs, no figures to keep.
+    interpreted: a kernel takes a second, so few of each kind.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Suite:
     rounds: int
     decode_tokens: tuple[int, ...] = (1, 16, 64)
     tiny: bool = False
+    interpreted: bool = False
 
     def decoding(self) -> list[Case]:
         """Every shape of `decode` with every number of tokens."""
@@ -184,4 +186,5 @@ INTERPRETED = replace(
     growth=(replace(TINY, tokens=8), replace(TINY, tokens=8, experts=8)),
     decode_tokens=(1,),
     rounds=1,
+    interpreted=True,
 )

@@ -140,7 +140,7 @@ def first(run: Run) -> Iterator[Unit]:
 
 def others(run: Run) -> Iterator[Unit]:
     """Every shape and path in the other dtypes."""
-    if run.suite.tiny:
+    if run.suite.interpreted:
         shapes = {"small": SMALL["small"]}
         yield from _units(run, shapes, [torch.float32], DECODED[:1])
     else:
@@ -149,7 +149,7 @@ def others(run: Run) -> Iterator[Unit]:
 
 def shapes_of(run: Run) -> dict[str, Shape]:
     """The shapes of this run."""
-    return SMALL if run.suite.tiny else SHAPES
+    return SMALL if run.suite.interpreted else SHAPES
 
 
 def _units(
@@ -184,7 +184,7 @@ def again(run: Run) -> Iterator[Unit]:
         return run.captured(partial(outcome, function, values))()
 
     ways: dict[str, Same] = {"torch.compile": compiled, "CUDA graph": replayed}
-    for (check, way), path in product(ways.items(), PATHS[:1] if run.suite.tiny else PATHS):
+    for (check, way), path in product(ways.items(), PATHS[:1] if run.suite.interpreted else PATHS):
         columns = {"check": check, "case": name, "path": path, "dtype": str(run.suite.dtype)}
         same = partial(_same, run, shapes[name], path, way)
         yield f"{check}, {path}", partial(_judged, run, columns, same)

@@ -50,7 +50,7 @@ def right(run: Run) -> Iterator[Unit]:
     for what is timed later.
     """
     cases = (*run.suite.cases, *run.suite.growth[1:])
-    for case in cases[:1] if run.suite.tiny else cases:
+    for case in cases[:1] if run.suite.interpreted else cases:
 
         def rows(case: Case = case) -> Iterator[Row]:
             inputs = run.inputs(case)
@@ -71,7 +71,7 @@ def table(run: Run, modes: Iterable[Mode] = WITH_BASE) -> Iterator[Unit]:
 
 def alone(run: Run) -> Iterator[Unit]:
     """Ours without the base, over the bound: the cases of the two paths."""
-    for case in run.suite.growth[:2]:
+    for case in run.suite.growth[: 1 if run.suite.interpreted else 2]:
 
         def rows(case: Case = case) -> Iterator[Row]:
             asked = [c for c in run.asked() if c.backend or c.kind == "base"]
@@ -151,7 +151,7 @@ def _decode_rows(run: Run, case: Case) -> Iterator[Row]:
 
 def growth(run: Run) -> Iterator[Unit]:
     """Our time at many experts over that at few, all in one run of turns."""
-    for mode in (TRAINING, ALONE):
+    for mode in (TRAINING,) if run.suite.interpreted else (TRAINING, ALONE):
         yield mode.name, lambda mode=mode: _growth_rows(run, mode)
 
 
@@ -168,7 +168,7 @@ def _growth_rows(run: Run, mode: Mode) -> Iterator[Row]:
         }
         if few.name not in calls:
             continue
-        timings = run.timed(calls, more=1 if run.suite.tiny else MORE_ROUNDS)
+        timings = run.timed(calls, more=1 if run.suite.interpreted else MORE_ROUNDS)
         for inputs in cases[1:]:
             many = inputs.case
             if not {many.name, few.name} <= timings.seconds.keys():

@@ -61,7 +61,7 @@ def compiled(run: Run) -> Iterator[Unit]:
     shape = run.suite.model
     yield f"{MODEL}: {STATIC}", lambda: generate(run, shape, STATIC)
     for what, shape in ((LAYER, run.suite.layer), (MODEL, run.suite.model)):
-        if what == LAYER or not run.suite.tiny:
+        if what == LAYER or not run.suite.interpreted:
             yield f"{what}: {COMPILED}", lambda w=what, s=shape: forwards(run, w, s, 1, COMPILED)
 
 
@@ -89,9 +89,10 @@ def models_of(run: Run, shape: cases.Model, lora: bool = False) -> Models:
         eos_token_id=None,
         pad_token_id=None,
     )
-    dtype = torch.float32 if run.suite.tiny else run.suite.dtype
+    dtype = torch.float32 if run.suite.interpreted else run.suite.dtype
     with torch.device(run.device):
-        base = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        base = LlamaForCausalLM(config)
+    base.to(dtype=dtype).eval().requires_grad_(False)  # type: ignore[reportArgumentType]
     mixture = MoeLoraConfig(
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
@@ -146,7 +147,8 @@ def training(run: Run, what: str, shape: cases.Model) -> Iterator[Row]:
             x.grad = None
             loss = candidate(inputs_embeds=x, labels=labels, use_cache=False).loss
             loss.backward()
-            return [loss.detach(), x.grad, *(p.grad for p in trained if p.grad is not None)]
+            grads = (tensor.grad for tensor in (x, *trained))
+            return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
         return step
 
@@ -273,8 +275,10 @@ def _compiled(run: Run, call: Way) -> Way:
     """The call under torch.compile; without a GPU there is no graph for it to make."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    options = {"mode": "reduce-overhead"} if run.is_gpu else {"backend": "aot_eager"}
-    fast = torch.compile(call, **options)
+    if run.is_gpu:
+        fast = torch.compile(call, mode="reduce-overhead")
+    else:
+        fast = torch.compile(call, backend="aot_eager")
 
     def started() -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()

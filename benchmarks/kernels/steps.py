@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 ROOM = "benchmarks.kernels"
 # How much longer a step may take on a busy machine without a GPU.
-SLOW = 2
+SLOW = 6
 # Its candidates fail on purpose where there is no GPU.
 LINEARS = "linears"
 
@@ -31,7 +31,7 @@ class Step:
 # At most 540 s in all: the limits add up to more, since hardly any step needs its own.
 STEPS = (
     Step("smoke", "gpu_checks:smoke", 60, processes=4),
-    Step("what decides the dispatch", "questions:dispatch", 45),
+    Step("what decides the dispatch", "questions:units", 45),
     Step("right in the dtype that is timed", "gpu_checks:first", 90, processes=12),
     Step(LINEARS, "measures:table", 120),
     Step("a decoder layer", "models:layer", 60),
@@ -42,7 +42,7 @@ STEPS = (
     Step("growth with E", "measures:growth", 40),
     Step("mixtures alone", "measures:alone", 30),
     Step("decoding linears", "measures:decode", 45),
-    Step("questions about the kernels", "questions:kernels", 45),
+    Step("questions about the kernels", "kernel_questions:units", 45),
     Step("tiles, compiled", "tiles:compiled", 60, processes=12),
     Step("tiles, timed", "tiles:timed", 300),
 )

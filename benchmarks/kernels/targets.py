@@ -68,7 +68,8 @@ class Target:
         """Why there is no figure, as far as a row says it."""
         for row in rows:
             of_case = self.case in (None, row.get("case"))
-            if row.get("candidate") == self.candidate and of_case:
+            here = of_case and row.get("measure") in (None, self.measure)
+            if here and row.get("candidate") == self.candidate:
                 said = row.get("failed") or row.get("not run")
                 if said:
                     return said
@@ -139,7 +140,8 @@ def gpu_targets(suite: Suite) -> list[Target]:
 
 def _against_the_base(suite: Suite, name: str) -> list[Target]:
     over = "over frozen linear"
-    first, many = suite.cases[0].name, suite.growth[1]
+    first = suite.cases[0].name
+    many = suite.growth[1]
     few = suite.growth[0].experts
     of_many = f"{name}, E={many.experts}"
     targets = [

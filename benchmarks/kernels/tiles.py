@@ -5,7 +5,7 @@ checked and the table saved case by case.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from moelora_kernels.triton import tune
@@ -28,14 +28,14 @@ def timed(run: Run) -> Iterator[Unit]:
         yield f"{case}", lambda case=case: _tune(run, case)
 
 
-def _cases(run: Run) -> tuple[tuple[str, int, int], ...]:
-    return TINY if run.suite.tiny else tune.CASES
+def _cases(run: Run) -> Sequence[tune.TileCase]:
+    return TINY if run.suite.interpreted else tune.CASES
 
 
 def _trials(
     run: Run, case: tune.TileCase, seconds: Callable[[Callable[[], object]], float]
 ) -> Iterator[tune.Trial]:
-    features = TINY_FEATURES if run.suite.tiny else tune.D
+    features = TINY_FEATURES if run.suite.interpreted else tune.D
     return tune.trials(case, run.suite.dtype, run.device, seconds, run.attempt, features)
 
 

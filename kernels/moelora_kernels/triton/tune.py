@@ -58,6 +58,8 @@ CASES = [
 TileCase = tuple[str, int, int]
 # ‖got − the default tile's‖ over its own: the order of a sum may differ, nothing else.
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+# The slots were cut into tiles of BLOCK_T before; a program of decode_expand holds all ranks.
+FIXED = {"expand_slots": "BLOCK_T", "decode_expand": "BLOCK_R"}
 # Calls it, and says what it died of, or None.
 Attempt = Callable[[str, Callable[[], object]], str | None]
 
@@ -168,8 +170,8 @@ def trials(
     default = default_tile(kernel, _held(kernel, tokens), width, dtype.itemsize)
     wanted = _values(launch(""))
     tried = neighbours(default)
-    if kernel == "expand_slots":
-        tried = [tile for tile in tried if tile.BLOCK_T == default.BLOCK_T]
+    if name := FIXED.get(kernel):
+        tried = [tile for tile in tried if getattr(tile, name) == getattr(default, name)]
     with tempfile.TemporaryDirectory() as folder:
         for nth, tile in enumerate(tried):
             path = Path(folder) / f"{nth}.json"
