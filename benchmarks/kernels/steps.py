@@ -47,7 +47,7 @@ STEPS = (
     Step("tiles, timed", "tiles:timed", 300),
 )
 # What goes wrong in them goes wrong on purpose.
-FAULTS = Step("fails on purpose", "faults:units", 60, stall=3)
+FAULTS = Step("fails on purpose", "faults:units", 300, stall=3)
 
 
 def steps_for(tiny: bool) -> tuple[Step, ...]:
