@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
 
 # `make test-models` alone is what a change to moelora needs.
-.PHONY: test test-models test-interpreted test-offline test-transformers demo bench gpu docs lint format clean
+.PHONY: test test-models test-interpreted test-offline test-transformers demo bench gpu test-oldest docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them. Three runs, two at a time: what
 # compiles for chips that are not there takes as long as what interprets, and the rest as both.
@@ -51,10 +51,28 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_kernels
 	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
 
-# Needs a GPU and a plain python3 with torch >= 2.11, triton >= 3.6, einops and transformers >= 5.17:
-# nothing is installed.
+# Needs a GPU and a plain python3 with what pyproject.toml names, torch >= 2.11 and so on: nothing is
+# installed. Where .git did not travel along: make gpu COMMIT=abc. Without a GPU: make gpu ARGS=--tiny
+COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 gpu:
-	PYTHONPATH=kernels $(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu --commit "$(COMMIT)" $(ARGS)
+
+# By hand, once for each change of the kernels: on the oldest versions that pyproject.toml allows, which
+# are the GPU machine's. torch has no older build than for CUDA: about 5 GB, and it works on a CPU.
+OLDEST := .venv-oldest
+OLDEST_PYTEST := $(TEST_ENV) $(OLDEST)/bin/python -m pytest
+OLDEST_TESTS ?= tests/kernels tests/core tests/checkpoint tests/injection tests/routers tests/training
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST_PYTEST) --ignore=$(OFFLINE) $(OLDEST_TESTS)
+	TRITON_INTERPRET=1 $(OLDEST_PYTEST) tests/interpreted tests/kernels/test_backends.py
+	$(OLDEST_PYTEST) $(OFFLINE)
+
+# Every version is in the file, so nothing is left for pip to choose or to add.
+$(OLDEST)/.installed: constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 # API pages from the docstrings: open site/index.html.
 docs: $(VENV)/.docs
@@ -90,4 +108,4 @@ $(VENV)/.docs: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

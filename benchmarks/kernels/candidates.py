@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, pad
 
 from benchmarks.kernels.cases import Case
+from benchmarks.kernels.names import (
+    EINSUM,
+    FROZEN,
+    GROUPED,
+    LOOP,
+    LORA,
+    LORA_16,
+    PAIRS,
+    PEFT_LOOP,
+    ours,
+)
 
-FROZEN = "frozen linear"
-LORA = "single LoRA rank K·r"
-LORA_16 = "single LoRA rank 16, addmm_"
-LOOP = "loop over experts"
-PEFT_LOOP = "loop over experts, PEFT's way"
-EINSUM = "dense einsum"
-GROUPED = "grouped_mm"
-PAIRS = "pair rows with reduce"
 SCALING = 2.0
 
 
@@ -32,6 +35,7 @@ class Inputs:
 
     x [T, d_in], base [d_out, d_in], A [R, d_in], B [R, d_out], ids and weights [rows, K], dy [T,
     d_out];
+    fp32: A and B with the same values in fp32, as a model keeps them.
     lora: the factors of a single LoRA of rank K·r, lora_16 of rank 16.
     given: what stands in for the base's output where the mixture is measured alone; None runs the
     base.
@@ -45,6 +49,7 @@ class Inputs:
     ids: Tensor
     weights: Tensor
     dy: Tensor
+    fp32: tuple[Tensor, Tensor]
     lora: tuple[Tensor, Tensor]
     lora_16: tuple[Tensor, Tensor]
     given: Tensor | None = None
@@ -80,7 +85,7 @@ class Candidate:
 
     kind: base, lora or mixture. own_bytes: its largest intermediates, forward and backward, in
     elements.
-    captured: whether a CUDA graph can hold it. backend and path: ours only.
+    captured: whether a CUDA graph can hold it. backend, path and fp32 (factors): ours only.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Candidate:
     captured: bool = True
     backend: str | None = None
     path: str | None = None
+    fp32: bool = False
 
     def run(self, inputs: Inputs) -> Tensor:
         """base(x) and the adapter's part."""
@@ -105,6 +111,8 @@ class Candidate:
         needed = self.own_elements(inputs.case) * inputs.x.element_size()
         if needed > free_bytes:
             return f"needs about {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are free"
+        if self.fp32 and inputs.x.dtype.itemsize > 2:
+            return "its factors are fp32 without it"
         return refusal(self.backend, inputs.x.device, inputs.x.dtype) if self.backend else None
 
 
@@ -152,9 +160,14 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
         ids=ids,
         weights=chosen.softmax(1).requires_grad_(),
         dy=normal(case.tokens, case.d_out, leaf=False),
+        fp32=(_fp32_leaf(A), _fp32_leaf(B)),
         lora=factors(case.top_k * case.rank, case.top_k * case.rank),
         lora_16=factors(16, 16),
     )
+
+
+def _fp32_leaf(factor: Tensor) -> Tensor:
+    return factor.detach().float().requires_grad_()
 
 
 def candidates() -> list[Candidate]:
@@ -188,23 +201,27 @@ def candidates() -> list[Candidate]:
     for backend in BACKENDS:
         if backend != "reference":
             chosen += [_ours(backend, path) for path in (None, *PATHS)]
+            chosen += [_ours(backend, path, fp32=True) for path in (None, *PATHS)]
     return chosen
 
 
-def ours(backend: str, path: str | None = None) -> str:
-    """The name of our candidate."""
-    return f"ours {backend}" + (f" {path}" if path else "")
+def on_a_gpu() -> list[Candidate]:
+    """Those that are worth a lent GPU's time: eager only on the path that is fast there."""
+    chosen = [c for c in candidates() if c.backend != "eager" or c.path == "dense"]
+    return [c for c in chosen if not (c.backend == "eager" and c.fp32)]
 
 
-def _ours(backend: str, path: str | None) -> Candidate:
+def _ours(backend: str, path: str | None, fp32: bool = False) -> Candidate:
+    def factors(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return inputs.fp32 if fp32 else (inputs.A, inputs.B)
+
     def add(inputs: Inputs, y: Tensor) -> Tensor:
         case = inputs.case
         offsets = tuple(range(0, case.experts * case.rank + 1, case.rank))
-        factors = (inputs.A, inputs.B)
         routing = (inputs.ids, inputs.weights)
         return lora_mixture(
             inputs.x,
-            *factors,
+            *factors(inputs),
             *routing,
             offsets,
             (SCALING,) * case.experts,
@@ -222,7 +239,14 @@ def _ours(backend: str, path: str | None) -> Candidate:
         return 2 * gathered if (backend, path) == ("eager", "sequence") else 0
 
     return Candidate(
-        ours(backend, path), "mixture", add, own_elements=own_elements, backend=backend, path=path
+        ours(backend, path, fp32),
+        "mixture",
+        add,
+        trained=lambda i: (i.x, *factors(i), i.weights),
+        own_elements=own_elements,
+        backend=backend,
+        path=path,
+        fp32=fp32,
     )
 
 

@@ -32,17 +32,25 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The linears of a decoder layer: for each site what it reads and what its linears write."""
+class Model:
+    """A Llama of random weights under a mixture: sizes, the mixture's, and what it is given."""
 
     name: str
-    sites: tuple[tuple[int, tuple[int, ...]], ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    length: int
+    new_tokens: int
     experts: int = 8
     rank: int = 16
     top_k: int = 2
 
     def named(self, tokens: int) -> str:
-        """The layer and its mixtures for so many tokens."""
+        """The model and its mixtures for so many tokens."""
         return f"{self.name} T={tokens} E={self.experts} r={self.rank} K={self.top_k}"
 
 
@@ -51,21 +59,26 @@ class Suite:
     """What one run measures.
 
     cases: forward and backward; the first is the one that most targets are about.
-    growth: two cases that differ in E alone; their times' ratio is a target.
-    decode: shapes of which decode_tokens are decoded; layer: the whole layer that is.
+    growth: cases that differ in E alone; their times over the first's are a target.
+    decode: shapes of which decode_tokens are decoded; layer, model: what is measured as a whole.
     sweep: the middle of the scaling plots; axes: the values of each of its fields.
+    tiny: whether it runs, no figures to keep.
+    interpreted: a kernel takes a second, so few of each kind.
     """
 
     name: str
     dtype: torch.dtype
     cases: tuple[Case, ...]
-    growth: tuple[Case, Case]
+    growth: tuple[Case, ...]
     decode: tuple[Case, ...]
-    layer: Layer
+    layer: Model
+    model: Model
     sweep: Case
     axes: tuple[tuple[str, tuple[int, ...]], ...]
     rounds: int
-    decode_tokens: tuple[int, ...] = (1, 4, 16, 64)
+    decode_tokens: tuple[int, ...] = (1, 16, 64)
+    tiny: bool = False
+    interpreted: bool = False
 
     def decoding(self) -> list[Case]:
         """Every shape of `decode` with every number of tokens."""
@@ -88,7 +101,11 @@ TABLE = (
     SQUARE,
     replace(SQUARE, rank=64),
     replace(SQUARE, experts=64),
+    # Ordinary configurations whose ranks lie between the dense path's tiles and the grouped path.
+    replace(SQUARE, rank=32),
+    replace(SQUARE, experts=16),
     replace(SQUARE, tokens=2048),
+    replace(SQUARE, tokens=1),
     Case(8192, 4096, 14336, 8, 16, where="Llama-3-8B gate"),
     Case(8192, 14336, 4096, 8, 16, where="Llama-3-8B down"),
 )
@@ -97,22 +114,17 @@ SMOLLM2 = (
     Case(8192, 576, 1536, 8, 16, where="SmolLM2-135M gate"),
     Case(8192, 1536, 576, 8, 16, where="SmolLM2-135M down"),
 )
-LLAMA = tuple(
-    replace(case, where=f"Llama-3-8B {name}")
-    for case, name in ((SQUARE, "q"), *zip(TABLE[4:], ("gate", "down")))
-)
-LLAMA_LAYER = Layer(
-    "Llama-3-8B layer",
-    ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))),
-)
+LAYER = Model("Llama-3-8B layer", 1, 4096, 14336, 32, 8, 256, 4, 2048, 0)
+MODEL = Model("Llama of 4 layers", 4, 1024, 4096, 16, 8, 8192, 4, 512, 32)
 
 CUDA = Suite(
     name="cuda",
     dtype=torch.bfloat16,
     cases=(*TABLE, *SMOLLM2, replace(SQUARE, tokens_per_row=1024)),
-    growth=(SQUARE, replace(SQUARE, experts=64)),
-    decode=(*LLAMA, replace(SQUARE, experts=64, rank=64)),
-    layer=LLAMA_LAYER,
+    growth=(SQUARE, replace(SQUARE, experts=64), replace(SQUARE, experts=1024)),
+    decode=(SQUARE, replace(SQUARE, experts=64, rank=64)),
+    layer=LAYER,
+    model=MODEL,
     sweep=Case(8192, 4096, 4096, 32, 16),
     axes=(
         ("tokens", (512, 2048, 8192, 16384)),
@@ -120,9 +132,11 @@ CUDA = Suite(
         ("top_k", (1, 2, 4, 8)),
         ("rank", (8, 16, 32, 64)),
     ),
-    rounds=15,
+    rounds=11,
 )
 
+TINY_LAYER = Model("tiny layer", 1, 32, 48, 2, 1, 32, 1, 8, 0, experts=4, rank=4)
+TINY_MODEL = Model("tiny model", 2, 32, 48, 2, 1, 32, 1, 8, 2, experts=4, rank=4)
 SMALL = Case(1024, 1024, 1024, 8, 16)
 CPU = Suite(
     name="cpu",
@@ -136,10 +150,8 @@ CPU = Suite(
     ),
     growth=(replace(SMALL, experts=64, rank=8), replace(SMALL, experts=1024, rank=8)),
     decode=(SMALL, replace(SMALL, experts=64, rank=8)),
-    layer=Layer(
-        "SmolLM2-135M layer",
-        ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))),
-    ),
+    layer=TINY_LAYER,
+    model=TINY_MODEL,
     sweep=Case(1024, 512, 512, 32, 8),
     axes=(
         ("tokens", (128, 512, 2048)),
@@ -157,16 +169,22 @@ QUICK = Suite(
     cases=(TINY, replace(TINY, tokens_per_row=16)),
     growth=(TINY, replace(TINY, experts=16)),
     decode=(TINY,),
-    layer=Layer("tiny layer", ((64, (64, 32)), (64, (64,))), experts=4, rank=4),
+    layer=TINY_LAYER,
+    model=TINY_MODEL,
     sweep=TINY,
     axes=(("tokens", (64, 128)), ("experts", (4, 16)), ("top_k", (1, 2)), ("rank", (4, 8))),
     rounds=2,
     decode_tokens=(1, 4),
+    tiny=True,
 )
-
-
-def suite_for(device: str, quick: bool) -> Suite:
-    """The suite of a device; quick is the same for both but for the dtype."""
-    if quick:
-        return replace(QUICK, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    return CUDA if device == "cuda" else CPU
+# Under Triton's interpreter, which multiplies bf16 wrongly and takes milliseconds a block.
+INTERPRETED = replace(
+    QUICK,
+    name="interpreted",
+    dtype=torch.float16,
+    cases=(replace(TINY, tokens=8), replace(TINY, tokens=1)),
+    growth=(replace(TINY, tokens=8), replace(TINY, tokens=8, experts=8)),
+    decode_tokens=(1,),
+    rounds=1,
+    interpreted=True,
+)

@@ -16,6 +16,8 @@ NAMES = ("y", "dx", "dA", "dB", "dweights")
 # A weight's gradient is one scalar product over d_out, whose terms nearly cancel where tokens are
 # few.
 CANCELLING = {"dweights": 10.0}
+# A loop over experts rounds y once an expert, which is no fault of a peer.
+PEERS = 5.0
 TOKENS = 128
 # The gradient of a slice is as large as what it is cut from: give the reference few experts at a
 # time.
@@ -44,15 +46,14 @@ class Specification:
         """Raise WrongResult unless output and gradients are those of the specification."""
         inputs = self.inputs
         leaves = candidate.trained(inputs)
+        allowed = TOLERANCES[inputs.x.dtype] * (1.0 if candidate.backend else PEERS)
         y = candidate.run(inputs)
         grads = torch.autograd.grad(y, leaves, self.dy)
         got = (y.detach()[self.picked], grads[0][self.picked], *grads[1:])
         for (name, wanted), value in zip(self.wanted.items(), got, strict=True):
             error = float((value.double() - wanted).norm() / wanted.norm())
-            if not error <= TOLERANCES[inputs.x.dtype] * CANCELLING.get(name, 1.0):
-                raise WrongResult(
-                    f"{candidate.name}, {inputs.case.name}: {name} is off by {error:.1e}"
-                )
+            if not error <= allowed * CANCELLING.get(name, 1.0):
+                raise WrongResult(f"{name} is off by {error:.1e}")
 
     def _compute(self) -> tuple[Tensor, ...]:
         inputs = self.inputs

@@ -11,24 +11,17 @@ from itertools import accumulate, product
 from typing import Any
 
 import torch
-from moelora_kernels import (
-    PATHS,
-    TopK,
-    build_decode_plan,
-    build_plan,
-    expand,
-    lora_mixture,
-    reference,
-    shrink,
-)
-from moelora_kernels.triton import FUSED_RANKS_FP32, fused_mixture
+from moelora_kernels import PATHS, lora_mixture, reference
 from torch import Tensor
 
-from benchmarks.kernels.timing import captured
+from benchmarks.kernels import measures
+from benchmarks.kernels.halves import decoded
+from benchmarks.kernels.run import Row, Run, Unit
 
-Row = dict[str, Any]
 Outcome = dict[str, Tensor]
+Same = Callable[[Callable[..., Tensor], Outcome], Any]
 NAMES = ("x", "lora_A", "lora_B", "weights", "out")
+DECODED = (1, 5, 64)
 # Largest error over the largest value of the float64 reference: some roundings of the dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -76,6 +69,9 @@ def inputs_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[T
     sizes = {"x": (tokens, shape.d_in), "lora_A": (rank, shape.d_in), "lora_B": (rank, shape.d_out)}
     sizes |= {"weights": (shape.rows, shape.top_k), "out": (tokens, shape.d_out)}
     values = {name: torch.randn(size, device=device) for name, size in sizes.items()}
+    # Else y of many experts comes near the largest number that fp16 has.
+    values["lora_A"] *= shape.d_in**-0.5
+    values["lora_B"] *= max(1, max(shape.ranks)) ** -0.5
     values = {name: t if name == "weights" else t.to(dtype) for name, t in values.items()}
     return torch.randint(-1, len(shape.ranks), (shape.rows, shape.top_k), device=device), values
 
@@ -94,36 +90,23 @@ def outcome(function: Callable[..., Tensor], values: Outcome) -> Outcome:
 
 
 def ours(shape: Shape, ids: Tensor, path: str, tiles: str = "") -> Callable[..., Tensor]:
-    """The mixture on the triton backend, with a table of tiles; "fused" is the single launch."""
-    fixed = (shape.offsets, shape.scaling)
+    """The mixture on the triton backend, with a table of tiles."""
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-        if path != "fused":
-            return lora_mixture(
-                x,
-                lora_A,
-                lora_B,
-                ids,
-                weights,
-                *fixed,
-                out,
-                tokens_per_row=shape.tokens_per_row,
-                path=path,
-                backend="triton",
-                tiles=tiles,
-            )
-        plan = build_plan(
+        return lora_mixture(
+            x,
+            lora_A,
+            lora_B,
             ids,
             weights,
-            len(shape.ranks),
-            total_rank=shape.offsets[-1],
+            shape.offsets,
+            shape.scaling,
+            out,
             tokens_per_row=shape.tokens_per_row,
-            path="dense",
+            path=path,
             backend="triton",
-            dtype=x.dtype,
             tiles=tiles,
         )
-        return fused_mixture(x, lora_A, lora_B, *fixed, plan, out)
 
     return function
 
@@ -140,85 +123,99 @@ def wanted(shape: Shape, ids: Tensor, values: Outcome) -> Outcome:
     return outcome(function, {name: t.double() for name, t in values.items()})
 
 
-def paths_of(shape: Shape) -> tuple[str, ...]:
-    """The paths that take a shape in every dtype."""
-    return (*PATHS, "fused") if shape.offsets[-1] <= FUSED_RANKS_FP32 else PATHS
+def smoke(run: Run) -> Iterator[Unit]:
+    """Every path once, forward and backward, on one shape."""
+    shapes = dict(list(shapes_of(run).items())[:1])
+    yield from _units(run, shapes, [run.suite.dtype], DECODED[:1])
 
 
-def correctness(
-    shapes: dict[str, Shape], device: torch.device, dtypes: list[torch.dtype]
-) -> Iterator[Row]:
-    """The largest error of every shape, path and dtype, of y and each gradient; and of decoding."""
-    for (name, shape), dtype in product(shapes.items(), dtypes):
-        ids, values = inputs_of(shape, device, dtype)
-        exact = wanted(shape, ids, values)
-        for path in paths_of(shape):
-            row = {"check": "values and gradients", "case": name, "path": path, "dtype": str(dtype)}
-            run = partial(outcome, ours(shape, ids, path), values)
-            yield _judged(row, partial(_compared, run, exact, dtype))
-    for dtype, tokens in product(dtypes, (1, 5, 64)):
-        row = {
-            "check": "decoding",
-            "case": f"{tokens} tokens",
-            "path": "decode",
-            "dtype": str(dtype),
-        }
-        yield _judged(row, partial(_decoding, device, dtype, tokens))
+def first(run: Run) -> Iterator[Unit]:
+    """The dtype that is timed: every shape and path, and every candidate of ours on every case that
+    is timed later, whose kernels are then compiled.
+    """
+    yield from measures.right(run)
+    yield from _units(run, shapes_of(run), [run.suite.dtype], DECODED)
+    yield from again(run)
 
 
-def compiled(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    """torch.compile without graph breaks gives the same bits, gradients included."""
-    yield from _again(
-        "torch.compile",
-        device,
-        dtype,
-        lambda run, values: outcome(torch.compile(run, fullgraph=True), values),
-    )
+def others(run: Run) -> Iterator[Unit]:
+    """Every shape and path in the other dtypes."""
+    if run.suite.interpreted:
+        shapes = {"small": SMALL["small"]}
+        yield from _units(run, shapes, [torch.float32], DECODED[:1])
+    else:
+        yield from _units(run, SHAPES, [torch.float16, torch.float32], DECODED)
 
 
-def graphs(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    """A CUDA graph of the forward and backward pass gives the same bits."""
-    yield from _again(
-        "CUDA graph", device, dtype, lambda run, values: captured(partial(outcome, run, values))()
-    )
+def shapes_of(run: Run) -> dict[str, Shape]:
+    """The shapes of this run."""
+    return SMALL if run.suite.interpreted else SHAPES
 
 
-def _again(
-    check: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    how: Callable[[Callable[..., Tensor], Outcome], Any],
-) -> Iterator[Row]:
-    """Every path in another way: the same bits."""
-    shape = SHAPES["training"]
-    ids, values = inputs_of(shape, device, dtype)
-    for path in PATHS:
-
-        def same(path: str = path) -> Row:
-            function = ours(shape, ids, path)
-            got = how(function, values)
-            torch.cuda.synchronize()
-            expected = outcome(function, values)
-            return {"ok": all(torch.equal(got[key], value) for key, value in expected.items())}
-
-        yield _judged({"check": check, "case": "training", "path": path, "dtype": str(dtype)}, same)
+def _units(
+    run: Run, shapes: dict[str, Shape], dtypes: list[torch.dtype], tokens: tuple[int, ...]
+) -> Iterator[Unit]:
+    for dtype, (name, shape), path in product(dtypes, shapes.items(), PATHS):
+        columns = {"check": "values and gradients", "case": name, "path": path}
+        columns["dtype"] = str(dtype)
+        check = partial(_compared, run, shape, path, dtype)
+        yield f"{name}, {path}, {dtype}", partial(_judged, run, columns, check)
+    for dtype, count in product(dtypes, tokens):
+        columns = {"check": "decoding", "case": f"{count} tokens", "path": "decode"}
+        columns["dtype"] = str(dtype)
+        check = partial(_decoding, run.device, dtype, count)
+        yield f"decode {count}, {dtype}", partial(_judged, run, columns, check)
 
 
-def _judged(row: Row, check: Callable[[], Row]) -> Row:
-    """The row with what the check says; one that dies is wrong, and the next are still made."""
-    try:
-        return {**row, **check()}
-    except Exception as error:
-        return {**row, "error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
+def again(run: Run) -> Iterator[Unit]:
+    """Every path under torch.compile without graph breaks, and in a CUDA graph of its forward and
+    backward pass: the same bits.
+    """
+    shapes = shapes_of(run)
+    name = next(iter(shapes))
+    # Without a GPU nothing can be generated for one.
+    backend = "inductor" if run.is_gpu else "aot_eager"
+
+    def compiled(function: Callable[..., Tensor], values: Outcome) -> Any:
+        torch._dynamo.reset()
+        return outcome(torch.compile(function, fullgraph=True, backend=backend), values)
+
+    def replayed(function: Callable[..., Tensor], values: Outcome) -> Any:
+        return run.captured(partial(outcome, function, values))()
+
+    ways: dict[str, Same] = {"torch.compile": compiled, "CUDA graph": replayed}
+    for (check, way), path in product(ways.items(), PATHS[:1] if run.suite.interpreted else PATHS):
+        columns = {"check": check, "case": name, "path": path, "dtype": str(run.suite.dtype)}
+        same = partial(_same, run, shapes[name], path, way)
+        yield f"{check}, {path}", partial(_judged, run, columns, same)
 
 
-def _compared(run: Callable[[], Outcome], exact: Outcome, dtype: torch.dtype) -> Row:
-    got = run()
-    again = run()
-    errors = {key: _error(got[key], value) for key, value in exact.items()}
+def _same(run: Run, shape: Shape, path: str, way: Same) -> Row:
+    """Whether a path in another way gives the same bits."""
+    ids, values = inputs_of(shape, run.device, run.suite.dtype)
+    function = ours(shape, ids, path)
+    got = way(function, values)
+    expected = outcome(function, values)
+    return {"ok": all(torch.equal(got[key], value) for key, value in expected.items())}
+
+
+def _judged(run: Run, columns: Row, check: Callable[[], Row]) -> Iterator[Row]:
+    """A row with what the check says; one that dies is wrong."""
+    found: Row = {}
+    why = run.attempt(columns["path"], lambda: found.update(check()))
+    yield {**columns, **found} if why is None else {**columns, "failed": why, "ok": False}
+
+
+def _compared(run: Run, shape: Shape, path: str, dtype: torch.dtype) -> Row:
+    ids, values = inputs_of(shape, run.device, dtype)
+    exact = wanted(shape, ids, values)
+    function = ours(shape, ids, path)
+    got = outcome(function, values)
+    repeated = outcome(function, values)
+    errors = {key: error_of(got[key], value) for key, value in exact.items()}
     worst = max(errors, key=lambda key: errors[key])
-    same = all(torch.equal(got[key], again[key]) for key in got)
-    ok = same and errors[worst] <= TOLERANCES[dtype]
+    same = all(torch.equal(got[key], repeated[key]) for key in got)
+    ok = same and all(error <= TOLERANCES[dtype] for error in errors.values())
     return {"worst": worst, "error": errors[worst], "same bits again": same, "ok": ok}
 
 
@@ -227,19 +224,27 @@ def _decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> Row:
     shape = Shape(tokens, 512, 264, (16, 4, 8, 12))
     _, values = inputs_of(shape, device, dtype)
     router = torch.randn(4, 512, device=device) / 22
-    plan = build_decode_plan(TopK(router), tokens, 2)
-    (h,) = shrink(values["x"], values["lora_A"], (shape.offsets,), plan)
-    y = expand(h, values["lora_B"], shape.offsets, shape.scaling, plan, values["out"])
+    factors = (values["lora_A"], values["lora_B"])
+    fixed = (shape.offsets, shape.scaling, values["out"])
+    y, chosen = decoded(values["x"], *factors, router, 2, *fixed)
     doubles = {name: t.double() for name, t in values.items()}
     ids, weights = reference.top_k(doubles["x"], router.double(), 2)
-    factors = (doubles["lora_A"], doubles["lora_B"])
-    fixed = (ids, weights, shape.offsets, shape.scaling, doubles["out"])
-    error = _error(y, reference.lora_mixture(doubles["x"], *factors, *fixed))
-    same = torch.equal(ids, plan.expert_ids)
-    return {"error": error, "ok": same and error <= TOLERANCES[dtype]}
+    exact = reference.lora_mixture(
+        doubles["x"],
+        doubles["lora_A"],
+        doubles["lora_B"],
+        ids,
+        weights,
+        shape.offsets,
+        shape.scaling,
+        doubles["out"],
+    )
+    error = error_of(y, exact)
+    return {"error": error, "ok": torch.equal(ids, chosen) and error <= TOLERANCES[dtype]}
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
+def error_of(got: Tensor, exact: Tensor) -> float:
+    """The largest error over the largest value."""
     if not exact.numel():
         return 0.0
     return float((got.double() - exact).abs().max() / exact.abs().max().clamp(1e-3))

@@ -1,5 +1,5 @@
 """The measures of the kernel benchmark: each checks its candidates, times them in turns and yields
-rows.
+rows, unit after unit.
 """
 
 from __future__ import annotations
@@ -7,23 +7,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from benchmarks.harness import Timings
-from benchmarks.kernels.bounds import Peaks, bound
-from benchmarks.kernels.candidates import FROZEN, LORA, Candidate, Inputs, candidates, make_inputs
-from benchmarks.kernels.cases import Case, Suite
-from benchmarks.kernels.check import Specification, WrongResult
-from benchmarks.kernels.timing import Call, captured, peak_bytes, timed
+from benchmarks.kernels.bounds import bound
+from benchmarks.kernels.candidates import Candidate, Inputs
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.check import Specification
+from benchmarks.kernels.names import FROZEN, LORA
+from benchmarks.kernels.run import Row, Run, Unit, failed, spread, times
+from benchmarks.kernels.timing import Call, Measured, peak_bytes
 
-Row = dict[str, Any]
-CPU_BYTES = 2 * 2**30
 # A decoded token's weights come from far memory: copies of them exceed the cache by this factor.
 COLD = 3
-# Two candidates take fewer turns than twenty: more rounds for them.
-GROWTH_ROUNDS = 3
+# Few candidates take fewer turns than twenty: more rounds for them.
+MORE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,177 +37,212 @@ class Mode:
 
 FORWARD = Mode("forward", alone=False, backward=False)
 TRAINING = Mode("forward+backward", alone=False, backward=True)
-MODES = (
-    FORWARD,
-    TRAINING,
-    Mode("mixture forward", alone=True, backward=False),
-    Mode("mixture forward+backward", alone=True, backward=True),
-)
-ALONE = MODES[3]
+FORWARD_ALONE = Mode("mixture forward", alone=True, backward=False)
+ALONE = Mode("mixture forward+backward", alone=True, backward=True)
 DECODE = Mode("decode", alone=False, backward=False)
+DECODE_EAGER = Mode("decode, eager", alone=False, backward=False)
+MODES = (FORWARD, TRAINING, FORWARD_ALONE, ALONE)
+WITH_BASE = MODES[:2]
 
 
-@dataclass
-class Run:
-    """One run: where, what, how fast the device could be, and the name of the candidate that is
-    ours by default.
+def right(run: Run) -> Iterator[Unit]:
+    """Ours on every case against the specification: this also fills the cache of compiled kernels
+    for what is timed later.
     """
+    cases = (*run.suite.cases, *run.suite.growth[1:])
+    for case in cases[:1] if run.suite.interpreted else cases:
 
-    suite: Suite
-    device: torch.device
-    peaks: Peaks
-    default: str
+        def rows(case: Case = case) -> Iterator[Row]:
+            inputs = run.inputs(case)
+            mine = [candidate for candidate in run.asked() if candidate.backend]
+            able, reasons = able_ones(run, inputs, mine)
+            columns = {"check": "candidate", "case": case.name}
+            yield from ({**columns, "candidate": name, "ok": True} for name in able)
+            yield from ({**columns, **row} for row in reasons)
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether times are the GPU's."""
-        return self.device.type == "cuda"
-
-    def inputs(self, case: Case, seed: int = 0) -> Inputs:
-        """The case's tensors on this device."""
-        return make_inputs(case, self.device, self.suite.dtype, seed)
-
-    def free_bytes(self) -> float:
-        """How much memory a candidate may take."""
-        if not self.is_gpu:
-            return CPU_BYTES
-        torch.cuda.empty_cache()
-        return 0.8 * torch.cuda.mem_get_info()[0]
+        yield f"right: {case.name}", rows
 
 
-def cases(run: Run, modes: Iterable[Mode]) -> Iterator[Row]:
+def table(run: Run, modes: Iterable[Mode] = WITH_BASE) -> Iterator[Unit]:
     """Every candidate of every case in every mode."""
     for case in run.suite.cases:
-        inputs = run.inputs(case)
-        able, reasons = _able(run, inputs, candidates())
-        for mode in modes:
-            yield from _timed_rows(run, inputs, able, mode)
-            yield from ({"case": case.name, "measure": mode.name, **reason} for reason in reasons)
+        yield case.name, lambda case=case: case_rows(run, case, modes)
 
 
-def scaling(run: Run) -> Iterator[Row]:
+def alone(run: Run) -> Iterator[Unit]:
+    """Ours without the base, over the bound: the cases of the two paths."""
+    for case in run.suite.growth[: 1 if run.suite.interpreted else 2]:
+
+        def rows(case: Case = case) -> Iterator[Row]:
+            asked = [c for c in run.asked() if c.backend or c.kind == "base"]
+            return case_rows(run, case, (FORWARD_ALONE, ALONE), asked)
+
+        yield case.name, rows
+
+
+def case_rows(
+    run: Run, case: Case, modes: Iterable[Mode], asked: list[Candidate] | None = None
+) -> Iterator[Row]:
+    """The rows of one case: the candidates that compute the mixture, and why others do not."""
+    inputs = run.inputs(case)
+    able, reasons = able_ones(run, inputs, run.asked() if asked is None else asked)
+    for mode in modes:
+        calls = {name: call_of(candidate, inputs, mode) for name, candidate in able.items()}
+        yield from mode_rows(run, inputs, able, mode, run.timed(calls))
+        yield from ({"case": case.name, "measure": mode.name, **row} for row in reasons)
+
+
+def scaling(run: Run) -> Iterator[Unit]:
     """The mixture's part alone, forward and backward, along each axis, for one candidate of each
     kind.
     """
     for axis, value, case in run.suite.scaling():
-        inputs = run.inputs(case)
-        named = [c for c in candidates() if c.kind != "lora" or c.name == LORA]
-        able, _ = _able(run, inputs, [c for c in named if c.path is None])
-        for row in _timed_rows(run, inputs, able, ALONE):
-            yield {**row, "measure": f"scaling {axis}", "value": value}
+
+        def rows(axis: str = axis, value: int = value, case: Case = case) -> Iterator[Row]:
+            named = [c for c in run.asked() if c.kind != "lora" or c.name == LORA]
+            for row in case_rows(run, case, [ALONE], [c for c in named if c.path is None]):
+                yield {**row, "measure": f"scaling {axis}", "value": value}
+
+        yield f"{axis}={value}", rows
 
 
-def decode(run: Run) -> Iterator[Row]:
+def decode(run: Run) -> Iterator[Unit]:
     """A few tokens without gradients: on a GPU in a CUDA graph, over as many copies as leave the
-    cache cold.
+    cache cold; and without a graph, as a user waits for it.
 
     On a CPU there is one copy, and a base that fits into the cache is faster than its bound.
     """
     for case in run.suite.decoding():
-        inputs = run.inputs(case)
-        running = [c for c in candidates() if c.captured or not run.is_gpu]
-        able, reasons = _able(run, inputs, running)
-        reasons += [
-            {"candidate": c.name, "not run": "waits for the device, no CUDA graph holds it"}
-            for c in candidates()
-            if c not in running
-        ]
-        copies = [inputs, *(run.inputs(case, seed) for seed in range(1, _copies(run, inputs)))]
-        calls, failures = _decoding(run, copies, able)
-        timings = timed(calls, run.device, run.suite.rounds).divided_by(len(copies))
-        yield from _rows(run, inputs, {name: able[name] for name in calls}, DECODE, timings)
-        yield from (
-            {"case": case.name, "measure": DECODE.name, **reason} for reason in reasons + failures
-        )
+        yield case.name, lambda case=case: _decode_rows(run, case)
 
 
-def growth(run: Run) -> list[Row]:
-    """Our time at many experts over that at few, both in one run of turns."""
-    few, many = (run.inputs(case) for case in run.suite.growth)
-    asked = [candidate for candidate in candidates() if candidate.backend and not candidate.path]
-    able = _able(run, few, asked)[0].keys() & _able(run, many, asked)[0].keys()
-    rows: list[Row] = []
-    for mode in (TRAINING, ALONE):
-        for candidate in asked:
-            if candidate.name not in able:
+def _decode_rows(run: Run, case: Case) -> Iterator[Row]:
+    inputs = run.inputs(case)
+    running = [c for c in run.asked() if c.captured or not run.is_gpu]
+    able, reasons = able_ones(run, inputs, running)
+    reasons += [
+        {"candidate": c.name, "not run": "waits for the device, no CUDA graph holds it"}
+        for c in run.asked()
+        if c not in running
+    ]
+    copies = [inputs, *(run.inputs(case, seed) for seed in range(1, _copies(run, inputs)))]
+    calls: dict[str, Call] = {}
+    failures: dict[str, str] = {}
+    for name, candidate in able.items():
+        each = [call_of(candidate, copy, DECODE) for copy in copies]
+
+        def all_copies(each: list[Call] = each) -> object:
+            return [call() for call in each]
+
+        def prepare(name: str = name, call: Call = all_copies) -> None:
+            calls[name] = run.captured(call)
+
+        if why := run.attempt(name, prepare):
+            failures[name] = why
+    timings = run.timed(calls).divided_by(len(copies))
+    yield from mode_rows(run, inputs, able, DECODE, timings)
+    if run.is_gpu:
+        eager = {name: call_of(candidate, inputs, DECODE) for name, candidate in able.items()}
+        yield from mode_rows(run, inputs, able, DECODE_EAGER, run.timed(eager, hidden=False))
+    columns = {"case": case.name, "measure": DECODE.name}
+    yield from ({**columns, **row} for row in reasons)
+    yield from failed(failures, **columns)
+
+
+def growth(run: Run) -> Iterator[Unit]:
+    """Our time at many experts over that at few, all in one run of turns."""
+    for mode in (TRAINING,) if run.suite.interpreted else (TRAINING, ALONE):
+        yield mode.name, lambda mode=mode: _growth_rows(run, mode)
+
+
+def _growth_rows(run: Run, mode: Mode) -> Iterator[Row]:
+    cases = [run.inputs(case) for case in run.suite.growth]
+    asked = [candidate for candidate in run.asked() if candidate.backend and not candidate.path]
+    able = [able_ones(run, inputs, asked)[0] for inputs in cases]
+    few = cases[0].case
+    for candidate in asked:
+        calls = {
+            inputs.case.name: call_of(candidate, inputs, mode)
+            for inputs, names in zip(cases, able)
+            if candidate.name in names
+        }
+        if few.name not in calls:
+            continue
+        timings = run.timed(calls, more=1 if run.suite.interpreted else MORE_ROUNDS)
+        for inputs in cases[1:]:
+            many = inputs.case
+            if not {many.name, few.name} <= timings.seconds.keys():
                 continue
-            timings = timed(
-                {"few": _call(candidate, few, mode), "many": _call(candidate, many, mode)},
-                run.device,
-                GROWTH_ROUNDS * run.suite.rounds,
-            )
-            rows.append(
-                {
-                    "case": f"{many.case.name} over E={few.case.experts}",
-                    "measure": f"growth, {mode.name}",
-                    "candidate": candidate.name,
-                    "path": f"{candidate.path_taken(many)} over {candidate.path_taken(few)}",
-                    "microseconds": 1e6 * timings.median("many"),
-                    "microseconds min": 1e6 * min(timings.seconds["many"]),
-                    **spread("ratio", timings.ratio("many", "few")),
-                }
-            )
-    return rows
+            yield {
+                "case": f"{many.name} over E={few.experts}",
+                "measure": f"growth, {mode.name}",
+                "candidate": candidate.name,
+                "path": f"{candidate.path_taken(inputs)} over {candidate.path_taken(cases[0])}",
+                **times(timings, many.name),
+                **spread("ratio", timings.ratio(many.name, few.name)),
+            }
 
 
-def memory(run: Run) -> list[Row]:
+def memory(run: Run) -> Iterator[Unit]:
     """The most GPU memory of a forward and backward pass, in all and beyond what is trained, x and
     the base.
     """
+    yield "memory", lambda: _memory_rows(run)
+
+
+def _memory_rows(run: Run) -> Iterator[Row]:
     case = run.suite.cases[0]
+    columns = {"case": case.name, "measure": "memory"}
     if not run.is_gpu:
-        return [{"case": case.name, "measure": "memory", "not run": "needs a GPU"}]
+        yield {**columns, "not run": "needs a GPU"}
+        return
     inputs = run.inputs(case)
-    able, reasons = _able(run, inputs, candidates())
-    rows: list[Row] = [{"case": case.name, "measure": "memory", **reason} for reason in reasons]
-    own = {name: peak_bytes(_call(candidate, inputs, TRAINING)) for name, candidate in able.items()}
-    held = {
-        name: sum(t.nbytes for t in (*c.trained(inputs), inputs.base)) for name, c in able.items()
-    }
-    for name in able:
-        row = {
-            "case": case.name,
-            "measure": "memory",
-            "candidate": name,
-            "own MiB": own[name] / 2**20,
-        }
+    able, reasons = able_ones(run, inputs, run.asked())
+    own: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for name, candidate in able.items():
+
+        def measure(name: str = name, candidate: Candidate = candidate) -> None:
+            own[name] = peak_bytes(call_of(candidate, inputs, TRAINING))
+
+        if why := run.attempt(name, measure):
+            failures[name] = why
+    held = {name: sum(t.nbytes for t in (*able[name].trained(inputs), inputs.base)) for name in own}
+    for name in own:
+        row = {**columns, "candidate": name, "own MiB": own[name] / 2**20}
         row["peak MiB"] = (own[name] + held[name]) / 2**20
-        rows.append({**row, "ratio": (own[name] + held[name]) / (own[LORA] + held[LORA])})
-    return rows
+        if LORA in own:
+            row["ratio"] = (own[name] + held[name]) / (own[LORA] + held[LORA])
+        yield row
+    yield from ({**columns, **row} for row in reasons)
+    yield from failed(failures, **columns)
 
 
-def _able(
+def able_ones(
     run: Run, inputs: Inputs, asked: list[Candidate]
 ) -> tuple[dict[str, Candidate], list[Row]]:
-    """Those that run here and compute the mixture, and the reasons of the others; WrongResult where
-    one is wrong.
-    """
+    """Those that run here and compute the mixture, and rows that say why others do not."""
     specification = Specification(inputs)
     able = {}
     reasons = []
     for candidate in asked:
-        reason = candidate.why_not(inputs, run.free_bytes())
-        if reason is None and candidate.kind == "mixture":
-            reason = _failure(lambda candidate=candidate: specification.check(candidate))
-        if reason is None:
+        refused = candidate.why_not(inputs, run.free_bytes())
+        if refused is not None:
+            reasons.append({"candidate": candidate.name, "not run": refused})
+            continue
+        why = None
+        if candidate.kind == "mixture":
+            why = run.attempt(
+                candidate.name, lambda candidate=candidate: specification.check(candidate)
+            )
+        if why is None:
             able[candidate.name] = candidate
         else:
-            reasons.append({"candidate": candidate.name, "not run": reason})
+            reasons.append({"candidate": candidate.name, "failed": why})
     return able, reasons
 
 
-def _failure(attempt: Call) -> str | None:
-    """What a candidate died of: a run on a lent GPU goes on without it; a wrong result ends it."""
-    try:
-        attempt()
-    except WrongResult:
-        raise
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return None
-
-
-def _call(candidate: Candidate, inputs: Inputs, mode: Mode) -> Call:
+def call_of(candidate: Candidate, inputs: Inputs, mode: Mode) -> Call:
     """The candidate on these inputs, ready to be timed."""
     # Of the base nothing is left without it: it stays what the others are compared with.
     inputs = inputs.alone() if mode.alone and candidate.kind != "base" else inputs
@@ -225,24 +258,39 @@ def _call(candidate: Candidate, inputs: Inputs, mode: Mode) -> Call:
     return training if mode.backward else forward
 
 
-def _decoding(
-    run: Run, copies: list[Inputs], able: dict[str, Candidate]
-) -> tuple[dict[str, Call], list[Row]]:
-    """A call of each candidate over all copies, and why others have none."""
-    calls: dict[str, Call] = {}
-    reasons = []
-    for name, candidate in able.items():
-        each = [_call(candidate, inputs, DECODE) for inputs in copies]
+def mode_rows(
+    run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timings: Measured
+) -> Iterator[Row]:
+    """What the times of one mode say, over the frozen linear, over ours and over the bound."""
+    columns = {"case": inputs.case.name, "measure": mode.name}
+    for name in timings.seconds:
+        candidate = able[name]
+        ideal = _bound_of(run, candidate, inputs, mode)
+        row = {
+            **columns,
+            "candidate": name,
+            "path": candidate.path_taken(inputs),
+            **times(timings, name),
+        }
+        for column, other in (("over frozen linear", FROZEN), ("over ours", run.default)):
+            if other in timings.seconds:
+                row |= spread(column, timings.ratio(name, other))
+        row["calculated bound microseconds"] = 1e6 * ideal
+        yield {**row, "share of bound": ideal / timings.median(name)}
+    yield from failed(timings.failed, **columns)
 
-        def prepare(name: str = name, each: list[Call] = each) -> None:
-            def all_copies() -> object:
-                return [call() for call in each]
 
-            calls[name] = captured(all_copies) if run.is_gpu else all_copies
-
-        if reason := _failure(prepare):
-            reasons.append({"candidate": name, "not run": reason})
-    return calls, reasons
+def _bound_of(run: Run, candidate: Candidate, inputs: Inputs, mode: Mode) -> float:
+    """The calculated least seconds of what the candidate computes."""
+    case = inputs.case
+    if candidate.kind == "lora":
+        rank = case.top_k * case.rank if candidate.name == LORA else 16
+        case = Case(case.tokens, case.d_in, case.d_out, 1, rank, 1)
+    parts = {
+        "base": candidate.kind == "base" or not mode.alone,
+        "adapter": candidate.kind != "base",
+    }
+    return bound(case, inputs.x.element_size(), run.peaks, backward=mode.backward, **parts)
 
 
 def _copies(run: Run, inputs: Inputs) -> int:
@@ -250,49 +298,3 @@ def _copies(run: Run, inputs: Inputs) -> int:
         return 1
     cache = torch.cuda.get_device_properties(run.device).L2_cache_size
     return math.ceil(COLD * cache / inputs.base.nbytes)
-
-
-def _timed_rows(run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode) -> list[Row]:
-    calls = {name: _call(candidate, inputs, mode) for name, candidate in able.items()}
-    return _rows(run, inputs, able, mode, timed(calls, run.device, run.suite.rounds))
-
-
-def _rows(
-    run: Run, inputs: Inputs, able: dict[str, Candidate], mode: Mode, timings: Timings
-) -> list[Row]:
-    rows = []
-    for name, candidate in able.items():
-        case = inputs.case
-        if name == LORA:
-            case = Case(case.tokens, case.d_in, case.d_out, 1, case.top_k * case.rank, 1)
-        elif candidate.kind == "lora":
-            case = Case(case.tokens, case.d_in, case.d_out, 1, 16, 1)
-        parts = {
-            "base": candidate.kind == "base" or not mode.alone,
-            "adapter": candidate.kind != "base",
-        }
-        ideal = bound(case, inputs.x.element_size(), run.peaks, backward=mode.backward, **parts)
-        rows.append(
-            {
-                "case": inputs.case.name,
-                "measure": mode.name,
-                "candidate": name,
-                "path": candidate.path_taken(inputs),
-                "microseconds": 1e6 * timings.median(name),
-                "microseconds min": 1e6 * min(timings.seconds[name]),
-                **spread("over frozen linear", timings.ratio(name, FROZEN)),
-                **(
-                    spread("over ours", timings.ratio(name, run.default))
-                    if run.default in able
-                    else {}
-                ),
-                "bound microseconds": 1e6 * ideal,
-                "share of bound": ideal / timings.median(name),
-            }
-        )
-    return rows
-
-
-def spread(name: str, ratio: tuple[float, float, float]) -> Row:
-    """A ratio of `Timings` as three columns."""
-    return dict(zip((name, f"{name} min", f"{name} max"), ratio, strict=True))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels.candidates import FROZEN
 from benchmarks.kernels.cases import Suite
+from benchmarks.kernels.names import FROZEN
 
 LABELS = {
     "tokens": "tokens T",
@@ -26,7 +26,7 @@ def plot(rows: list[dict[str, Any]], suite: Suite, path: Path) -> str:
     panels = figure.subplots(2, 2).flat
     for panel, (axis, values) in zip(panels, suite.axes, strict=True):
         scaling = [
-            row for row in rows if row.get("measure") == f"scaling {axis}" and "value" in row
+            row for row in rows if row.get("measure") == f"scaling {axis}" and "microseconds" in row
         ]
         for name in dict.fromkeys(row["candidate"] for row in scaling):
             points = [

@@ -7,21 +7,22 @@ Nothing is tuned while a program runs: a table is used where its name is passed 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from torch import Tensor
 
 from .decode import decode_expand, decode_shrink
 from .expand import expand
-from .fused import fused
 from .gate_grad import gate_grad
 from .layout import layout, scales
 from .shrink import shrink_planes
@@ -32,6 +33,7 @@ from .tiles import (
     Tile,
     default_tile,
     group_block,
+    load_tuned,
     save_tuned,
     tile_key,
 )  # fmt: skip
@@ -40,12 +42,40 @@ from .weight_grad import weight_grad
 SLOTS = 2
 EXPERTS = 8
 D = 4096
+# What takes most of a training step's time first: a run that is cut short has tuned that.
 CASES = [
-    *product(("shrink", "expand", "weight_grad", "gate_grad"), (64, 2048, 8192), (128, 384, 512)),
-    *product(("expand_slots",), (64, 8192), (16, 64)),
-    *product(("fused",), (64, 2048), (128,)),
+    *(
+        (kernel, tokens, width)
+        for tokens, width in product((8192, 2048, 64), (128, 256, 384, 512))
+        for kernel in ("shrink", "expand", "weight_grad", "gate_grad")
+    ),
+    *product(("expand_slots",), (8192, 64), (16, 64)),
     *product(("decode_shrink", "decode_expand"), (1, 16, 64), (128,)),
 ]
+
+
+# Kernel, tokens, and R; of expand_slots one expert's rank.
+TileCase = tuple[str, int, int]
+# ‖got − the default tile's‖ over its own: the order of a sum may differ, nothing else.
+TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+# The slots were cut into tiles of BLOCK_T before; a program of decode_expand holds all ranks.
+FIXED = {"expand_slots": "BLOCK_T", "decode_expand": "BLOCK_R"}
+# Calls it, and says what it died of, or None.
+Attempt = Callable[[str, Callable[[], object]], str | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A tile and the seconds of a launch, or why it has none; wrong: it computes something else."""
+
+    tile: Tile
+    seconds: float = math.inf
+    why_not: str | None = None
+    wrong: bool = False
+
+
+class WrongTile(AssertionError):
+    """A tile that does not compute what the default one does."""
 
 
 def neighbours(tile: Tile) -> list[Tile]:
@@ -71,19 +101,19 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 
 def launcher(
-    kernel: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device
+    kernel: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device, d: int = D
 ) -> Callable[[str], Any]:
-    """A function of a table's name that launches the kernel once; width: R, of expand_slots one
-    expert's rank.
+    """A function of a table's name that launches the kernel once and returns what it computes;
+    width: R, of expand_slots one expert's rank.
     """
     rank = width if kernel == "expand_slots" else max(1, width // EXPERTS)
     site = layout(tuple(range(0, EXPERTS * rank + 1, rank)), EXPERTS, device)
     scaling = scales((1.0,) * EXPERTS, device)
-    x = torch.randn(tokens, D, dtype=dtype, device=device)
-    factor = torch.randn(EXPERTS * rank, D, dtype=dtype, device=device)
+    x = torch.randn(tokens, d, dtype=dtype, device=device)
+    factor = torch.randn(EXPERTS * rank, d, dtype=dtype, device=device)
     ids = torch.rand(tokens, EXPERTS, device=device).topk(SLOTS).indices
     weights = torch.rand(tokens, SLOTS, device=device)
-    router = torch.randn(EXPERTS, D, device=device)
+    router = torch.randn(EXPERTS, d, device=device)
     path = "grouped" if kernel == "expand_slots" else "dense"
     slots = slot_map(ids, 1, EXPERTS, group_block(tokens, EXPERTS)) if path == "grouped" else None
     planes = shrink_planes(x, factor, ids, slots, site, path, 1, "")
@@ -92,8 +122,15 @@ def launcher(
     gate = (weights, scaling)
     own = h if path == "dense" else h[:, :, 0]
     logits = torch.randn(1, tokens, EXPERTS, device=device)
+
+    def decode(t: str) -> Tensor:
+        routed = (None, True, scaling, site, ids.clone(), weights.clone())
+        decode_expand(logits, h[None], factor, *routed, x, y, t)
+        return y
+
     return {
-        "shrink": lambda t: shrink_planes(x, factor, ids, slots, site, path, 1, t),
+        # Into how many planes the sum is cut follows from the tile.
+        "shrink": lambda t: shrink_planes(x, factor, ids, slots, site, path, 1, t).sum(0),
         "expand": lambda t: expand(own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y),
         "expand_slots": lambda t: expand(
             own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y
@@ -102,43 +139,125 @@ def launcher(
         "gate_grad": lambda t: gate_grad(
             planes, own, weights, scaling, ids, site, path, 1, dtype, t
         ),
-        "fused": lambda t: fused(x, factor, factor, scaling, site, ids, weights, x, y, None, 1, t),
-        "decode_shrink": lambda t: decode_shrink(x, router, factor, t),
-        "decode_expand": lambda t: decode_expand(
-            logits, h[None], factor, None, True, scaling, site, ids, weights, x, y, t
-        ),
+        "decode_shrink": lambda t: [part.sum(0) for part in decode_shrink(x, router, factor, t)],
+        "decode_expand": decode,
     }[kernel]
 
 
+def key_of(case: TileCase, dtype: torch.dtype) -> str:
+    """The row of a table that a case is for."""
+    kernel, tokens, width = case
+    return tile_key(kernel, _held(kernel, tokens), width, dtype)
+
+
+def _held(kernel: str, tokens: int) -> int:
+    """Of expand_slots the tile holds the tokens that the slots were cut into."""
+    return group_block(tokens, EXPERTS) if kernel == "expand_slots" else tokens
+
+
+def trials(
+    case: TileCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: Callable[[Callable[[], object]], float],
+    attempt: Attempt | None = None,
+    d: int = D,
+) -> Iterator[Trial]:
+    """Every tile of a case, the default one first: checked against it, then timed by `seconds`."""
+    kernel, tokens, width = case
+    launch = launcher(kernel, tokens, width, dtype, device, d)
+    key = key_of(case, dtype)
+    default = default_tile(kernel, _held(kernel, tokens), width, dtype.itemsize)
+    wanted = _values(launch(""))
+    tried = neighbours(default)
+    if name := FIXED.get(kernel):
+        tried = [tile for tile in tried if getattr(tile, name) == getattr(default, name)]
+    with tempfile.TemporaryDirectory() as folder:
+        for nth, tile in enumerate(tried):
+            path = Path(folder) / f"{nth}.json"
+            save_tuned(path, "", {key: tile})
+            taken: list[float] = []
+
+            def check_and_time(path: Path = path, taken: list[float] = taken) -> None:
+                _check(_values(launch(str(path))), wanted, TOLERANCES[dtype])
+                taken.append(seconds(partial(launch, str(path))))
+
+            why = (attempt or _attempted)(shown(tile), check_and_time)
+            if why is None:
+                yield Trial(tile, taken[0])
+            else:
+                yield Trial(tile, why_not=why, wrong=WrongTile.__name__ in why)
+
+
+def fastest(tried: Iterable[Trial]) -> Trial | None:
+    """The fastest right tile, or None."""
+    right = [trial for trial in tried if trial.why_not is None]
+    return min(right, key=lambda trial: trial.seconds) if right else None
+
+
+def shown(tile: Tile) -> str:
+    """A tile in a word."""
+    return "-".join(str(value) for value in asdict(tile).values())
+
+
+def keep(path: Path, device: str, key: str, tile: Tile) -> None:
+    """Add a row to a table, or make the table."""
+    table = load_tuned(str(path)) if path.is_file() else {}
+    save_tuned(path, device, {**table, key: tile})
+    load_tuned.cache_clear()
+
+
 def tune(
-    cases: Iterable[tuple[str, int, int]],
+    cases: Iterable[TileCase],
     dtypes: Iterable[torch.dtype],
     device: torch.device,
     seconds: Callable[[Callable[[], object]], float],
+    found: Callable[[str, Tile], None],
     report: Callable[[str], None] = print,
-) -> dict[str, Tile]:
-    """The fastest tile of every case and dtype, by the time that `seconds` takes of a launch."""
-    table = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for (kernel, tokens, width), dtype in product(cases, dtypes):
-            launch = launcher(kernel, tokens, width, dtype, device)
-            # Of expand_slots the tile holds the tokens that the slots were cut into, and not
-            # another number.
-            held = group_block(tokens, EXPERTS) if kernel == "expand_slots" else tokens
-            key = tile_key(kernel, held, width, dtype)
-            default = default_tile(kernel, held, width, dtype.itemsize)
-            times: dict[Tile, float] = {}
-            for nth, tile in enumerate(neighbours(default)):
-                path = Path(folder) / f"{len(table)}-{nth}-{key.replace(' ', '-')}.json"
-                save_tuned(path, "", {key: tile})
-                try:
-                    times[tile] = seconds(partial(launch, str(path)))
-                except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-                    report(f"{key}: {tile} does not run: {type(error).__name__}")
-            table[key] = min(times, key=lambda tile: times[tile])
-            share = times[table[key]] / times[default]
-            report(f"{key}: {table[key]}, {share:.2f} of the default's time")
-    return table
+    d: int = D,
+) -> None:
+    """Hand the fastest right tile of every case and dtype to `found` as soon as it is known."""
+    for case, dtype in product(cases, dtypes):
+        key = key_of(case, dtype)
+        tried = list(trials(case, dtype, device, seconds, d=d))
+        for trial in tried:
+            if trial.why_not:
+                report(f"{key}: {shown(trial.tile)} is left out: {trial.why_not}")
+        best = fastest(tried)
+        if best is not None:
+            found(key, best.tile)
+            share = best.seconds / tried[0].seconds
+            report(f"{key}: {shown(best.tile)}, {share:.2f} of the default's time")
+
+
+def _attempted(name: str, call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    # Any: a compiler has many ways to refuse a tile, and none may end the others.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _values(result: Any) -> list[Tensor]:
+    """What a launch computed, kept from the next launch."""
+    tensors = [result] if isinstance(result, Tensor) else list(result)
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _check(got: list[Tensor], wanted: list[Tensor], allowed: float) -> None:
+    """Raise WrongTile where a tensor is not what the default tile gives."""
+    for nth, (value, other) in enumerate(zip(got, wanted, strict=True)):
+        error = float((value.float() - other.float()).norm() / other.float().norm())
+        if not error <= allowed:
+            raise WrongTile(f"tensor {nth} is off by {error:.1e}")
+
+
+def seconds_by_the_clock(launch: Callable[[], object]) -> float:
+    """The seconds of one launch where there is no GPU."""
+    start = time.perf_counter()
+    launch()
+    return time.perf_counter() - start
 
 
 def seconds_on_gpu(launch: Callable[[], object], repeats: int = 20) -> float:
@@ -176,15 +295,17 @@ def main() -> None:
         )
     device = torch.device("cuda")
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
-    table = tune(CASES, dtypes, device, seconds_on_gpu)
     path = (
         Path(arguments.name)
         if arguments.name.endswith(".json")
         else TUNED / f"{arguments.name}.json"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tuned(path, torch.cuda.get_device_name(device), table)
-    print(f"{len(table)} tiles in {path.name}; use them with tiles={arguments.name!r}")
+    found = partial(keep, path, torch.cuda.get_device_name(device))
+    tune(CASES, dtypes, device, seconds_on_gpu, found)
+    print(
+        f"{len(load_tuned(str(path)))} tiles in {path.name}; use them with tiles={arguments.name!r}"
+    )
 
 
 if __name__ == "__main__":
