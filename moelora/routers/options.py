@@ -87,8 +87,13 @@ def check_declared_options(cls: Any) -> None:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value`, if it is of the type `hint`; a whole number counts as a float where one is meant."""
-    whole = type(value) is int and abs(value) < 2**53
-    for candidate in (value, float(value)) if whole else (value,):
+    candidates = [value]
+    if type(value) is int and abs(value) < 2**53:
+        candidates.append(float(value))
+    # Older validators take True for a 1.
+    if type(value) is bool and hint in (int, float):
+        candidates = []
+    for candidate in candidates:
         with suppress(TypeError, ValueError):
             type_validator(name, candidate, hint)
             return candidate

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from bases import causal_base
 from core.mixtures import SCOPES, into
+from packaging.version import Version
 from training.runs import batch, gradients_of, open_window
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
@@ -28,7 +30,13 @@ def test_checkpointing_enabled_before_the_mixture(scope, reentrant):
     base = causal_base()
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model = into(base, router_scope=scope, **LOSSES)
-    got = _gradients(model)
+    try:
+        got = _gradients(model)
+    except ValueError as error:
+        # Older transformers checkpoint a layer with its hooks inside, which is then refused.
+        assert scope == "model" and reentrant and "upgrade transformers" in str(error)
+        assert Version(transformers.__version__) < Version("5.23")
+        return
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6)
 
