@@ -59,7 +59,9 @@ class Launch:
         blocks = {k.removeprefix("BLOCK_"): v for k, v in self.constants if k.startswith("BLOCK_")}
         path = "".join(f" {v}" for k, v in self.constants if k == "PATH")
         flags = "".join(
-            f" {k.lower()}" for k, v in self.constants if k in ("RESIDENT", "GATED") and v is True
+            f" {k.lower()}"
+            for k, v in self.constants
+            if k in ("RESIDENT", "GATED", "SPLIT") and v is True
         )
         kinds = {kind for _, kind in self.signature}
         dtype = next((kind[1:] for kind in ("*bf16", "*fp16") if kind in kinds), "fp32")
