@@ -39,7 +39,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+FLAGS = ("RESIDENT", "GATED", "SPLIT", "SQUARES", "INPUT_NORM", "PDL")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Launch:
         factors = {kind[1:] for name, kind in self.signature if name in names}
         if factors and factors != {dtype}:
             dtype += "/" + factors.pop()  # activations / factors
+        blocks |= {k: v for k, v in self.constants if k == "SPLITS"}
         tile = " ".join(f"{k}={v}" for k, v in blocks.items())
         warps = dict(self.options)["num_warps"]
         return f"{kernel}{path}{flags} {dtype} {tile} w={warps}"
@@ -76,12 +78,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler says of one launch on one target; spilled: None where it does not tell."""
+    """What the compiler says of one launch on one target; spilled: None where it does not tell.
+
+    tf32: whether fp32 numbers are rounded. dependent: whether it may start while the launch before
+    it ends.
+    """
 
     shared: int
     registers: int
     spilled: int
     tensor_cores: bool
+    tf32: bool
+    dependent: bool
 
 
 @contextmanager
@@ -101,7 +109,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _specialised(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    options = {name: kwargs.pop(name) for name in OPTIONS}
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     values = {**dict(zip(kernel.arg_names, args)), **kwargs}
     signature, constants, divisible = {}, {}, []
     for place, parameter in enumerate(kernel.params):
@@ -147,7 +155,8 @@ def compiled(launch: Launch, target: str) -> Figures:
     else:
         usage = _resource_usage(binary.asm["cubin"])
         registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
-    return Figures(binary.metadata.shared, registers, spilled, cores)
+    flags = (cores, "tf32" in text, "griddepcontrol" in text)
+    return Figures(binary.metadata.shared, registers, spilled, *flags)
 
 
 def _resource_usage(cubin: bytes) -> str:

@@ -106,7 +106,7 @@ def every_launch() -> list[Launch]:
             for experts, rank in ((4, 4), (4, 8), (8, 8), (8, 16), (8, 32), (8, 48)):
                 training("dense", tokens, experts, rank, dtype, master=master)
                 training("matmul", tokens, experts, rank, dtype, master=master)
-                if tokens <= 64:
+                if tokens <= 64 and experts * rank <= 128:
                     decoding(tokens, experts, rank, dtype, master)
         for (dtype, master), rank in product(((BF16, True), (FP32, False)), (16, 32, 64, 128, 256)):
             for tokens in (8192, 2048, 512):
@@ -121,9 +121,10 @@ def every_launch() -> list[Launch]:
             training("grouped", 8192, 64, 16, dtype)
             training("sequence", 8, 8, 16, dtype, 1024)
             decoding(1, 8, 16, dtype)
-        for dtype, tokens in product((BF16, FP16, FP32), (1, 32, 8192)):
-            for experts in (4, 32, 64, 1024):
+        for dtype, tokens in ((BF16, 1), (BF16, 32), (BF16, 8192), (FP16, 8192), (FP32, 8192)):
+            for experts in (8, 64):
                 routing(tokens, experts, dtype)
+        routing(1, 1024, BF16)
         for dtype in (BF16, FP32):
             options = {"selection_bias": empty(64), "null_expert": True, "input_norm": True}
             decoding(64, 63, 64, dtype, True, TopK(empty(64, D), **options))
@@ -181,6 +182,46 @@ def test_a_router_of_much_bf16_uses_tensor_cores(target: str, figures: dict) -> 
         if on == target and ("SPLIT", True) in launch.constants
     }
     assert found == {"router_kernel": True, "router_grad_kernel": True}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_rounded_to_tf32(target: str, figures: dict) -> None:
+    assert not [of.name for (of, on), f in figures.items() if on == target and f.tf32]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_decoding_from_hopper_on_starts_while_the_launch_before_it_ends(
+    target: str, figures: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And compiles without a spill there; nowhere else is the instruction."""
+    assert not [of.name for (of, on), f in figures.items() if on == target and f.dependent]
+    if target not in ("sm_90", "sm_100"):
+        return
+    monkeypatch.setattr(decode, "chained", lambda device: {"PDL": True, "launch_pdl": True})
+    with recorded() as launches:
+        decoding(1, 8, 16, BF16, master=True)
+    assert len(launches) == 2
+    for launch in launches:
+        of_launch = compiled(launch, target)
+        assert of_launch.dependent and of_launch.spilled == 0, launch.name
+
+
+def test_who_may_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA chips from Hopper on; no other, no CPU."""
+    cuda = torch.device("cuda", 0)
+    for capability, hip, wanted in (
+        ((8, 0), None, False),
+        ((8, 9), None, False),
+        ((9, 0), None, True),
+        ((12, 0), None, True),
+        ((9, 4), "6.0", False),
+    ):
+        decode._chains.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
+        assert decode.chained(cuda).get("launch_pdl", False) is wanted
+    decode._chains.cache_clear()
+    assert decode.chained(torch.device("cpu")) == {"PDL": False}
 
 
 def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:
