@@ -285,4 +285,5 @@ class ForwardPass:
         bias = context.load(index)
         flags = (router.norm_topk_prob, router.null_expert, router.input_norm)
         spec = TopK(weight.float(), bias, *flags)
-        return plan_decoding(x.reshape(tokens, -1), spec, slots, rank, tiles=context.tiles)
+        rows = x.reshape(tokens, x.shape[-1])
+        return plan_decoding(rows, spec, slots, rank, tiles=context.tiles)

@@ -96,7 +96,7 @@ def test_forward_and_backward(
         (33, 1, 16, 4, False, 0),
         (3, 80, 16, 2, True, 0),  # more ranks than one program holds
         (65, 1, 16, 2, True, 3),  # routed by two launches; the shrink's planes are one more
-        (100, 8, 4096, 2, True, 3),
+        (100, 8, 1024, 2, True, 3),
         (1024, 1, 16, 4, True, 3),
     ],
 )

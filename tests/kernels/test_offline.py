@@ -74,7 +74,7 @@ def routing(tokens: int, experts: int, dtype: torch.dtype) -> None:
     ops.router_product.run(x, empty(experts, D))
     ops.router_grad.run(empty(tokens, experts), x)
     if tokens <= 64:
-        router.route(x, TopK(empty(experts + 1, D), None, True, True, True), 2, "")
+        router.route(x, TopK(empty(experts + 1, D), None, True, True, True), 2)
 
 
 def job_on(path: str, rows: int, experts: int, rank: int, tokens_per_row: int) -> Job:

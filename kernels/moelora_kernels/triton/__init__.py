@@ -95,14 +95,12 @@ def interpreted() -> bool:
     return not isinstance(shrink_kernel, triton.JITFunction)
 
 
-def route(
-    x: Tensor, router: TopK, num_slots: int, tiles: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
+def route(x: Tensor, router: TopK, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, weights, slot_experts) [T, K] of a few tokens x [T, d], in two launches; slot_experts:
     ids with 0 for -1.
     """
     refuse_gradients("a routing of the kernels", x=x, router=router.weight)
-    ids, weights, experts = ops.router_top_k(x, *_flags(router), num_slots, tiles)
+    ids, weights, experts = ops.router_top_k(x, *_flags(router), num_slots)
     return ids, weights, experts if router.null_expert else ids
 
 

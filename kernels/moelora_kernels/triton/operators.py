@@ -265,12 +265,11 @@ def _top_k(
     null_expert: bool,
     input_norm: bool,
     num_slots: int,
-    tiles: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return route(x, TopK(router, bias, norm, null_expert, input_norm), num_slots, tiles)
+    return route(x, TopK(router, bias, norm, null_expert, input_norm), num_slots)
 
 
-def _fake_top_k(x, router, bias, norm, null_expert, input_norm, num_slots, tiles):
+def _fake_top_k(x, router, bias, norm, null_expert, input_norm, num_slots):
     ids = x.new_empty((x.shape[0], num_slots), dtype=torch.int64)
     experts = torch.empty_like(ids) if null_expert else ids.new_empty(0)
     return ids, router.new_empty((x.shape[0], num_slots)), experts
@@ -279,7 +278,7 @@ def _fake_top_k(x, router, bias, norm, null_expert, input_norm, num_slots, tiles
 router_top_k = Operator(
     "router_top_k",
     "(Tensor x, Tensor router, Tensor? bias, bool norm, bool null_expert, bool input_norm,"
-    " int num_slots, str tiles) -> (Tensor, Tensor, Tensor)",
+    " int num_slots) -> (Tensor, Tensor, Tensor)",
     _top_k,
     _fake_top_k,
 )

@@ -193,11 +193,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def route(x: Tensor, router: TopK, num_slots: int, tiles: str) -> tuple[Tensor, Tensor, Tensor]:
+def route(x: Tensor, router: TopK, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, weights, slot_experts) [T, K] of x [T, d], in two launches; slot_experts: ids with 0
     for -1, and empty where no choice is the null expert.
     """
     planes = router_planes(
         _rows(x), router.weight.contiguous(), logits_width(router), router.input_norm
     )
-    return top_k(planes, router, num_slots, tiles)
+    return top_k(planes, router, num_slots)

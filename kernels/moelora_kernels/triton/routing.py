@@ -123,9 +123,7 @@ def top_k_kernel(
     )  # fmt: skip
 
 
-def top_k(
-    planes: Tensor, router: TopK, num_slots: int, tiles: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def top_k(planes: Tensor, router: TopK, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """`router.route` of the logits' planes [splits, T, …], in one launch."""
     splits, num_tokens, _ = planes.shape
     choices, d = router.weight.shape
@@ -133,7 +131,7 @@ def top_k(
     weights = planes.new_empty((num_tokens, num_slots))
     slot_experts = torch.empty_like(ids) if router.null_expert else None
     if num_tokens:
-        tile = tile_for("top_k", num_tokens, choices, torch.float32, tiles)
+        tile = tile_for("top_k", num_tokens, choices, torch.float32, "")
         options = launch_options(tile)
         del options["BLOCK_T"], options["BLOCK_D"]
         top_k_kernel[(num_tokens,)](

@@ -20,10 +20,9 @@ KERNELS = (
     "gate_grad",
     "decode_shrink",
     "decode_expand",
-    "router",
-    "router_grad",
-    "top_k",
 )
+# Not worth a tuned table.
+ROUTING = ("router", "router_grad", "top_k")
 MIN_DOT = 16  # tl.dot takes no smaller side
 # Features in one fp32 product of a router's: without tensor cores a thread holds whole rows, which
 # with more of them spill.
@@ -50,7 +49,7 @@ def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Til
     No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of
     the same dtype or fp32: the compile tests hold it.
     """
-    if kernel not in KERNELS:
+    if kernel not in KERNELS + ROUTING:
         raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
     if kernel == "gate_grad":
         return Tile(16, fitting(width, 64), MIN_DOT, 4, 1)
@@ -110,8 +109,8 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
         return Tile(tokens, fitting(width, 32), ROUTER_DEPTH, 4)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 64, 4)
-    # With 16 tokens it spills: each thread then holds whole rows of the other side.
-    return Tile(32, fitting(width, 32), 32, 8, 1)
+    # With 16 tokens or ranks it spills: each thread then holds whole rows of the other side.
+    return Tile(32, 32, 32, 8, 1)
 
 
 def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles: str) -> Tile:
