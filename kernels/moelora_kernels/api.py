@@ -222,7 +222,8 @@ def plan_decoding(
     module = _backend("triton")
     _check_runs(module, x, router.weight)
     path = choose_path("triton", replace(shape, num_experts=router.num_experts)).path
-    routing = (*module.route(x, router, num_slots), not router.null_expert)
+    ids, weights, slot_experts = module.route(x, router, num_slots)
+    routing = (ids, weights, slot_experts, not router.null_expert)
     return Plan(path, router.num_experts, len(x), 1, *routing, "triton", tiles)
 
 

@@ -7,6 +7,8 @@ added in fp32. The numbers are split in registers: nothing but x, W and the resu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -153,11 +155,12 @@ def router_planes(x: Tensor, weight: Tensor, width: int, squares: bool) -> Tenso
     grid = ceil_div(num_tokens, tile.BLOCK_T), ceil_div(width, tile.BLOCK_R)
     splits, part = power_splits(grid[0] * grid[1], d, tile.BLOCK_D, x.device)
     planes = weight.new_empty((splits, num_tokens, width))
+    options = _options(tile, SQUARES=squares, SPLIT=split)
     if num_tokens:
         router_kernel[(*grid, splits)](
             x, weight, planes,
             num_tokens, d, part, choices, width, x.stride(0), *planes.stride()[:2],
-            SQUARES=squares, SPLIT=split, **launch_options(tile),
+            **options,
         )  # fmt: skip
     return planes
 
@@ -181,12 +184,17 @@ def weight_grad(dlogits: Tensor, x: Tensor) -> Tensor:
     grid = ceil_div(choices, tile.BLOCK_R), ceil_div(d, tile.BLOCK_D)
     splits, part = split_count(grid[0] * grid[1], num_tokens, tile.BLOCK_T, x.device)
     planes = dlogits.new_empty((splits, choices, d))
+    options = _options(tile, SPLIT=split)
     router_grad_kernel[(*grid, splits)](
         dlogits, x, planes,
         num_tokens, part, choices, d, dlogits.stride(0), x.stride(0), planes.stride(0),
-        SPLIT=split, **launch_options(tile),
+        **options,
     )  # fmt: skip
     return planes[0] if splits == 1 else planes.sum(0)
+
+
+def _options(tile: Tile, **flags: bool) -> dict[str, Any]:
+    return {**flags, **launch_options(tile)}
 
 
 def _rows(tensor: Tensor) -> Tensor:
