@@ -159,7 +159,7 @@ def router_planes(x: Tensor, weight: Tensor, width: int, squares: bool) -> Tenso
     if num_tokens:
         router_kernel[(*grid, splits)](
             x, weight, planes,
-            num_tokens, d, part, choices, width, x.stride(0), *planes.stride()[:2],
+            num_tokens, d, part, choices, width, x.stride(0), planes.stride(0), planes.stride(1),
             **options,
         )  # fmt: skip
     return planes
