@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import eager, reference
-from .dispatch import HAS_TRITON, Shape, choose_backend
+from .dispatch import HAS_TRITON, Shape, choose_backend, choose_path, routes_in_expand
 from .layout import Layout, Offsets, layout_of
-from .plan import Plan, build_plan
+from .plan import Plan, TopK, build_decode_plan, build_plan, check_router
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
 if HAS_TRITON:
@@ -190,6 +191,40 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
     if backend == "triton":
         _check_runs(module, x, weight)
     return getattr(module, "logits", eager.logits)(x, weight)
+
+
+def plan_decoding(
+    x: Tensor, router: TopK, num_slots: int, total_rank: int, *, tiles: str = ""
+) -> Plan:
+    """The plan of a few tokens that the Triton kernels route, without gradients (`can_decode`).
+
+    Path "decode" where they do it while they expand (`build_decode_plan`), else routed here, by two
+    launches, for the path of the table. Call it outside of autocast.
+
+    Args:
+        x: [T, d], at most 64 tokens.
+        router: The top-k router, its weight [C, d] fp32.
+        num_slots: K, at most C.
+        total_rank: The largest R of the linears that share the plan.
+        tiles: As in `build_plan`.
+
+    Raises:
+        TypeError, ValueError: for a router that is not fp32 or not of x's width, and more slots
+            than choices.
+    """
+    choices, d = router.weight.shape
+    shape = Shape(len(x), 1, choices, num_slots, total_rank, x.dtype, x.device.type)
+    if routes_in_expand(shape):
+        return build_decode_plan(router, len(x), num_slots, tiles=tiles)
+    check_router(router, num_slots)
+    if x.dim() != 2 or x.shape[1] != d:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [T, {d}], the router's width: flatten x")
+    module = _backend("triton")
+    _check_runs(module, x, router.weight)
+    path = choose_path("triton", replace(shape, num_experts=router.num_experts)).path
+    ids, weights, slot_experts = module.route(x, router, num_slots)
+    routing = (ids, weights, slot_experts, not router.null_expert)
+    return Plan(path, router.num_experts, len(x), 1, *routing, "triton", tiles)
 
 
 def _backend(name: str) -> ModuleType:

@@ -9,7 +9,11 @@ from importlib.util import find_spec
 import torch
 
 PATHS = ("dense", "matmul", "grouped", "sequence")
-DECODE_RANKS = 128
+# What the kernels route by themselves; in a program that expands, so many choices.
+DECODE_TOKENS = 64
+DECODE_CHOICES = 64
+ROUTED_CHOICES = 2048
+DECODE_SLOTS = 16  # their loop is unrolled
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -120,13 +124,22 @@ RULES = (
 
 
 def can_decode(shape: Shape) -> bool:
-    """Whether the kernels may route by themselves (path "decode"); R is that of one linear.
-
-    At most 64 tokens, where launches are the cost; a program holds all experts' logits and all
-    ranks.
+    """Whether the kernels may route by themselves (`plan_decoding`): few tokens, where launches are
+    the cost, of a `TopK` router with E choices (a null expert is one).
     """
-    few = shape.tokens_per_row == 1 and shape.tokens <= 64 and shape.num_experts <= 64
-    return few and shape.total_rank <= DECODE_RANKS and shape.dtype.itemsize <= 4
+    few = shape.tokens_per_row == 1 and shape.tokens <= DECODE_TOKENS
+    fits = shape.num_experts <= ROUTED_CHOICES and shape.num_slots <= DECODE_SLOTS
+    return few and fits and shape.dtype.itemsize <= 4
+
+
+def routes_in_expand(shape: Shape) -> bool:
+    """Whether a token is best routed in the expand (path "decode"), which computes all experts.
+
+    A program holds all choices' logits; and where few of many bytes are chosen, to read only those
+    is worth the launches of a routing before. R is that of one linear.
+    """
+    wasteful = _few(shape) and shape.total_rank > 256
+    return can_decode(shape) and shape.num_experts <= DECODE_CHOICES and not wasteful
 
 
 def choose_backend(shape: Shape) -> str:
@@ -158,8 +171,9 @@ def explain(shape: Shape, *, backend: str | None = None, path: str | None = None
         if rule is taken:
             lines.append(f"path {rule.path}: {rule.when}; {rule.why}")
             if chosen == "triton" and can_decode(shape):
+                first = "path decode" if routes_in_expand(shape) else "routed by two launches"
                 lines.append(
-                    "path decode, where the router is the kernels' top-k and no gradient is wanted"
+                    f"{first}, where the router is the kernels' top-k and no gradient is wanted"
                 )
             return "\n".join(lines)
         lines.append(f"  not {rule.path}: no {rule.when}")

@@ -15,13 +15,22 @@ from .dispatch import PATHS, Shape, choose_backend, choose_path
 class TopK:
     """A top-k router that the kernels run themselves: the softmax of x Wᵀ, its K largest.
 
-    weight [E, d] fp32. selection_bias [E] or None shifts which experts are chosen, never their
-    weights (arXiv:2408.15664). norm: the weights are divided by their sum.
+    weight [C, d] fp32: C = E, or E + 1 with null_expert, whose last choice is no expert and adds
+    nothing. selection_bias [C] or None shifts which are chosen, never their weights
+    (arXiv:2408.15664). norm: the weights are divided by their sum. input_norm: x / √mean(x²) is
+    routed.
     """
 
     weight: Tensor
     selection_bias: Tensor | None = None
     norm: bool = True
+    null_expert: bool = False
+    input_norm: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weight.shape[0] - int(self.null_expert)
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,9 @@ class Plan:
     slot_experts [rows, K]: expert_ids with 0 in place of -1.
     distinct: no slot is empty and no row names an expert twice.
     backend: the one that runs it, if none is named. tiles: the tuned table of its kernels, by name.
-    router: of the decode path alone, whose kernels write expert_ids and weights with the first
-    expand.
+    router: of the decode path alone. Such a plan holds no routing: its kernels route each x that
+    they shrink, and the h of that x carries its own logits. Sites that share the plan are thus
+    routed each by its own x; expert_ids and weights are those of the last expand.
     memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins
     a new one.
     """
@@ -160,22 +170,32 @@ def build_plan(
 def build_decode_plan(
     router: TopK, rows: int, num_slots: int, *, backend: str = "triton", tiles: str = ""
 ) -> Plan:
-    """The plan of tokens that the kernels route themselves: path "decode", without gradients.
+    """The plan of tokens that the kernels route while they expand: path "decode", no gradients.
 
-    No φ may act between the halves. The plan's expert_ids and weights [rows, K] hold the routing
-    after the first expand.
+    No φ may act between the halves. Every x that is shrunk with the plan is routed by itself; the
+    plan's expert_ids and weights [rows, K] hold the routing of the last expand.
 
     Args:
-        router: The top-k router, its weight [E, d] fp32.
+        router: The top-k router, its weight [C, d] fp32, of at most 64 choices.
         rows: T, at most 64.
-        num_slots: K, at most E.
+        num_slots: K, at most C.
         backend: A name of `BACKENDS` that has the path.
         tiles: As in `build_plan`.
 
     Raises:
         TypeError: for a router that is not an fp32 matrix.
-        ValueError: for more slots than experts.
+        ValueError: for more slots than choices.
     """
+    check_router(router, num_slots)
+    ids = router.weight.new_empty((rows, num_slots), dtype=torch.int64)
+    weights = router.weight.new_empty((rows, num_slots))
+    distinct = not router.null_expert
+    routing = (ids, weights, ids, distinct)
+    return Plan("decode", router.num_experts, rows, 1, *routing, backend, tiles, router)
+
+
+def check_router(router: TopK, num_slots: int) -> None:
+    """Raise for a router that is not an fp32 matrix, and for more slots than it has choices."""
     if router.weight.dtype != torch.float32 or router.weight.dim() != 2:
         raise TypeError(
             f"router.weight is {router.weight.dtype} {tuple(router.weight.shape)}, expected"
@@ -185,11 +205,6 @@ def build_decode_plan(
         raise ValueError(
             f"num_slots={num_slots}, expected 1 to the router's {len(router.weight)} experts"
         )
-    ids = router.weight.new_empty((rows, num_slots), dtype=torch.int64)
-    weights = router.weight.new_empty((rows, num_slots))
-    return Plan(
-        "decode", len(router.weight), rows, 1, ids, weights, ids, True, backend, tiles, router
-    )
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

@@ -41,17 +41,31 @@ def lora_mixture(
 
 
 def top_k(
-    x: Tensor, router: Tensor, num_slots: int, bias: Tensor | None = None, norm: bool = True
+    x: Tensor,
+    router: Tensor,
+    num_slots: int,
+    bias: Tensor | None = None,
+    norm: bool = True,
+    null_expert: bool = False,
+    input_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(expert_ids, weights) [T, K]: the softmax of x Wᵀ, its K largest after adding bias; norm
-    divides by their sum.
+    divides by their sum. null_expert: the last choice is no expert, -1 with weight 0. input_norm:
+    of x / √mean(x²).
 
-    x [T, d], router [E, d], bias [E].
+    x [T, d], router [C, d], bias [C].
     """
-    probabilities = (x.to(router.dtype) @ router.T).softmax(-1)
+    x = x.to(router.dtype)
+    if input_norm:
+        x = x / x.square().mean(1, keepdim=True).sqrt()
+    probabilities = (x @ router.T).softmax(-1)
     ids = (probabilities if bias is None else probabilities + bias).topk(num_slots).indices
     weights = probabilities.gather(1, ids)
-    return ids, weights / weights.sum(1, keepdim=True) if norm else weights
+    weights = weights / weights.sum(1, keepdim=True) if norm else weights
+    if not null_expert:
+        return ids, weights
+    empty = ids == len(router) - 1
+    return ids.masked_fill(empty, -1), weights.masked_fill(empty, 0.0)
 
 
 def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:

@@ -14,15 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from moelora_kernels import (
-    Plan,
-    Shape,
-    TopK,
-    build_decode_plan,
-    build_plan,
-    can_decode,
-    choose_backend,
-)
+from moelora_kernels import Plan, Shape, TopK, build_plan, can_decode, choose_backend, plan_decoding
 from torch import Tensor, nn
 
 from ..host_internals import inside_backward
@@ -274,14 +266,14 @@ class ForwardPass:
         context = self.context
         if torch.is_grad_enabled() or not context.by_token or type(router) is not TopKRouter:
             return None
-        if router.training or router.input_norm or router.null_expert or self.keep_routings:
+        if router.training or self.keep_routings:
             return None
         if self.override is not None or self.carried is not None:
             return None
         tokens = x.shape[:-1].numel()
         slots = router.num_experts_per_tok
         rank = context.total_rank
-        shape = Shape(tokens, 1, context.num_experts, slots, rank, x.dtype, x.device.type)
+        shape = Shape(tokens, 1, router.num_choices, slots, rank, x.dtype, x.device.type)
         if (context.backend or choose_backend(shape)) != "triton" or not can_decode(shape):
             return None
         weight = router.get_parameter("weight")
@@ -290,5 +282,8 @@ class ForwardPass:
             return None
         if weight.shape != (router.num_choices, router.in_features):
             return None
-        spec = TopK(weight.float(), context.load(index), router.norm_topk_prob)
-        return build_decode_plan(spec, tokens, slots, tiles=context.tiles)
+        bias = context.load(index)
+        flags = (router.norm_topk_prob, router.null_expert, router.input_norm)
+        spec = TopK(weight.float(), bias, *flags)
+        rows = x.reshape(tokens, x.shape[-1])
+        return plan_decoding(rows, spec, slots, rank, tiles=context.tiles)

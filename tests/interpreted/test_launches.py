@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moelora_kernels import Layout, TopK, build_decode_plan, expand, shrink
+from moelora_kernels import Layout, TopK, expand, plan_decoding, router_logits, shrink
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -87,22 +87,62 @@ def test_forward_and_backward(
     assert forward.operators == same.operators
 
 
-@pytest.mark.parametrize(("d_in", "linears", "kernels"), [(16, 1, 2), (4096, 1, 2), (16, 3, 4)])
-@pytest.mark.parametrize(("experts", "slots"), [(8, 1), (33, 4)])
+@pytest.mark.parametrize("linears", [1, 3])
+@pytest.mark.parametrize(
+    ("experts", "rank", "d_in", "slots", "null_expert", "more"),
+    [
+        (8, 1, 16, 1, False, 0),
+        (8, 1, 4096, 2, True, 0),
+        (33, 1, 16, 4, False, 0),
+        (3, 80, 16, 2, True, 0),  # more ranks than one program holds
+        (65, 1, 16, 2, True, 3),  # routed by two launches; the shrink's planes are one more
+        (100, 8, 1024, 2, True, 3),
+        (1024, 1, 16, 4, True, 3),
+    ],
+)
 def test_decoding(
-    d_in: int, linears: int, kernels: int, experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
+    experts: int,
+    rank: int,
+    d_in: int,
+    slots: int,
+    null_expert: bool,
+    more: int,
+    linears: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One for the site and one for each linear: the router is inside."""
-    case = Case(rows=2, ranks=(1,) * experts, num_slots=slots, d_in=d_in)
+    """One for the site and one for each linear: the router is inside. With more experts than a
+    program holds, at most three more.
+    """
+    case = Case(rows=2, ranks=(rank,) * experts, num_slots=slots, d_in=d_in)
     _, inputs = make(case, torch.float32)
-    router = TopK(torch.randn(experts, d_in))
+    router = TopK(torch.randn(experts + null_expert, d_in), None, True, null_expert)
+    lora_A = inputs["lora_A"].repeat(linears, 1)
+    site = Layout((case.offsets,) * linears)
 
     def step() -> None:
-        plan = build_decode_plan(router, 2, slots)
-        lora_A = inputs["lora_A"].repeat(linears, 1)
-        for h in shrink(inputs["x"], lora_A, Layout((case.offsets,) * linears), plan):
+        plan = plan_decoding(inputs["x"], router, slots, case.offsets[-1])
+        for h in shrink(inputs["x"], lora_A, site, plan):
             expand(h, inputs["lora_B"], case.layout, plan, inputs["out"], inplace=True)
 
     count = counted(step, monkeypatch)
-    assert count.kernels == kernels
-    assert count.operators <= 1  # the repeat of this test
+    assert count.kernels + count.operators <= 1 + linears + more
+    assert count.kernels >= 1 + linears
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "experts"), [(3, 5), (40, 70), (600, 5)])
+def test_a_router(
+    tokens: int, experts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits are one launch and the sum of its planes; backward dx, dW and the sum of its."""
+    x = torch.randn(tokens, 16).to(dtype).requires_grad_()
+    weight = torch.randn(experts, 16, requires_grad=True)
+    logits = []
+    forward = counted(
+        lambda: logits.append(router_logits(x, weight, backend="triton")), monkeypatch
+    )
+    monkeypatch.undo()
+    dlogits = torch.randn(tokens, experts)
+    backward = counted(lambda: torch.autograd.grad(logits[0], (x, weight), dlogits), monkeypatch)
+    assert forward.kernels == 1 and forward.operators <= 1
+    assert backward.kernels == 2 and backward.operators <= 1

@@ -64,6 +64,32 @@ def test_generated_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(plan is not None for plan in decoded) == own
 
 
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"null_expert": True}, "decode"),
+        ({"null_expert": True, "router_input_norm": True}, "decode"),
+        ({"num_experts": 70, "null_expert": True}, "dense"),
+    ],
+    ids=["null expert", "input norm", "70 experts"],
+)
+def test_the_kernels_route_every_kind_of_top_k(
+    options: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plans = causal(**options), []
+    plan_of = ForwardPass._decode_plan
+    monkeypatch.setattr(
+        ForwardPass, "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
+    )
+    model.eval()
+    with torch.no_grad():
+        wanted = on(model, "eager")(INPUT[:, :2]).logits
+        plans.clear()
+        logits = on(model, "triton")(INPUT[:, :2]).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    assert {plan.path for plan in plans} == {path}
+
+
 def test_gradient_checkpointing_gives_the_same_bits() -> None:
     model = on(causal(**NO_ROUTER_LOSS), "triton").train()
     grads = []

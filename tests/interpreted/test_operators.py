@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from moelora_kernels import PATHS, Layout, TopK, build_decode_plan, build_plan, expand, shrink
+from moelora_kernels import (
+    PATHS,
+    Layout,
+    TopK,
+    build_decode_plan,
+    build_plan,
+    expand,
+    plan_decoding,
+    router_logits,
+    shrink,
+)
 from moelora_kernels.triton import operators
 from torch import Tensor
 from torch.library import opcheck
@@ -57,6 +67,9 @@ def every_call() -> list[tuple[Any, tuple]]:
                 site = Layout((CASE.offsets,) * linears)
                 hs = shrink(x, lora_A.repeat(linears, 1), site, decoding)
                 expand(hs[0], lora_B, layout, decoding, out)
+            plan_decoding(x, TopK(torch.randn(80, 16), null_expert=True), 2, 10)
+        weight = torch.randn(3, 16, requires_grad=True)
+        router_logits(x.clone().requires_grad_(), weight, backend="triton").sum().backward()
     return calls.seen
 
 
@@ -90,6 +103,23 @@ def test_decoding_compiles_as_one_graph() -> None:
         plan = build_decode_plan(router, 10, 2)
         (h,) = shrink(x, inputs["lora_A"], CASE.layout, plan)
         return expand(h, inputs["lora_B"], CASE.layout, plan, out)
+
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(inputs["x"], inputs["out"]), step(inputs["x"], inputs["out"]))
+
+
+@pytest.mark.parametrize("experts", [3, 80])
+def test_a_site_that_routes_compiles_as_one_graph(experts: int) -> None:
+    """In the expand, and before it."""
+    case = Case(rows=4, ranks=(2,) * experts)
+    _, inputs = make(case, torch.float32)
+    router = TopK(torch.randn(experts + 1, 16), null_expert=True, input_norm=True)
+
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        plan = plan_decoding(x, router, 2, 2 * experts)
+        (h,) = shrink(x, inputs["lora_A"], case.layout, plan)
+        return expand(h, inputs["lora_B"], case.layout, plan, out)
 
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

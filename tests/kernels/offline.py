@@ -39,7 +39,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+FLAGS = ("RESIDENT", "GATED", "SPLIT", "SQUARES", "INPUT_NORM", "PDL")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Launch:
         blocks = {k.removeprefix("BLOCK_"): v for k, v in self.constants if k.startswith("BLOCK_")}
         path = "".join(f" {v}" for k, v in self.constants if k == "PATH")
         flags = "".join(
-            f" {k.lower()}" for k, v in self.constants if k in ("RESIDENT", "GATED") and v is True
+            f" {k.lower()}"
+            for k, v in self.constants
+            if k in ("RESIDENT", "GATED", "SPLIT") and v is True
         )
         kinds = {kind for _, kind in self.signature}
         dtype = next((kind[1:] for kind in ("*bf16", "*fp16") if kind in kinds), "fp32")
@@ -67,6 +70,7 @@ class Launch:
         factors = {kind[1:] for name, kind in self.signature if name in names}
         if factors and factors != {dtype}:
             dtype += "/" + factors.pop()  # activations / factors
+        blocks |= {k: v for k, v in self.constants if k == "SPLITS"}
         tile = " ".join(f"{k}={v}" for k, v in blocks.items())
         warps = dict(self.options)["num_warps"]
         return f"{kernel}{path}{flags} {dtype} {tile} w={warps}"
@@ -74,12 +78,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler says of one launch on one target; spilled: None where it does not tell."""
+    """What the compiler says of one launch on one target; spilled: None where it does not tell.
+
+    tf32: whether fp32 numbers are rounded. dependent: whether it may start while the launch before
+    it ends.
+    """
 
     shared: int
     registers: int
     spilled: int
     tensor_cores: bool
+    tf32: bool
+    dependent: bool
 
 
 @contextmanager
@@ -99,7 +109,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _specialised(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    options = {name: kwargs.pop(name) for name in OPTIONS}
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     values = {**dict(zip(kernel.arg_names, args)), **kwargs}
     signature, constants, divisible = {}, {}, []
     for place, parameter in enumerate(kernel.params):
@@ -145,7 +155,8 @@ def compiled(launch: Launch, target: str) -> Figures:
     else:
         usage = _resource_usage(binary.asm["cubin"])
         registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
-    return Figures(binary.metadata.shared, registers, spilled, cores)
+    flags = (cores, "tf32" in text, "griddepcontrol" in text)
+    return Figures(binary.metadata.shared, registers, spilled, *flags)
 
 
 def _resource_usage(cubin: bytes) -> str:

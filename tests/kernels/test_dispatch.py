@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from moelora_kernels import BACKENDS, PATHS, Shape, can_decode, choose_backend, explain
-from moelora_kernels.dispatch import RULES, choose_path
+from moelora_kernels.dispatch import RULES, choose_path, routes_in_expand
 
 BF16 = torch.bfloat16
 
@@ -85,14 +85,37 @@ def test_explain() -> None:
     assert explain(Shape(4, 1, 8, 2, 1), path="dense").endswith("path dense: named by the caller")
     decoding = explain(Shape(4, 1, 8, 2, 128, BF16, "cuda"))
     assert decoding.splitlines()[-1].startswith("path decode, where the router")
+    decoding = explain(Shape(4, 1, 256, 2, 2048, BF16, "cuda"))
+    assert decoding.splitlines()[-1].startswith("routed by two launches, where the router")
 
 
 def test_decoding_has_limits() -> None:
-    assert can_decode(Shape(64, 1, 64, 2, 128, BF16))
+    for shape in (
+        Shape(64, 1, 64, 2, 128, BF16),
+        Shape(1, 1, 1025, 2, 10**4, BF16),
+        Shape(8, 1, 8, 2, 4096),
+    ):
+        assert can_decode(shape)
     for shape in (
         Shape(65, 1, 8, 2, 16, BF16),
         Shape(1, 2, 8, 2, 16),
-        Shape(1, 1, 65, 2, 16),
-        Shape(1, 1, 8, 2, 129),
+        Shape(1, 1, 2049, 2, 16),
+        Shape(1, 1, 64, 17, 16),
+        Shape(1, 1, 8, 2, 16, torch.float64),
     ):
         assert not can_decode(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inside"),
+    [
+        (Shape(1, 1, 8, 2, 256), True),
+        (Shape(1, 1, 8, 2, 512), False),  # a routing before saves three quarters of the bytes
+        (Shape(4, 1, 8, 2, 512), True),  # the tokens need most of them
+        (Shape(64, 1, 64, 2, 4096), True),
+        (Shape(1, 1, 65, 2, 65), False),
+        (Shape(65, 1, 8, 2, 16), False),
+    ],
+)
+def test_where_a_token_is_routed(shape: Shape, inside: bool) -> None:
+    assert routes_in_expand(shape) is inside

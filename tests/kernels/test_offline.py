@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from moelora_kernels import Layout, Plan, build_plan
-from moelora_kernels.dispatch import DECODE_RANKS
+from moelora_kernels import Layout, Plan, TopK, build_plan
+from moelora_kernels.triton import decode, router, tiles
 from moelora_kernels.triton import operators as ops
 from moelora_kernels.triton.autograd import in_dtype
 from moelora_kernels.triton.job import Job, job_of
@@ -52,15 +52,29 @@ def training(
 
 
 def decoding(
-    tokens: int, experts: int, rank: int, dtype: torch.dtype, master: bool = False
+    tokens: int,
+    experts: int,
+    rank: int,
+    dtype: torch.dtype,
+    master: bool = False,
+    router: TopK | None = None,
 ) -> None:
     """Both launches of the decode path."""
     job = job_on("dense", tokens, experts, rank, 1)
     x = empty(tokens, D, dtype=dtype)
     factor = empty(experts * rank, D, dtype=FP32 if master else dtype)
-    logits, h = ops.decode_shrink.run(x, empty(experts, D), factor, job)
-    routing = (job.ids, empty(tokens, 2))
-    ops.decode_expand_.run(logits, h, factor, None, True, *routing, x, True, job)
+    router = router or TopK(empty(experts, D))
+    planes = decode.decode_shrink(x, router, factor, job)
+    decode.decode_expand(planes, factor, router, job.ids, empty(tokens, 2), x, True, job)
+
+
+def routing(tokens: int, experts: int, dtype: torch.dtype) -> None:
+    """A router's logits and gradient, and where a token is routed before it is shrunk."""
+    x = empty(tokens, D, dtype=dtype)
+    ops.router_product.run(x, empty(experts, D))
+    ops.router_grad.run(empty(tokens, experts), x)
+    if tokens <= 64:
+        router.route(x, TopK(empty(experts + 1, D), None, True, True, True), 2)
 
 
 def job_on(path: str, rows: int, experts: int, rank: int, tokens_per_row: int) -> Job:
@@ -84,13 +98,15 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 def every_launch() -> list[Launch]:
     """One launch of each kernel with each of its default tiles, dtypes and flags."""
-    with recorded() as launches:
+    with recorded() as launches, pytest.MonkeyPatch.context() as patch:
+        # An H200's: how many planes a decode expand holds depends on it.
+        patch.setattr(tiles, "multiprocessors", lambda device: 132)
         # A model's experts are fp32 beside 16-bit activations: with those, and in fp32, every tile.
         for (dtype, master), tokens in product(((BF16, True), (FP32, False)), (1, 32, 8192)):
             for experts, rank in ((4, 4), (4, 8), (8, 8), (8, 16), (8, 32), (8, 48)):
                 training("dense", tokens, experts, rank, dtype, master=master)
                 training("matmul", tokens, experts, rank, dtype, master=master)
-                if tokens <= 64 and experts * rank <= DECODE_RANKS:
+                if tokens <= 64 and experts * rank <= 128:
                     decoding(tokens, experts, rank, dtype, master)
         for (dtype, master), rank in product(((BF16, True), (FP32, False)), (16, 32, 64, 128, 256)):
             for tokens in (8192, 2048, 512):
@@ -105,10 +121,19 @@ def every_launch() -> list[Launch]:
             training("grouped", 8192, 64, 16, dtype)
             training("sequence", 8, 8, 16, dtype, 1024)
             decoding(1, 8, 16, dtype)
+        for dtype, tokens in ((BF16, 1), (BF16, 32), (BF16, 8192), (FP16, 8192), (FP32, 8192)):
+            for experts in (8, 64):
+                routing(tokens, experts, dtype)
+        routing(1, 1024, BF16)
+        for dtype in (BF16, FP32):
+            options = {"selection_bias": empty(64), "null_expert": True, "input_norm": True}
+            decoding(64, 63, 64, dtype, True, TopK(empty(64, D), **options))
     return list({launch.name: launch for launch in launches}.values())
 
 
 LAUNCHES = every_launch()
+# These multiply in IEEE fp32 at least for some sizes, or not at all.
+NO_CORES = ("gate_grad_dense", "gate_grad_slots", "router", "router_grad")
 NAMES = sorted({kernel_of(launch) for launch in LAUNCHES})
 
 
@@ -140,13 +165,63 @@ def test_no_spill_and_shared_memory_that_fits(name: str, target: str, figures: d
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if " fp32" not in name and "gate_grad" not in name]
+    "name", [name for name in NAMES if " fp32" not in name and name.split()[0] not in NO_CORES]
 )
 def test_16_bit_products_use_tensor_cores(name: str, target: str, figures: dict) -> None:
     launches = [
         f for (launch, on), f in figures.items() if kernel_of(launch) == name and on == target
     ]
     assert launches and all(f.tensor_cores for f in launches)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_router_of_much_bf16_uses_tensor_cores(target: str, figures: dict) -> None:
+    found = {
+        launch.kernel.__name__: figures_of_launch.tensor_cores
+        for (launch, on), figures_of_launch in figures.items()
+        if on == target and ("SPLIT", True) in launch.constants
+    }
+    assert found == {"router_kernel": True, "router_grad_kernel": True}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_rounded_to_tf32(target: str, figures: dict) -> None:
+    assert not [of.name for (of, on), f in figures.items() if on == target and f.tf32]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_decoding_from_hopper_on_starts_while_the_launch_before_it_ends(
+    target: str, figures: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And compiles without a spill there; nowhere else is the instruction."""
+    assert not [of.name for (of, on), f in figures.items() if on == target and f.dependent]
+    if target not in ("sm_90", "sm_100"):
+        return
+    monkeypatch.setattr(decode, "chained", lambda device: {"PDL": True, "launch_pdl": True})
+    with recorded() as launches:
+        decoding(1, 8, 16, BF16, master=True)
+    assert len(launches) == 2
+    for launch in launches:
+        of_launch = compiled(launch, target)
+        assert of_launch.dependent and of_launch.spilled == 0, launch.name
+
+
+def test_who_may_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA chips from Hopper on; no other, no CPU."""
+    cuda = torch.device("cuda", 0)
+    for capability, hip, wanted in (
+        ((8, 0), None, False),
+        ((8, 9), None, False),
+        ((9, 0), None, True),
+        ((12, 0), None, True),
+        ((9, 4), "6.0", False),
+    ):
+        decode._chains.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
+        assert decode.chained(cuda).get("launch_pdl", False) is wanted
+    decode._chains.cache_clear()
+    assert decode.chained(torch.device("cpu")) == {"PDL": False}
 
 
 def test_the_table(figures: dict, capsys: pytest.CaptureFixture) -> None:

@@ -47,13 +47,88 @@ def test_the_chosen_experts_are_those_of_fp32(backend: str) -> None:
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_few_tokens(tokens: int, backend: str) -> None:
-    x = torch.randn(tokens, 8, requires_grad=True)
-    weight = torch.randn(3, 8, requires_grad=True)
-    router_logits(x, weight, backend=backend).sum().backward()
-    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(tokens, -1))
-    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(3, -1))
+def test_few_tokens(tokens: int, dtype: torch.dtype, backend: str) -> None:
+    x = torch.ones(tokens, 8, dtype=dtype, requires_grad=True)
+    weight = torch.ones(3, 8, requires_grad=True)
+    logits = router_logits(x, weight, backend=backend)
+    assert torch.equal(logits, torch.full((tokens, 3), 8.0))
+    logits.sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad, torch.full((3, 8), float(tokens)))
+    if dtype != torch.bfloat16 or not INTERPRETED:  # which multiplies bf16 wrongly
+        assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 3.0))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("tokens", "experts"), [(600, 5), (40, 70), (3, 1030)])
+def test_every_size_is_exact_to_fp32(
+    tokens: int, experts: int, dtype: torch.dtype, backend: str
+) -> None:
+    """The error of each logit and gradient, over the sum of its terms' sizes."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 96).to(dtype)
+    weight = torch.randn(experts, 96, requires_grad=True)
+    dlogits = torch.randn(tokens, experts)
+    logits = router_logits(x, weight, backend=backend)
+    (dweight,) = torch.autograd.grad(logits, weight, dlogits)
+    wide = x.double()
+    for got, a, b in ((logits, wide, weight.double().T), (dweight, dlogits.double().T, wide)):
+        error = (got.double() - a @ b).abs() / (a.abs() @ b.abs())
+        assert error.max() < 3e-7
+
+
+@pytest.mark.skipif(INTERPRETED, reason="not a kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_tf32_does_not_touch_eager_logits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that rounds what it multiplies to TF32, as far as a CPU can play one."""
+
+    def as_tf32(values: Tensor) -> Tensor:
+        rounded = values.contiguous().view(torch.int32) + (1 << 12)
+        return (rounded & -(1 << 13)).view(torch.float32)
+
+    mm = torch.mm
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch, "mm", lambda a, b: mm(as_tf32(a), as_tf32(b)))
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, weight: linear(as_tf32(x), as_tf32(weight))
+    )
+    torch.manual_seed(0)
+    x = torch.randn(50, 96).to(dtype).requires_grad_()
+    weight = torch.randn(5, 96, requires_grad=True)
+    dlogits = torch.randn(50, 5)
+    errors = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr("moelora_kernels.router._rounds", lambda tensor, gpu=on_gpu: gpu)
+        logits = router_logits(x, weight, backend="eager")
+        dx, dweight = torch.autograd.grad(logits, (x, weight), dlogits)
+        exact = (x.double() @ weight.double().T, dlogits.double().T @ x.double())
+        wanted_dx = dlogits.double() @ weight.double()
+        tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        dx_error = (dx.double() - wanted_dx).abs().max() / wanted_dx.abs().max() / tolerance
+        got = [
+            (a.double() - b).abs().max() / b.abs().max() for a, b in zip((logits, dweight), exact)
+        ]
+        errors.append((float(max(got)), float(dx_error)))
+    assert errors[0][0] > 1e-4, "the stand-in rounds nothing: no test"
+    assert errors[1][0] < 1e-6 and errors[1][1] <= 1
+
+
+def test_three_bf16_numbers_are_an_fp32_one() -> None:
+    """`three_parts` of the kernel, which multiplies each exactly; the interpreter cannot."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-30, 30, 61)[:, None]
+    values = torch.cat([torch.randn(61, 1000) * sizes, torch.zeros(61, 1)], dim=1)
+    high = values.bfloat16()
+    rest = values - high.float()
+    middle = rest.bfloat16()
+    low = (rest - middle.float()).bfloat16()
+    total = high.double() + middle.double() + low.double()
+    assert torch.equal(total, values.double())
 
 
 @every

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from itertools import accumulate
+
 import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import DECODE_RANKS, Shape, can_decode
+from ..dispatch import DECODE_CHOICES, DECODE_TOKENS
 from ..layout import Layout
 from ..plan import Plan, TopK
 from . import operators as ops
-from .autograd import Expand, Shrink, in_dtype
+from .autograd import Expand, Shrink, in_dtype, logits
 from .job import job_of
-from .router import logits
+from .routing import logits_width
 from .shrink import shrink_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,19 +95,38 @@ def interpreted() -> bool:
     return not isinstance(shrink_kernel, triton.JITFunction)
 
 
-def _decode_shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan, router: TopK):
-    """h of each linear as fp32 planes [splits, T, R_l]."""
-    _refuse_gradients(x=x, lora_A=lora_A, router=router.weight)
-    for total in layout.totals:
-        if not can_decode(Shape(plan.rows, 1, plan.num_experts, plan.num_slots, total, x.dtype)):
-            raise ValueError(
-                f"path='decode' got T={plan.rows}, E={plan.num_experts}, R={total} in {x.dtype},"
-                f" expected at most 64 tokens, 64 experts and {DECODE_RANKS} ranks: route, and use"
-                " build_plan"
-            )
-    job = job_of(plan, layout, False)
-    plan.memo["logits"], h = ops.decode_shrink(x, router.weight, lora_A, job)
-    return h.split(layout.totals, dim=2)
+def route(x: Tensor, router: TopK, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, weights, slot_experts) [T, K] of a few tokens x [T, d], in two launches; slot_experts:
+    ids with 0 for -1.
+    """
+    refuse_gradients("a routing of the kernels", x=x, router=router.weight)
+    ids, weights, experts = ops.router_top_k(x, *_flags(router), num_slots)
+    return ids, weights, experts if router.null_expert else ids
+
+
+def _flags(router: TopK) -> tuple:
+    """The router as an operator takes it."""
+    return tuple(getattr(router, field.name) for field in fields(router))
+
+
+def _decode_shrink(
+    x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan, router: TopK
+) -> tuple[Tensor, ...]:
+    """h of each linear as fp32 planes [splits, T, … R_l]: views of one tensor that begin with the
+    logits of x and end with the linear's ranks.
+    """
+    refuse_gradients("path='decode'", x=x, lora_A=lora_A, router=router.weight)
+    choices = router.weight.shape[0]
+    if plan.rows > DECODE_TOKENS or choices > DECODE_CHOICES:
+        raise ValueError(
+            f"path='decode' got T={plan.rows} and E={choices}, expected at most {DECODE_TOKENS}"
+            f" tokens and {DECODE_CHOICES} choices: use plan_decoding, or route and build_plan"
+        )
+    planes = ops.decode_shrink(
+        x, router.weight, lora_A, router.input_norm, job_of(plan, layout, False)
+    )
+    ends = accumulate(layout.totals, initial=logits_width(router))
+    return tuple(planes[:, :, :end] for end in list(ends)[1:])
 
 
 def _decode_expand(
@@ -118,7 +140,7 @@ def _decode_expand(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """`expand` of the decode path; out None needs the dtype, as h is fp32 there."""
-    _refuse_gradients(lora_B=lora_B, out=out)
+    refuse_gradients("path='decode'", lora_B=lora_B, out=out)
     if out is None:
         y = h.new_empty((plan.num_tokens, lora_B.shape[1]), dtype=dtype or h.dtype)
     elif inplace and out.is_contiguous():
@@ -128,31 +150,21 @@ def _decode_expand(
     flat = y.view(plan.num_tokens, lora_B.shape[1])
     # The operator writes the plan's ids: they may not come in by the job as well.
     job = job_of(plan, layout, False)._replace(ids=layout.experts)
-    ops.decode_expand_(
-        plan.memo["logits"],
-        h,
-        lora_B,
-        router.selection_bias,
-        router.norm,
-        plan.expert_ids,
-        plan.weights,
-        flat,
-        out is not None,
-        job,
-    )
+    routing = (plan.expert_ids, plan.weights)
+    ops.decode_expand_(h, lora_B, *_flags(router), *routing, flat, out is not None, job)
     return y
 
 
-def _refuse_gradients(**tensors: Tensor | None) -> None:
+def refuse_gradients(what: str, **tensors: Tensor | None) -> None:
     """Raise where the decode path, which has no backward pass, would silently cut one off."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"{name} requires a gradient, which path='decode' does not give: run it under"
+                f"{name} requires a gradient, which {what} does not give: run it under"
                 " torch.no_grad(), or route and use build_plan"
             )
 
 
-__all__ = ["expand", "interpreted", "logits", "shrink", "why_not"]
+__all__ = ["expand", "interpreted", "logits", "route", "shrink", "why_not"]

@@ -1,4 +1,6 @@
-"""Gradients: each half of the mixture is the other one's backward pass, and a weight gradient."""
+"""Gradients: each half of the mixture is the other one's backward pass, and a weight gradient; and
+a router's logits.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators as ops
-from .job import Job
+from .job import Job, one_expert
 
 # From here on a copy of a factor in the dtype of the activations costs less than to cast it anew
 # wherever it is read: in both passes, by each tile of tokens.
@@ -89,3 +91,29 @@ class Expand(torch.autograd.Function):
                 by_linear = gated if job.masked else gated.unsqueeze(2)
                 dB = ops.weight_grad(by_linear, flat, ctx.dtype, job)
         return dy if need_out else None, dh, dB, dweights, None, None, None
+
+
+class Logits(torch.autograd.Function):
+    """x Wᵀ, x read once and never cast in memory; dx in the dtype of x, dW in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return ops.router_product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            # The product in the dtype of x, of which dx keeps no more.
+            dx = ops.input_grad(dlogits, weight, x.dtype, one_expert(weight, len(x)))
+        if ctx.needs_input_grad[1]:
+            dweight = ops.router_grad(dlogits, x)
+        return dx, dweight
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ [T, E] fp32; x [T, d] of 16 or 32 bits, W [E, d] fp32."""
+    return Logits.apply(x, weight)

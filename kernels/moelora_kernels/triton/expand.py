@@ -47,7 +47,14 @@ def multiply_masked_rows(acc, h_tile, factor, row, used, column, inside, d, dtyp
     infinity or a NaN in a row makes NaN of the tokens that did, and of no others.
     """
     place = row.to(tl.int64)[:, None] * d + column[None, :]
-    f_tile = tl.load(factor + place, mask=used[:, None] & inside[None, :], other=0.0).to(dtype)
+    f_tile = tl.load(factor + place, mask=used[:, None] & inside[None, :], other=0.0)
+    return masked_product(acc, h_tile, f_tile, dtype)
+
+
+@triton.jit
+def masked_product(acc, h_tile, f_tile, dtype: tl.constexpr):
+    """acc + h F of `multiply_masked_rows`, for rows that are loaded."""
+    f_tile = f_tile.to(dtype)
     finite = f_tile - f_tile == 0.0
     cast = h_tile.to(dtype)
     acc = tl.dot(cast, tl.where(finite, f_tile, 0.0), acc, input_precision="ieee")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import Parameter
 
+from ..plan import TopK
 from .decode import decode_expand as run_decode_expand
 from .decode import decode_shrink as run_decode_shrink
 from .decode import decode_splits
@@ -23,6 +24,10 @@ from .expand import expand as run_expand
 from .gate_grad import gate_grad
 from .job import Job, unflatten
 from .matmul import add_product, gated, product, without_infinities
+from .router import product as run_router_product
+from .router import route
+from .router import weight_grad as run_router_grad
+from .routing import logits_width
 from .shrink import shrink_planes
 from .weight_grad import weight_grad as run_weight_grad
 
@@ -30,11 +35,11 @@ JOB = "Tensor[] tables, SymInt[] sizes, str path, str tiles"
 
 
 class Operator:
-    """A function of tensors, numbers and a job; called, it takes the shorter way of the two.
+    """A function of tensors, numbers and perhaps a job; called, it takes the shorter of two ways.
 
     Args:
         schema: arguments and results in torch's notation, with {JOB} for the job.
-        run: the function; its last argument is the job.
+        run: the function; its last argument is the job, where the schema has one.
         fake: the same for tensors without values.
         mutates: the arguments that it writes into.
     """
@@ -42,21 +47,27 @@ class Operator:
     def __init__(self, name: str, schema: str, run: Callable, fake: Callable, mutates: tuple = ()):
         self.run = run
         self.name = name
-        schema = schema.replace("{JOB}", JOB)
+        self.has_job = "{JOB}" in schema
         self.op = custom_op(
             f"moelora::{name}",
-            lambda *args: run(*args[:-4], unflatten(*args[-4:])),
+            self._without_job(run),
             mutates_args=mutates,
-            schema=schema,
+            schema=schema.replace("{JOB}", JOB),
         )
-        self.op.register_fake(lambda *args: fake(*args[:-4], unflatten(*args[-4:])))
+        self.op.register_fake(self._without_job(fake))
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
         if in_graph(first):
-            return self.op(*args[:-1], *args[-1].flat())
+            return self.op(*args[:-1], *args[-1].flat()) if self.has_job else self.op(*args)
         with device_of(first):
             return self.run(*args)
+
+    def _without_job(self, function: Callable) -> Callable:
+        """The function with the job as the arguments of an operator."""
+        if not self.has_job:
+            return lambda *args: function(*args)
+        return lambda *args: function(*args[:-4], unflatten(*args[-4:]))
 
 
 def in_graph(tensor: Tensor) -> bool:
@@ -194,49 +205,100 @@ expand_backward = Operator(
 """(dh, g·s·h in the dtype of dy, dweights) of u = dy Bᵀ."""
 
 
-def _decode_shrink(x: Tensor, router: Tensor, lora_A: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-    return run_decode_shrink(dense_rows(x), router.contiguous(), lora_A.contiguous(), job.tiles)
+def _decode_shrink(x: Tensor, router: Tensor, lora_A: Tensor, input_norm: bool, job: Job) -> Tensor:
+    return run_decode_shrink(
+        dense_rows(x), TopK(router.contiguous(), input_norm=input_norm), lora_A.contiguous(), job
+    )
 
 
-def _fake_decode_shrink(x, router, lora_A, job):
-    shape = (decode_splits(x, lora_A, job.tiles)[2], x.shape[0])
-    return router.new_empty((*shape, router.shape[0])), router.new_empty((*shape, lora_A.shape[0]))
+def _fake_decode_shrink(x, router, lora_A, input_norm, job):
+    width = logits_width(TopK(router, input_norm=input_norm))
+    splits = decode_splits(x, width, lora_A.shape[0], job.tiles)[2]
+    return router.new_empty((splits, x.shape[0], width + lora_A.shape[0]))
 
 
 decode_shrink = Operator(
     "decode_shrink",
-    "(Tensor x, Tensor router, Tensor lora_A, {JOB}) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor router, Tensor lora_A, bool input_norm, {JOB}) -> Tensor",
     _decode_shrink,
     _fake_decode_shrink,
 )
-"""(logits [splits, T, E] = x Wᵀ, h [splits, T, Σ_l R_l] = x Aᵀ), fp32 planes."""
+"""fp32 planes [splits, T, logits x Wᵀ, and from `logits_width` on h = x Aᵀ of all linears]."""
 
 
 def _decode_expand(
-    logits: Tensor,
-    h: Tensor,
+    planes: Tensor,
     lora_B: Tensor,
+    router: Tensor,
     bias: Tensor | None,
     norm: bool,
+    null_expert: bool,
+    input_norm: bool,
     ids: Tensor,
     weights: Tensor,
     y: Tensor,
     add: bool,
     job: Job,
 ) -> None:
-    out = y if add else None
-    run_decode_expand(logits, h, lora_B.contiguous(), bias, norm, ids, weights, out, y, job)
+    spec = TopK(router, bias, norm, null_expert, input_norm)
+    run_decode_expand(planes, lora_B.contiguous(), spec, ids, weights, y, add, job)
 
 
 decode_expand_ = Operator(
     "decode_expand_",
-    "(Tensor logits, Tensor h, Tensor lora_B, Tensor? bias, bool norm, Tensor(a!) ids,"
-    " Tensor(b!) weights, Tensor(c!) y, bool add, {JOB}) -> ()",
+    "(Tensor planes, Tensor lora_B, Tensor router, Tensor? bias, bool norm, bool null_expert,"
+    " bool input_norm, Tensor(a!) ids, Tensor(b!) weights, Tensor(c!) y, bool add, {JOB}) -> ()",
     _decode_expand,
     lambda *arguments: None,
     ("ids", "weights", "y"),
 )
-"""y (+)= (g·s·h) B for one linear; the routing is written to ids and weights [T, K]."""
+"""y (+)= (g·s·h) B for one linear, whose h is the last columns of the planes; the routing by the
+logits before is written to ids and weights [T, K]. Of the router itself only the shape is read.
+"""
+
+
+def _top_k(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    norm: bool,
+    null_expert: bool,
+    input_norm: bool,
+    num_slots: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return route(x, TopK(router, bias, norm, null_expert, input_norm), num_slots)
+
+
+def _fake_top_k(x, router, bias, norm, null_expert, input_norm, num_slots):
+    ids = x.new_empty((x.shape[0], num_slots), dtype=torch.int64)
+    experts = torch.empty_like(ids) if null_expert else ids.new_empty(0)
+    return ids, router.new_empty((x.shape[0], num_slots)), experts
+
+
+router_top_k = Operator(
+    "router_top_k",
+    "(Tensor x, Tensor router, Tensor? bias, bool norm, bool null_expert, bool input_norm,"
+    " int num_slots) -> (Tensor, Tensor, Tensor)",
+    _top_k,
+    _fake_top_k,
+)
+"""(ids, weights, slot_experts) [T, K] of `router.route`."""
+
+router_product = Operator(
+    "router_product",
+    "(Tensor x, Tensor weight) -> Tensor",
+    run_router_product,
+    lambda x, weight: weight.new_empty((x.shape[0], weight.shape[0])),
+)
+"""x Wᵀ [T, E] fp32."""
+
+router_grad = Operator(
+    "router_grad",
+    "(Tensor dlogits, Tensor x) -> Tensor",
+    run_router_grad,
+    lambda dlogits, x: dlogits.new_empty((dlogits.shape[1], x.shape[1])),
+)
+"""dlogitsᵀ x [E, d] fp32."""
 
 OPERATORS: Sequence[Operator] = (
     shrink,
@@ -247,4 +309,7 @@ OPERATORS: Sequence[Operator] = (
     expand_backward,
     decode_shrink,
     decode_expand_,
+    router_top_k,
+    router_product,
+    router_grad,
 )

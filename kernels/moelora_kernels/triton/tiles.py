@@ -21,7 +21,12 @@ KERNELS = (
     "decode_shrink",
     "decode_expand",
 )
+# Not worth a tuned table.
+ROUTING = ("router", "router_grad", "top_k")
 MIN_DOT = 16  # tl.dot takes no smaller side
+# Features in one fp32 product of a router's: without tensor cores a thread holds whole rows, which
+# with more of them spill.
+ROUTER_DEPTH = 16
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,12 @@ def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Til
     No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of
     the same dtype or fp32: the compile tests hold it.
     """
-    if kernel not in KERNELS:
+    if kernel not in KERNELS + ROUTING:
         raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
     if kernel == "gate_grad":
         return Tile(16, fitting(width, 64), MIN_DOT, 4, 1)
+    if kernel == "top_k":
+        return Tile(1, fitting(width, 2048), MIN_DOT, 8 if width > 512 else 4, 1)
     return (
         _tile_of_16_bits(kernel, num_tokens, width)
         if itemsize <= 2
@@ -80,10 +87,13 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
     if kernel == "weight_grad":
         ranks = fitting(width, 64)
         return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+    if kernel == "router":
+        return Tile(tokens, fitting(width, 64), 64, 4, 3)
+    if kernel == "router_grad":
+        return Tile(64, fitting(width, 64), 64, 4, 3)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 128, 4)
-    many = width > 64
-    return Tile(16 if many else min(tokens, 32), fitting(width, 128), 64, 8 if many else 4, 1)
+    return Tile(16, fitting(width, 128), 32, 8 if width > 64 else 4, 1)
 
 
 def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
@@ -93,12 +103,14 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
         return Tile(tokens, fitting(width, 64), 32, 4)
     if kernel in ("expand", "expand_slots"):
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
-    if kernel == "weight_grad":
+    if kernel in ("weight_grad", "router_grad"):
         return Tile(32, fitting(width, 32), 64, 4)
+    if kernel == "router":
+        return Tile(tokens, fitting(width, 32), ROUTER_DEPTH, 4)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 64, 4)
-    # With 16 tokens it spills: each thread then holds whole rows of the other side.
-    return Tile(32, fitting(width, 128), 32, 8, 1)
+    # With 16 tokens or ranks it spills: each thread then holds whole rows of the other side.
+    return Tile(32, 32, 32, 8, 1)
 
 
 def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles: str) -> Tile:
@@ -171,6 +183,17 @@ def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tu
     splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
     part = ceil_div(ceil_div(d, splits), block_d) * block_d
     return ceil_div(d, part), part
+
+
+def power_splits(
+    programs: int, d: int, block_d: int, device: torch.device, most: int = 16
+) -> tuple[int, int]:
+    """`split_count` with a power of two of parts, which a kernel can load at once; the last may be
+    empty.
+    """
+    splits, _ = split_count(programs, d, block_d, device)
+    splits = 1 << (min(splits, most).bit_length() - 1)
+    return splits, ceil_div(ceil_div(d, splits), block_d) * block_d
 
 
 def multiprocessors(device: torch.device) -> int:
