@@ -5,7 +5,7 @@ path has no other entry.
 from __future__ import annotations
 
 import torch
-from moelora_kernels import TopK, build_decode_plan, expand, shrink
+from moelora_kernels import Layout, TopK, build_decode_plan, expand, shrink
 from torch import Tensor
 
 
@@ -22,6 +22,7 @@ def decoded(
 ) -> tuple[Tensor, Tensor]:
     """y and the experts that the kernels chose themselves, [T, K]."""
     plan = build_decode_plan(TopK(router), len(x), top_k)
-    (h,) = shrink(x, lora_A, (rank_offsets,), plan)
-    y = expand(h, lora_B, rank_offsets, scaling, plan, out)
+    layout = Layout((rank_offsets,), scaling, x.device)
+    (h,) = shrink(x, lora_A, layout, plan)
+    y = expand(h, lora_B, layout, plan, out)
     return y, plan.expert_ids

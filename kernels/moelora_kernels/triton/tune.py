@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode import decode_expand, decode_shrink
-from .expand import expand
-from .gate_grad import gate_grad
-from .layout import layout, scales
-from .shrink import shrink_planes
-from .slot_map import slot_map
+from ..layout import Layout
+from ..plan import build_plan
+from . import operators as ops
+from .job import Job, job_of
 from .tiles import (
     MIN_DOT,
     TUNED,
@@ -37,7 +35,6 @@ from .tiles import (
     save_tuned,
     tile_key,
 )  # fmt: skip
-from .weight_grad import weight_grad
 
 SLOTS = 2
 EXPERTS = 8
@@ -107,41 +104,37 @@ def launcher(
     width: R, of expand_slots one expert's rank.
     """
     rank = width if kernel == "expand_slots" else max(1, width // EXPERTS)
-    site = layout(tuple(range(0, EXPERTS * rank + 1, rank)), EXPERTS, device)
-    scaling = scales((1.0,) * EXPERTS, device)
+    path = "grouped" if kernel == "expand_slots" else "dense"
+    layout = Layout([range(0, EXPERTS * rank + 1, rank)], (1.0,) * EXPERTS, device)
     x = torch.randn(tokens, d, dtype=dtype, device=device)
     factor = torch.randn(EXPERTS * rank, d, dtype=dtype, device=device)
     ids = torch.rand(tokens, EXPERTS, device=device).topk(SLOTS).indices
     weights = torch.rand(tokens, SLOTS, device=device)
     router = torch.randn(EXPERTS, d, device=device)
-    path = "grouped" if kernel == "expand_slots" else "dense"
-    slots = slot_map(ids, 1, EXPERTS, group_block(tokens, EXPERTS)) if path == "grouped" else None
-    planes = shrink_planes(x, factor, ids, slots, site, path, 1, "")
-    h = planes.sum(0)
-    y = torch.empty_like(x)
-    gate = (weights, scaling)
-    own = h if path == "dense" else h[:, :, 0]
-    logits = torch.randn(1, tokens, EXPERTS, device=device)
+    shape = {"total_rank": EXPERTS * rank, "path": path, "backend": "triton"}
+    plan = build_plan(ids, weights, EXPERTS, **shape)
+    default = job_of(plan, layout, learns=True)
+    h = ops.shrink.run(x, factor, default)
+    own = h if default.masked else h[:, :, 0]
+    planes = ops.decode_shrink.run(x, router, factor, False, default) if tokens <= 64 else x
 
-    def decode(t: str) -> Tensor:
-        routed = (None, True, scaling, site, ids.clone(), weights.clone())
-        decode_expand(logits, h[None], factor, *routed, x, y, t)
+    def decode(job: Job) -> Tensor:
+        y = x.clone()
+        routed = (router, None, True, False, False, ids.clone(), weights.clone())
+        ops.decode_expand_.run(planes, factor, *routed, y, True, job)
         return y
 
-    return {
+    launches: dict[str, Callable[[Job], Any]] = {
+        "shrink": lambda job: ops.shrink.run(x, factor, job),
+        "expand": lambda job: ops.expand.run(own, factor, weights, x, dtype, job),
+        "expand_slots": lambda job: ops.expand.run(own, factor, weights, x, dtype, job),
+        "weight_grad": lambda job: ops.weight_grad.run(own, x, dtype, job),
+        "gate_grad": lambda job: ops.expand_backward.run(x, own, factor, weights, job),
         # Into how many planes the sum is cut follows from the tile.
-        "shrink": lambda t: shrink_planes(x, factor, ids, slots, site, path, 1, t).sum(0),
-        "expand": lambda t: expand(own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y),
-        "expand_slots": lambda t: expand(
-            own, factor, x, gate, ids, slots, site, path, 1, dtype, t, y
-        ),
-        "weight_grad": lambda t: weight_grad(own, x, slots, site, path, dtype, t),
-        "gate_grad": lambda t: gate_grad(
-            planes, own, weights, scaling, ids, site, path, 1, dtype, t
-        ),
-        "decode_shrink": lambda t: [part.sum(0) for part in decode_shrink(x, router, factor, t)],
+        "decode_shrink": lambda job: ops.decode_shrink.run(x, router, factor, False, job).sum(0),
         "decode_expand": decode,
-    }[kernel]
+    }
+    return lambda tiles: launches[kernel](default._replace(tiles=tiles))
 
 
 def key_of(case: TileCase, dtype: torch.dtype) -> str:
