@@ -39,16 +39,26 @@ def training(
     tokens = rows * tokens_per_row
     x = empty(tokens, D, dtype=dtype)
     factor = empty(experts * rank, D, dtype=FP32 if master else dtype)
-    factor = in_dtype(factor, dtype, tokens, job)
+    factor, clean, poison = screened_here(factor, dtype, tokens, job)
     h = ops.shrink.run(x, factor, job)
     own = h if job.masked else h[:, :, 0]
     weights = empty(rows, 2)
-    ops.expand.run(own, factor, weights, x, dtype, job)
+    ops.expand.run(own, clean, poison, weights, x, dtype, job)
     dh, gated, _ = ops.expand_backward.run(x, own, factor, weights, job)
     ops.weight_grad.run(gated if job.masked else gated.unsqueeze(2), x, dtype, job)  # of lora_B
+    h = h if poison is None else ops.poisoned.run(h, poison, dtype, job)
     ops.weight_grad.run(h, x, dtype, job)  # of lora_A, from fp32
-    ops.input_grad.run(h, factor, dtype, job)
+    ops.input_grad.run(h, clean, dtype, job)
     assert dh.shape == own.shape
+
+
+def screened_here(factor: torch.Tensor, dtype: torch.dtype, tokens: int, job: Job) -> tuple:
+    """`autograd.screened` with the kernel recorded, for which a meta tensor's operator stands."""
+    if job.path != "matmul":
+        factor = in_dtype(factor, dtype, tokens, job)
+        return factor, factor, None
+    _, clean, poison = ops.screened.run(factor, dtype, job)
+    return clean, clean, poison
 
 
 def decoding(

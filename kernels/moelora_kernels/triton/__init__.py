@@ -10,7 +10,7 @@ from ..dispatch import DECODE_RANKS, Shape, can_decode
 from ..layout import Layout
 from ..plan import Plan, TopK
 from . import operators as ops
-from .autograd import Expand, Shrink, in_dtype
+from .autograd import Expand, Shrink, in_dtype, screened
 from .job import job_of
 from .router import logits
 from .shrink import shrink_kernel
@@ -63,11 +63,11 @@ def expand(
         inplace = inplace and not torch.compiler.is_compiling()
         y = Expand.apply(out if inplace else flat, h, lora_B, plan.weights, job, dtype, inplace)
     else:
-        factor = in_dtype(lora_B, dtype, shape[0], job)
+        _, factor, poison = screened(lora_B, dtype, shape[0], job)
         if inplace:
-            ops.expand_(h, factor, plan.weights, flat, job)
+            ops.expand_(h, factor, poison, plan.weights, flat, job)
             return out  # type: ignore[return-value]
-        y = ops.expand(h, factor, plan.weights, flat, dtype, job)
+        y = ops.expand(h, factor, poison, plan.weights, flat, dtype, job)
     return y if out is None else y.view(out.shape)
 
 
