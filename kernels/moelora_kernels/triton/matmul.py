@@ -65,7 +65,9 @@ def gated_kernel(
     gate = gate_of_ranks(weights, row_ids, row, there, expert, scale, K)
     place = token.to(tl.int64)[:, None]
     tile = tl.load(h + place * h_stride + rank[None, :], mask=mask, other=0.0).to(tl.float32)
-    tile = tile * gate + tl.load(poison + rank, mask=inside, other=0.0)[None, :]
+    tile *= gate
+    if poison is not None:
+        tile += tl.load(poison + rank, mask=inside, other=0.0)[None, :]
     tile = tl.where(gate != 0.0, tile, 0.0)
     tl.store(gated + place * total_rank + rank[None, :], tile.to(gated.dtype.element_ty), mask=mask)
 
@@ -108,7 +110,9 @@ def screened(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     return plain, clean, poison
 
 
-def gated(h: Tensor, weights: Tensor, poison: Tensor, dtype: torch.dtype, job: Job) -> Tensor:
+def gated(
+    h: Tensor, weights: Tensor, poison: Tensor | None, dtype: torch.dtype, job: Job
+) -> Tensor:
     """g·s·h [T, R] in dtype, for h [T, R] fp32 and weights [rows, K] fp32."""
     result = h.new_empty(h.shape, dtype=dtype)
     if result.numel():

@@ -22,6 +22,9 @@ KERNELS = (
     "decode_expand",
 )
 MIN_DOT = 16  # tl.dot takes no smaller side
+# Bytes that a pass finds in the cache again: a third of the 50 MB of an H100 or H200, of which each
+# half of the chip keeps some lines twice.
+CACHED = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -61,24 +64,27 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
         ranks = fitting(width, 128)
         if (tokens, ranks) == (16, 128):
             return Tile(16, 128, 32, 4)
+        if num_tokens > 64 and ranks == 128:
+            return Tile(128, 128, 64, 8, 3)
         # With fp32 factors a third stage of these spills.
         stages = 2 if ranks == 128 or (tokens, ranks) == (64, 32) else 3
         return Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4, stages)
     if kernel == "expand":
+        if tokens == 16 and 128 < width <= 256:
+            return Tile(16, 256, 64, 4, 1)
+        if num_tokens > 64 and width > 128:
+            return Tile(64, 32, 128, 8, 2)
         ranks = fitting(width, 128) if width <= 128 else 32
-        return Tile(
-            tokens,
-            ranks,
-            128 if width <= 64 else 64,
-            8 if tokens == 64 else 4,
-            1 if ranks == 128 else 2,
-        )
+        stages = 1 if ranks == 128 and tokens < 64 else 2
+        return Tile(tokens, ranks, 128 if width <= 64 else 64, 8 if tokens == 64 else 4, stages)
     if kernel == "expand_slots":
         return Tile(
             tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2
         )
     if kernel == "weight_grad":
-        ranks = fitting(width, 64)
+        ranks = fitting(width, 128)
+        if ranks == 128:
+            return Tile(64, 128, 128, 8, 2)
         return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 128, 4)
@@ -163,12 +169,15 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
     return {**asdict(tile), "enable_fp_fusion": True}
 
 
-def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tuple[int, int]:
+def split_count(
+    programs: int, d: int, block_d: int, device: torch.device, at_least: int = 1
+) -> tuple[int, int]:
     """Into how many parts of d a sum is split so that the chip is busy, and d a part.
 
-    clamp(2 · SMs / programs, 1, min(16, d / 256)): calculated, not measured.
+    clamp(2 · SMs / programs, at_least, min(16, d / 256)): calculated, not measured.
     """
-    splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
+    splits = max(2 * multiprocessors(device) // max(programs, 1), at_least)
+    splits = max(1, min(splits, 16, d // 256))
     part = ceil_div(ceil_div(d, splits), block_d) * block_d
     return ceil_div(d, part), part
 
@@ -195,6 +204,27 @@ def out_tiles(programs: int, device: torch.device) -> int:
     chip.
     """
     return max(1, min(8, programs // (4 * multiprocessors(device))))
+
+
+def columns_at_once(num_tokens: int, d: int, itemsize: int, block_d: int) -> int:
+    """How many columns of y all slots are added to before the next ones, a multiple of block_d.
+
+    Passes over more than the cache holds read y from memory again; two tiles at least are a grid.
+    """
+    if num_tokens * d * itemsize <= 2 * CACHED:
+        return max(d, 1)
+    return max(2, CACHED // (num_tokens * itemsize * block_d)) * block_d
+
+
+def splits_in_cache(num_tokens: int, d: int, itemsize: int, slots: int, width: int) -> int:
+    """Into how many parts of d a shrink of `slots` slots of `width` ranks is split at least: as
+    many as let a slot find in the cache what another one read, where the planes cost half of that
+    or less.
+    """
+    size = num_tokens * d * itemsize
+    splits = ceil_div(size, CACHED)
+    planes = 2 * 4 * splits * num_tokens * slots * width  # written and read, fp32
+    return splits if size > 2 * CACHED and 2 * planes <= (slots - 1) * size else 1
 
 
 def fitting(size: int, largest: int) -> int:
