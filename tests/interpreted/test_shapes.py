@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from moelora_kernels import PATHS
-from moelora_kernels.triton.tiles import columns_at_once, splits_in_cache
+from moelora_kernels.triton.tiles import Tile, columns_at_once, splits_in_cache, with_wide_rows
 
 from tests.kernels.cases import DTYPES, Case, assert_close, expected, make, mixture, run, with_ranks
 
@@ -74,3 +74,14 @@ def test_a_program_writes_several_tiles_of_columns(
         ids, inputs = make(case, torch.float32)
         actual = run(mixture(case, ids, path=path, backend="triton"), inputs)
         assert_close(actual, expected(case, ids, inputs), torch.float32)
+
+
+@pytest.mark.parametrize("path", ["grouped", "sequence"])
+def test_wide_rows_of_the_gradients_of_many_experts(path: str) -> None:
+    half, cpu = torch.empty(0, dtype=torch.float16), Tile(16, 16, 64)
+    widths = [with_wide_rows(cpu, experts, 72, half).BLOCK_D for experts in (70, 40, 20)]
+    assert widths == [256, 64, 64] and with_wide_rows(cpu, 40, 200, half).BLOCK_D == 128
+    case = Case(rows=8, ranks=(2,) * 70, d_in=40, d_out=72)
+    ids, inputs = make(case, torch.float16)
+    actual = run(mixture(case, ids, path=path, backend="triton"), inputs)
+    assert_close(actual, expected(case, ids, inputs), torch.float16)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
 KERNELS = (
@@ -76,7 +77,8 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
             return Tile(64, 32, 128, 8, 2)
         ranks = fitting(width, 128) if width <= 128 else 32
         stages = 1 if ranks == 128 and tokens < 64 else 2
-        return Tile(tokens, ranks, 128 if width <= 64 else 64, 8 if tokens == 64 else 4, stages)
+        warps = 8 if tokens == 64 or (tokens == 32 and width > 128) else 4
+        return Tile(tokens, ranks, 128 if width <= 64 else 64, warps, stages)
     if kernel == "expand_slots":
         return Tile(
             tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2
@@ -85,7 +87,8 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
         ranks = fitting(width, 128)
         if ranks == 128:
             return Tile(64, 128, 128, 8, 2)
-        return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+        tokens = 16 if num_tokens <= 16 else 64
+        return Tile(tokens, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 128, 4)
     many = width > 64
@@ -97,6 +100,8 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     tokens = fitting(num_tokens, 32)
     if kernel == "shrink":
         return Tile(tokens, fitting(width, 64), 32, 4)
+    if kernel == "expand" and tokens == 32 and width > 32:
+        return Tile(32, 16, 64, 8, 2)
     if kernel in ("expand", "expand_slots"):
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
     if kernel == "weight_grad":
@@ -119,6 +124,18 @@ def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles
 def with_block_t(tile: Tile, block: int | None) -> Tile:
     """The tile with the tokens that the slots were cut into, where they were."""
     return tile if block is None else replace(tile, BLOCK_T=block)
+
+
+def with_wide_rows(tile: Tile, rows: int, d: int, x: Tensor) -> Tile:
+    """The tile of weight_grad, wider where the programs of many experts would only fetch a few
+    tokens each: 4 or 2 times for ranks of 16 bits up to 16 or 32, while the chip stays full.
+    """
+    most = MIN_DOT * 4 // tile.BLOCK_R if x.itemsize == 2 else 1
+    for times in (4, 2):
+        programs = rows * ceil_div(d, tile.BLOCK_D * times)
+        if times <= most and programs >= 16 * multiprocessors(x.device):
+            return replace(tile, BLOCK_D=tile.BLOCK_D * times)
+    return tile
 
 
 def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> str:
