@@ -80,9 +80,10 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
         warps = 8 if tokens == 64 or (tokens == 32 and width > 128) else 4
         return Tile(tokens, ranks, 128 if width <= 64 else 64, warps, stages)
     if kernel == "expand_slots":
-        return Tile(
-            tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2
-        )
+        ranks = fitting(width, 64)
+        # Two stages of the largest put their barriers on the stack of sm_100.
+        stages = 1 if tokens == ranks == 64 else 2
+        return Tile(tokens, ranks, 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, stages)
     if kernel == "weight_grad":
         ranks = fitting(width, 128)
         if ranks == 128:
