@@ -117,7 +117,7 @@ def string_list(name: str, value: Any, may_be_empty: bool = False) -> list[str]:
 
 def check_names(given: Iterable[Any], known: Sequence[str], called: str = "choices") -> None:
     """Raise ValueError where one of `given` is not among the experts `known`, and list these."""
-    unknown = sorted(str(name) for name in given if name not in known)
+    unknown = sorted((name for name in given if name not in known), key=str)
     if unknown:
         raise ValueError(
             f"There is no expert {', '.join(map(repr, unknown))}. The {called} are: "

@@ -237,7 +237,7 @@ def _check_ids(ids: Tensor, num_experts: int) -> None:
     """Raise for an id that names no expert; a GPU raises later, so that nobody waits for it."""
     if ids.is_cuda:
         message = f"expert_ids names an expert that is not one of -1 to {num_experts - 1}"
-        torch._assert_async(((ids >= -1) & (ids < num_experts)).all(), message)
+        torch.ops.aten._assert_async.msg(((ids >= -1) & (ids < num_experts)).all(), message)
         return
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
     if low < -1 or high >= num_experts:

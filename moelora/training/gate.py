@@ -20,7 +20,7 @@ from .arguments import check_not_overridden, check_texts
 from .collator import padded_batch
 from .datasets import Texts
 
-OPTIONS: dict[str, Callable[[str, Any], None]] = {
+SETTINGS: dict[str, Callable[[str, Any], None]] = {
     "epochs": partial(check_integer, low=1),
     "learning_rate": partial(check_number, low=0.0, high=math.inf, open_low=True),
     "batch_size": partial(check_integer, low=1),
@@ -107,11 +107,11 @@ def train_gate(
 
 def check_options(**options: Any) -> None:
     """Raise where `train_gate` would refuse these options, for recipes that come to it late."""
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        known = ", ".join(OPTIONS)
+    if unknown := sorted(set(options) - set(SETTINGS)):
+        known = ", ".join(SETTINGS)
         raise ValueError(f"train_gate has no option {unknown}. Its options are: {known}.")
     for name, value in options.items():
-        OPTIONS[name](name, value)
+        SETTINGS[name](name, value)
 
 
 @torch.no_grad()

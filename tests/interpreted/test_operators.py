@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,28 @@ def test_compiles_as_one_graph(path: str) -> None:
     wanted = run(flat, inputs)
     for name, value in run(lambda **tensors: compiled(**tensors), inputs).items():
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_numbers_of_tokens_share_a_graph(path: str) -> None:
+    """Three lengths, the longest of them with larger tiles of tokens: at most two graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case = replace(CASE, ranks=(3,), num_slots=1, tokens_per_row=1, d_in=4, d_out=4)
+
+    def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        plan = build_plan(ids, weights, 1, total_rank=3, path=path, backend="triton")
+        (h,) = shrink(x, lora_A, layout, plan)
+        return expand(h, lora_B, layout, plan)
+
+    layout = case.layout
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 9, 20):
+        ids, inputs = make(replace(case, rows=rows), torch.float32)
+        tensors = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+        y = compiled(*tensors, ids, inputs["weights"])
+        assert torch.equal(y, function(*tensors, ids, inputs["weights"]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_decoding_compiles_as_one_graph() -> None:

@@ -43,6 +43,13 @@ def test_eager(rows: int, tokens_per_row: int, num_experts: int, num_slots: int,
         (Shape(1, 1, 64, 2, 1024), "sequence"),  # decode: only the chosen experts' bytes
         (Shape(64, 1, 8, 2, 1024), "dense"),  # decode: every expert is chosen by somebody
         (Shape(0, 1, 8, 2, 128), "dense"),
+        (Shape(8192, 1, 8, 2, 128, BF16, "cuda"), "matmul"),  # cuBLAS's thin products
+        (Shape(8192, 1, 8, 2, 512, torch.float16, "cuda"), "matmul"),  # 256 K
+        (Shape(8192, 1, 8, 2, 513, BF16, "cuda"), "grouped"),
+        (Shape(8192, 1, 8, 2, 128, torch.float32, "cuda"), "dense"),  # no TF32 unasked
+        (Shape(255, 1, 8, 2, 128, BF16, "cuda"), "dense"),  # bound by launches
+        (Shape(128, 4, 8, 2, 128, BF16, "cuda"), "matmul"),  # short rows
+        (Shape(8, 1024, 8, 2, 128, BF16, "cuda"), "sequence"),
     ],
 )
 def test_triton(shape: Shape, path: str) -> None:

@@ -39,16 +39,26 @@ def training(
     tokens = rows * tokens_per_row
     x = empty(tokens, D, dtype=dtype)
     factor = empty(experts * rank, D, dtype=FP32 if master else dtype)
-    factor = in_dtype(factor, dtype, tokens, job)
+    factor, clean, poison = screened_here(factor, dtype, tokens, job)
     h = ops.shrink.run(x, factor, job)
     own = h if job.masked else h[:, :, 0]
     weights = empty(rows, 2)
-    ops.expand.run(own, factor, weights, x, dtype, job)
+    ops.expand.run(own, clean, poison, weights, x, dtype, job)
     dh, gated, _ = ops.expand_backward.run(x, own, factor, weights, job)
     ops.weight_grad.run(gated if job.masked else gated.unsqueeze(2), x, dtype, job)  # of lora_B
+    h = h if poison is None else ops.poisoned.run(h, poison, dtype, job)
     ops.weight_grad.run(h, x, dtype, job)  # of lora_A, from fp32
-    ops.input_grad.run(h, factor, dtype, job)
+    ops.input_grad.run(h, clean, dtype, job)
     assert dh.shape == own.shape
+
+
+def screened_here(factor: torch.Tensor, dtype: torch.dtype, tokens: int, job: Job) -> tuple:
+    """`autograd.screened` with the kernel recorded, for which a meta tensor's operator stands."""
+    if job.path != "matmul":
+        factor = in_dtype(factor, dtype, tokens, job)
+        return factor, factor, None
+    _, clean, poison = ops.screened.run(factor, dtype, job)
+    return clean, clean, poison
 
 
 def decoding(
@@ -111,6 +121,9 @@ def every_launch() -> list[Launch]:
         for (dtype, master), rank in product(((BF16, True), (FP32, False)), (16, 32, 64, 128, 256)):
             for tokens in (8192, 2048, 512):
                 training("grouped", tokens, 64, rank, dtype, master=master)
+            if rank <= 32:  # so few experts that the weights' gradients keep small tiles
+                training("grouped", 8192, 1, rank, dtype, master=master)
+                training("grouped", 8192, 2, rank, dtype, master=master)
             for tokens_per_row in (1, 32, 1024):
                 training("sequence", 8, 8, rank, dtype, tokens_per_row, master)
         # Factors of 16 bits, which take half the room, are for who calls the kernels: the usual
@@ -133,7 +146,9 @@ def every_launch() -> list[Launch]:
 
 LAUNCHES = every_launch()
 # These multiply in IEEE fp32 at least for some sizes, or not at all.
-NO_CORES = ("gate_grad_dense", "gate_grad_slots", "router", "router_grad")
+NO_CORES = (
+    "gate_grad_dense", "gate_grad_slots", "router", "router_grad", "gated", "poisoned", "screened"
+)  # fmt: skip
 NAMES = sorted({kernel_of(launch) for launch in LAUNCHES})
 
 

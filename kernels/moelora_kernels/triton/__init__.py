@@ -13,7 +13,7 @@ from ..dispatch import DECODE_CHOICES, DECODE_TOKENS
 from ..layout import Layout
 from ..plan import Plan, TopK
 from . import operators as ops
-from .autograd import Expand, Shrink, in_dtype, logits
+from .autograd import Expand, Shrink, in_dtype, logits, screened
 from .job import job_of
 from .routing import logits_width
 from .shrink import shrink_kernel
@@ -66,11 +66,11 @@ def expand(
         inplace = inplace and not torch.compiler.is_compiling()
         y = Expand.apply(out if inplace else flat, h, lora_B, plan.weights, job, dtype, inplace)
     else:
-        factor = in_dtype(lora_B, dtype, shape[0], job)
+        _, factor, poison = screened(lora_B, dtype, shape[0], job)
         if inplace:
-            ops.expand_(h, factor, plan.weights, flat, job)
+            ops.expand_(h, factor, poison, plan.weights, flat, job)
             return out  # type: ignore[return-value]
-        y = ops.expand(h, factor, plan.weights, flat, dtype, job)
+        y = ops.expand(h, factor, poison, plan.weights, flat, dtype, job)
     return y if out is None else y.view(out.shape)
 
 

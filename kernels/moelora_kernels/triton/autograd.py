@@ -24,7 +24,21 @@ def in_dtype(factor: Tensor, dtype: torch.dtype, num_tokens: int, job: Job) -> T
     Made anew in each forward pass and kept for its backward pass, so that it cannot be stale.
     """
     tokens = num_tokens if job.masked else num_tokens * job.num_slots // job.num_experts
-    return factor.to(dtype) if tokens >= TOKENS_TO_CAST_FOR else factor
+    cast = job.path == "matmul" or tokens >= TOKENS_TO_CAST_FOR
+    return factor.to(dtype) if cast else factor
+
+
+def screened(
+    factor: Tensor, dtype: torch.dtype, num_tokens: int, job: Job
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(the factor, the same without what is not finite, its poison or None where the kernels see to
+    it), as `in_dtype`.
+    """
+    if job.path != "matmul":
+        factor = in_dtype(factor, dtype, num_tokens, job)
+        return factor, factor, None
+    plain, clean, poison = ops.screened(factor, dtype, job)
+    return factor if factor.dtype == dtype else plain, clean, poison
 
 
 class Shrink(torch.autograd.Function):
@@ -32,8 +46,8 @@ class Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, job: Job) -> Tensor:
-        factor = in_dtype(lora_A, x.dtype, x.shape[0], job)
-        ctx.save_for_backward(x, factor)
+        factor, clean, poison = screened(lora_A, x.dtype, x.shape[0], job)
+        ctx.save_for_backward(x, clean, poison)
         ctx.job = job
         ctx.dtype = lora_A.dtype
         return ops.shrink(x, factor, job)
@@ -41,8 +55,10 @@ class Shrink(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple:
-        x, factor = ctx.saved_tensors
+        x, factor, poison = ctx.saved_tensors
         dx = dA = None
+        if poison is not None:
+            dh = ops.poisoned(dh, poison, x.dtype, ctx.job)
         if ctx.needs_input_grad[0]:
             dx = ops.input_grad(dh, factor, x.dtype, ctx.job)
         if ctx.needs_input_grad[1]:
@@ -67,14 +83,14 @@ class Expand(torch.autograd.Function):
         dtype: torch.dtype,
         inplace: bool,
     ) -> Tensor:
-        factor = in_dtype(lora_B, dtype, h.shape[0], job)
+        factor, clean, poison = screened(lora_B, dtype, h.shape[0], job)
         ctx.save_for_backward(h, factor, weights)
         ctx.job = job
         ctx.dtype = lora_B.dtype
         if out is None or not inplace:
-            return ops.expand(h, factor, weights, out, dtype, job)
+            return ops.expand(h, clean, poison, weights, out, dtype, job)
         ctx.mark_dirty(out)
-        ops.expand_(h, factor, weights, out.view(h.shape[0], factor.shape[1]), job)
+        ops.expand_(h, clean, poison, weights, out.view(h.shape[0], factor.shape[1]), job)
         return out
 
     @staticmethod

@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .job import Job
+from .matmul import gated
 from .routing import gate_of_ranks
 from .shrink import tiles_of_slot
 from .slot_map import table, tokens_of_tile
-from .tiles import ceil_div, launch_options, out_tiles, tile_for, with_block_t
+from .tiles import ceil_div, columns_at_once, launch_options, out_tiles, tile_for, with_block_t
 
 
 @triton.jit
@@ -66,43 +67,16 @@ def masked_product(acc, h_tile, f_tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def _add_slot(
-    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column,
-    inside, d, K, E, h_stride_t, h_stride_k, h_stride_l,
-    L: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """acc + (w·s·h)[slot] F of the rows of one expert, in each linear of the site."""
-    gate = tl.full(token.shape, 1.0, tl.float32)
-    if GATED:
-        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
-        gate = weight * tl.load(scaling + tl.maximum(expert, 0))
-    for linear in range(L):
-        which = linear * E + tl.maximum(expert, 0)
-        rank_of = tl.where(expert >= 0, tl.load(ranks + which), 0)
-        start = tl.load(starts + which)
-        h_rows = (
-            h + token.to(tl.int64)[:, None] * h_stride_t + slot * h_stride_k + linear * h_stride_l
-        )
-        for first in range(0, rank_of, BLOCK_R):
-            rank = first + tl.arange(0, BLOCK_R)
-            own = rank < rank_of
-            h_tile = tl.load(h_rows + rank[None, :], mask=there[:, None] & own[None, :], other=0.0)
-            h_tile = h_tile.to(tl.float32) * gate[:, None]
-            acc = multiply_rows(acc, h_tile, factor, start + rank, own, column, inside, d, dtype)
-    return acc
-
-
-@triton.jit
 def expand_dense_kernel(
     h, factor, out, y, weights, scaling, row_ids, experts,
-    num_tokens, tokens_per_row, total_rank, d, h_stride, out_stride,
-    K: tl.constexpr, GATED: tl.constexpr, RESIDENT: tl.constexpr, TILES_D: tl.constexpr,
+    num_tokens, tokens_per_row, total_rank, d, h_stride, out_stride, tiles_d,
+    K: tl.constexpr, GATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = out + (g·s·h) F over all R rows, those of experts not chosen with gate 0; in the dtype of
     y.
 
-    Grid (tiles of tokens, blocks of d). A program writes TILES_D tiles of d; RESIDENT: the gated h
+    Grid (tiles of tokens, blocks of d). A program writes tiles_d tiles of d; RESIDENT: the gated h
     of all ranks is read and weighted once for them.
     """
     lane_r = tl.arange(0, BLOCK_R)
@@ -114,8 +88,8 @@ def expand_dense_kernel(
             h, weights, row_ids, experts, scaling, token, there, 0, total_rank, tokens_per_row,
             h_stride, K, GATED, BLOCK_R,
         ).to(dtype)  # fmt: skip
-    for tile_d in range(TILES_D):
-        column = (tl.program_id(1) * TILES_D + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for tile_d in range(tiles_d):
+        column = (tl.program_id(1) * tiles_d + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
         acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
         if RESIDENT:
@@ -148,45 +122,99 @@ def store_rows(y, out, acc, token, there, column, inside, d, out_stride):
 
 
 @triton.jit
+def _slot_h(
+    h, weights, scaling, token, there, row, slot, linear, first, rank_of, expert, K,
+    h_stride_t, h_stride_k, h_stride_l, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """w·s·h [tokens, ranks first …] of one slot, fp32."""
+    rank = first + tl.arange(0, BLOCK_R)
+    rows = h + token.to(tl.int64)[:, None] * h_stride_t + slot * h_stride_k + linear * h_stride_l
+    mask = there[:, None] & (rank < rank_of)[None, :]
+    tile = tl.load(rows + rank[None, :], mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        weight = tl.load(weights + row * K + slot, mask=there, other=0.0)
+        tile *= (weight * tl.load(scaling + tl.maximum(expert, 0)))[:, None]
+    return tile
+
+
+@triton.jit
+def _add_slot(
+    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert, column,
+    inside, d, K, E, h_stride_t, h_stride_k, h_stride_l,
+    L: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """acc + (w·s·h)[slot] F of the rows of one expert, in each linear of the site."""
+    for linear in range(L):
+        which = linear * E + tl.maximum(expert, 0)
+        rank_of = tl.where(expert >= 0, tl.load(ranks + which), 0)
+        start = tl.load(starts + which)
+        for first in range(0, rank_of, BLOCK_R):
+            h_tile = _slot_h(
+                h, weights, scaling, token, there, row, slot, linear, first, rank_of, expert, K,
+                h_stride_t, h_stride_k, h_stride_l, GATED, BLOCK_R,
+            )  # fmt: skip
+            rank = first + tl.arange(0, BLOCK_R)
+            own = rank < rank_of
+            acc = multiply_rows(acc, h_tile, factor, start + rank, own, column, inside, d, dtype)
+    return acc
+
+
+@triton.jit
 def expand_slots_kernel(
     h, factor, out, y, weights, scaling,
     row_ids, tokens, bounds, groups, firsts, starts, ranks,
     tokens_per_row, capacity, pass_slot, K, E, d, h_stride_t, h_stride_k, h_stride_l, out_stride,
-    PATH: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr,
+    first_column, end_column, tiles_d,
+    PATH: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = out + Σ (w·s·h)[t, slot] F[rows of the slot's expert], in the dtype of y.
+    """y = out + Σ (w·s·h)[t, slot] F[rows of the slot's expert], in the dtype of y, for the columns
+    from first_column to end_column.
 
-    Grid (tiles of tokens, tiles of d). Sequence: all K slots of a row in one program. Grouped: one
-    slot (pass_slot) a launch, so that no two programs meet in a row of y; a token without an expert
-    there gets y = out, and the next pass reads y as its out.
+    Grid (tiles of tokens, blocks of d); a program writes tiles_d tiles of d. Sequence: all K slots
+    of a row in one program. Grouped: one slot (pass_slot) a launch, so that no two programs meet in
+    a row of y; a token without an expert there gets y = out, and the next pass reads y as its out.
+    RESIDENT: a grouped program reads its h, for all ranks of its expert, once.
     """
     tile = tl.program_id(0)
     token, there, expert = tokens_of_tile(
         tile, pass_slot, row_ids, tokens, bounds, groups, firsts, tokens_per_row, capacity, K, E,
         PATH, BLOCK_T,
     )  # fmt: skip
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < d
     dtype = y.dtype.element_ty
     row = token // tokens_per_row
-    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    if PATH == "grouped":
-        acc = _add_slot(
-            acc, h, factor, weights, scaling, starts, ranks, token, there, row, pass_slot, expert,
-            column, inside, d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
-        )  # fmt: skip
-    else:
-        for slot in range(K):
-            expert = tl.load(row_ids + (tile // tl.cdiv(tokens_per_row, BLOCK_T)) * K + slot).to(
-                tl.int32
+    rank = tl.arange(0, BLOCK_R)
+    if RESIDENT:
+        rank_of = tl.where(expert >= 0, tl.load(ranks + tl.maximum(expert, 0)), 0)
+        start = tl.load(starts + tl.maximum(expert, 0))
+        h_tile = _slot_h(
+            h, weights, scaling, token, there, row, pass_slot, 0, 0, rank_of, expert, K,
+            h_stride_t, h_stride_k, h_stride_l, GATED, BLOCK_R,
+        ).to(dtype)  # fmt: skip
+    for tile_d in range(tiles_d):
+        nth = tl.program_id(1) * tiles_d + tile_d
+        column = first_column + nth * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < end_column
+        acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        if RESIDENT:
+            acc = multiply_rows(
+                acc, h_tile, factor, start + rank, rank < rank_of, column, inside, d, dtype
             )
+        elif PATH == "grouped":
             acc = _add_slot(
-                acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot, expert,
-                column, inside,
-                d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED, BLOCK_R, dtype,
+                acc, h, factor, weights, scaling, starts, ranks, token, there, row, pass_slot,
+                expert, column, inside, d, K, E, h_stride_t, h_stride_k, h_stride_l, L, GATED,
+                BLOCK_R, dtype,
             )  # fmt: skip
-    store_rows(y, out, acc, token, there, column, inside, d, out_stride)
+        else:
+            for slot in range(K):
+                chosen = tl.load(row_ids + (tile // tl.cdiv(tokens_per_row, BLOCK_T)) * K + slot)
+                acc = _add_slot(
+                    acc, h, factor, weights, scaling, starts, ranks, token, there, row, slot,
+                    chosen.to(tl.int32), column, inside, d, K, E, h_stride_t, h_stride_k,
+                    h_stride_l, L, GATED, BLOCK_R, dtype,
+                )  # fmt: skip
+        store_rows(y, out, acc, token, there, column, inside, d, out_stride)
 
 
 def expand(
@@ -217,36 +245,47 @@ def expand(
 
 
 def _launch_dense(h, factor, out, y, weights, job: Job) -> None:
-    """One launch."""
+    """One launch; before it h is weighted and cast once for all tiles of d, where none holds it."""
     num_tokens, d = y.shape
     tile = tile_for("expand", num_tokens, job.total_rank, y.dtype, job.tiles)
     grid_t = ceil_div(num_tokens, tile.BLOCK_T)
     grid_d = ceil_div(d, tile.BLOCK_D)
     tiles_d = out_tiles(grid_t * grid_d, y.device)
+    resident = job.total_rank <= tile.BLOCK_R
+    if not resident and num_tokens > 64:
+        h = h.to(y.dtype) if weights is None else gated(h, weights, None, y.dtype, job)
+        weights = None
     expand_dense_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
         h, factor, out, y, weights, job.scales, job.ids, job.experts,
         num_tokens, job.tokens_per_row, job.total_rank, d, h.stride(0),
-        0 if out is None else out.stride(0),
-        K=job.num_slots, GATED=weights is not None, RESIDENT=job.total_rank <= tile.BLOCK_R,
-        TILES_D=tiles_d, **launch_options(tile),
+        0 if out is None else out.stride(0), tiles_d,
+        K=job.num_slots, GATED=weights is not None, RESIDENT=resident, **launch_options(tile),
     )  # fmt: skip
 
 
 def _launch_slots(h, factor, out, y, weights, job: Job) -> None:
-    """One launch; of the grouped path one for each slot, in order."""
+    """One launch; of the grouped path one for each slot, in order, and each part of y's columns."""
     num_tokens, d = y.shape
     grouped = job.path == "grouped"
     block = job.slots.block if grouped and job.slots is not None else None
     tokens = block or job.tokens_per_row
     tile = with_block_t(tile_for("expand_slots", tokens, job.max_rank, y.dtype, job.tiles), block)
-    grid = tiles_of_slot(num_tokens, job, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D)
-    for slot in range(job.num_slots if grouped else 1):
-        expand_slots_kernel[grid](
-            h, factor, out, y, weights, job.scales, job.ids, *table(job.slots),
-            job.starts, job.ranks, job.tokens_per_row,
-            job.slots.groups.shape[1] if job.slots else 0,
-            slot, job.num_slots, job.num_experts, d, *h.stride()[:3],
-            0 if out is None else out.stride(0),
-            PATH=job.path, L=job.num_linears, GATED=weights is not None, **launch_options(tile),
-        )  # fmt: skip
-        out = y
+    passes = job.num_slots if grouped else 1
+    columns = columns_at_once(num_tokens, d, y.itemsize, tile.BLOCK_D) if passes > 1 else d
+    grid_t = tiles_of_slot(num_tokens, job, tile.BLOCK_T)
+    grid_d = ceil_div(min(columns, d), tile.BLOCK_D)
+    tiles_d = out_tiles(grid_t * grid_d, y.device) if grouped else 1
+    resident = grouped and job.num_linears == 1 and job.max_rank <= tile.BLOCK_R
+    for first in range(0, d, columns):
+        source = out
+        for slot in range(passes):
+            expand_slots_kernel[(grid_t, ceil_div(grid_d, tiles_d))](
+                h, factor, source, y, weights, job.scales, job.ids, *table(job.slots),
+                job.starts, job.ranks, job.tokens_per_row,
+                job.slots.groups.shape[1] if job.slots else 0,
+                slot, job.num_slots, job.num_experts, d, *h.stride()[:3],
+                0 if source is None else source.stride(0), first, min(first + columns, d), tiles_d,
+                PATH=job.path, L=job.num_linears, GATED=weights is not None, RESIDENT=resident,
+                **launch_options(tile),
+            )  # fmt: skip
+            source = y

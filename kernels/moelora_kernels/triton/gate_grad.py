@@ -94,7 +94,7 @@ def gate_grad(
     num_slots = job.num_slots
     dh = h.new_empty(h.shape)
     gated = h.new_empty(h.shape, dtype=dtype)
-    dweights = weights.new_zeros((num_tokens, num_slots))
+    dweights = weights.new_empty((num_tokens, num_slots))
     if h.numel() and num_slots:
         width = job.total_rank if job.masked else job.max_rank
         tile = tile_for("gate_grad", num_tokens, width, torch.float32, job.tiles)
@@ -113,8 +113,9 @@ def gate_grad(
                 *fixed, dh, gated, dweights,
                 num_tokens, job.tokens_per_row, num_slots, width, *sums, *h.stride()[:2], **options,
             )  # fmt: skip
-    elif h.numel():
-        dh.zero_(), gated.zero_()
+    else:
+        for empty in (dh, gated, dweights):
+            empty.zero_()
     if job.tokens_per_row != 1:
         dweights = dweights.view(job.ids.shape[0], job.tokens_per_row, num_slots).sum(1)
     return dh, gated, dweights

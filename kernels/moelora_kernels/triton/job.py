@@ -60,7 +60,7 @@ class Job(NamedTuple):
 def unflatten(tables: list[Tensor], sizes: list[int], path: str, tiles: str) -> Job:
     """The job of `Job.flat`."""
     slots = SlotMap(sizes[5], *tables[5:]) if len(tables) > 5 else None
-    return Job(path, tiles, *sizes[:5], *tables[:5], slots)
+    return Job(path, tiles, *sizes[:5], *tables[:5], slots)  # type: ignore[call-arg]
 
 
 def job_of(plan: Plan, layout: Layout, learns: bool) -> Job:

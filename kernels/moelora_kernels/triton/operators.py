@@ -23,7 +23,9 @@ from .decode import decode_splits
 from .expand import expand as run_expand
 from .gate_grad import gate_grad
 from .job import Job, unflatten
-from .matmul import add_product, gated, product, without_infinities
+from .matmul import add_product, gated, product
+from .matmul import poisoned as run_poisoned
+from .matmul import screened as run_screened
 from .router import product as run_router_product
 from .router import route
 from .router import weight_grad as run_router_grad
@@ -91,37 +93,45 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 def _shrink(x: Tensor, factor: Tensor, job: Job) -> Tensor:
     if job.path == "matmul":
-        return product(x, factor.to(x.dtype).T, torch.float32)
+        return product(x, factor.T, torch.float32)
     planes = shrink_planes(dense_rows(x), factor.contiguous(), job)
     return planes[0] if planes.shape[0] == 1 else planes.sum(0)
 
 
 def _input_grad(dh: Tensor, factor: Tensor, dtype: torch.dtype, job: Job) -> Tensor:
     if job.path == "matmul":
-        factor, _ = without_infinities(factor, dtype)
-        return product(dh.to(dtype), factor, dtype)
+        return product(dh, factor, dtype)
     return run_expand(dense_rows(dh), factor.contiguous(), None, None, dtype, job)
 
 
 def _weight_grad(h: Tensor, x: Tensor, dtype: torch.dtype, job: Job) -> Tensor:
     if job.path == "matmul":
-        return product(h.to(x.dtype).T, x, dtype)
+        return product(h.T, x, dtype)
     return run_weight_grad(dense_rows(h), dense_rows(x), job, dtype)
 
 
 def _expand(
-    h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor | None, dtype: torch.dtype, job: Job
+    h: Tensor,
+    lora_B: Tensor,
+    poison: Tensor | None,
+    weights: Tensor,
+    out: Tensor | None,
+    dtype: torch.dtype,
+    job: Job,
 ) -> Tensor:
-    return _expand_into(h, lora_B, weights, out, dtype, job, None)
+    return _expand_into(h, lora_B, poison, weights, out, dtype, job, None)
 
 
-def _expand_inplace(h: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor, job: Job) -> None:
-    _expand_into(h, lora_B, weights, out, out.dtype, job, out)
+def _expand_inplace(
+    h: Tensor, lora_B: Tensor, poison: Tensor | None, weights: Tensor, out: Tensor, job: Job
+) -> None:
+    _expand_into(h, lora_B, poison, weights, out, out.dtype, job, out)
 
 
 def _expand_into(
     h: Tensor,
     lora_B: Tensor,
+    poison: Tensor | None,
     weights: Tensor,
     out: Tensor | None,
     dtype: torch.dtype,
@@ -129,9 +139,8 @@ def _expand_into(
     y: Tensor | None,
 ) -> Tensor:
     weights = weights.contiguous()
-    if job.path == "matmul":
-        factor, poison = without_infinities(lora_B, dtype)
-        return add_product(gated(dense_rows(h), weights, poison, dtype, job), factor, out, y)
+    if poison is not None:
+        return add_product(gated(dense_rows(h), weights, poison, dtype, job), lora_B, out, y)
     if out is not None and y is None:
         out = dense_rows(out)
     return run_expand(dense_rows(h), lora_B.contiguous(), out, weights, dtype, job, y)
@@ -142,14 +151,44 @@ def _expand_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = dense_rows(h)
     if job.path == "matmul":
-        factor, _ = without_infinities(lora_B, dy.dtype)
-        planes = product(dy, factor.T, torch.float32).unsqueeze(0)
+        planes = product(dy, lora_B.T, torch.float32).unsqueeze(0)
     else:
         by_linear = job._replace(num_linears=1)
         planes = shrink_planes(dense_rows(dy), lora_B.contiguous(), by_linear)
         planes = planes if job.masked else planes.squeeze(3)
     return gate_grad(planes, h, weights.contiguous(), dy.dtype, job)
 
+
+def _screened(factor: Tensor, dtype: torch.dtype, job: Job) -> tuple[Tensor, Tensor, Tensor]:
+    return run_screened(factor, dtype)
+
+
+def _fake_screened(factor, dtype, job):
+    rows = 0 if factor.dtype == dtype else factor.shape[0]
+    return (
+        factor.new_empty((rows, factor.shape[1]), dtype=dtype),
+        factor.new_empty(factor.shape, dtype=dtype),
+        factor.new_empty(factor.shape[0], dtype=torch.float32),
+    )
+
+
+screened = Operator(
+    "screened",
+    "(Tensor factor, ScalarType dtype, {JOB}) -> (Tensor, Tensor, Tensor)",
+    _screened,
+    _fake_screened,
+)
+"""For path "matmul": (factor in dtype, or nothing where it is; the same with 0 where it is not
+finite; [R] fp32, NaN for the rows where).
+"""
+
+poisoned = Operator(
+    "poisoned",
+    "(Tensor dh, Tensor poison, ScalarType dtype, {JOB}) -> Tensor",
+    lambda dh, poison, dtype, job: run_poisoned(dense_rows(dh), poison, dtype),
+    lambda dh, poison, dtype, job: dh.new_empty(dh.shape, dtype=dtype),
+)
+"""For path "matmul": dh in dtype, NaN for the tokens that chose a row that is not finite."""
 
 shrink = Operator(
     "shrink",
@@ -177,17 +216,20 @@ weight_grad = Operator(
 
 expand = Operator(
     "expand",
-    "(Tensor h, Tensor lora_B, Tensor weights, Tensor? out, ScalarType dtype, {JOB}) -> Tensor",
+    "(Tensor h, Tensor lora_B, Tensor? poison, Tensor weights, Tensor? out, ScalarType dtype,"
+    " {JOB}) -> Tensor",
     _expand,
-    lambda h, B, weights, out, dtype, job: h.new_empty((h.shape[0], B.shape[1]), dtype=dtype),
+    lambda h, B, poison, weights, out, dtype, job: h.new_empty(
+        (h.shape[0], B.shape[1]), dtype=dtype
+    ),
 )
-"""out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype."""
+"""out + Σ_e w_e s_e h_e B_e, [T, d_out] of dtype; lora_B and poison of `screened` on "matmul"."""
 
 expand_ = Operator(
     "expand_",
-    "(Tensor h, Tensor lora_B, Tensor weights, Tensor(a!) out, {JOB}) -> ()",
+    "(Tensor h, Tensor lora_B, Tensor? poison, Tensor weights, Tensor(a!) out, {JOB}) -> ()",
     _expand_inplace,
-    lambda h, lora_B, weights, out, job: None,
+    lambda h, lora_B, poison, weights, out, job: None,
     ("out",),
 )
 """`expand` into out."""
@@ -301,6 +343,8 @@ router_grad = Operator(
 """dlogitsᵀ x [E, d] fp32."""
 
 OPERATORS: Sequence[Operator] = (
+    screened,
+    poisoned,
     shrink,
     input_grad,
     weight_grad,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .job import Job
 from .slot_map import table, tokens_of_tile
-from .tiles import ceil_div, launch_options, split_count, tile_for, with_block_t
+from .tiles import ceil_div, launch_options, split_count, splits_in_cache, tile_for, with_block_t
 
 
 @triton.jit
@@ -38,7 +38,8 @@ def shrink_kernel(
         stored = used
         place = token.to(tl.int64)[:, None] * total_rank + row[None, :]
     else:
-        # Slots side by side read the same tokens, while those are in cache.
+        # Sequence: slots side by side read the same tokens. Grouped: they are sorted apart, and all
+        # of a split, the slowest axis, find its part of x in the cache where that fits.
         slot = tl.program_id(0) % K
         tile = tl.program_id(0) // K
         token, there, expert = tokens_of_tile(
@@ -106,7 +107,11 @@ def shrink_planes(x: Tensor, factor: Tensor, job: Job) -> Tensor:
     tile = with_block_t(tile_for("shrink", tokens, width, x.dtype, job.tiles), block)
     grid_t = tiles_of_tokens(num_tokens, job, tile.BLOCK_T)
     grid_r = ceil_div(width, tile.BLOCK_R) * (1 if job.masked else job.num_linears)
-    splits, d_per_split = split_count(grid_t * grid_r, d, tile.BLOCK_D, x.device)
+    at_least = 1
+    if job.path == "grouped":
+        ranks = width * job.num_linears
+        at_least = splits_in_cache(num_tokens, d, x.itemsize, job.num_slots, ranks)
+    splits, d_per_split = split_count(grid_t * grid_r, d, tile.BLOCK_D, x.device, at_least)
     planes = x.new_empty((splits, *shape), dtype=torch.float32)
     shrink_kernel[(grid_t, grid_r, splits)](
         x, factor, planes,

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
 KERNELS = (
@@ -27,6 +28,9 @@ MIN_DOT = 16  # tl.dot takes no smaller side
 # Features in one fp32 product of a router's: without tensor cores a thread holds whole rows, which
 # with more of them spill.
 ROUTER_DEPTH = 16
+# Bytes that a pass finds in the cache again: a third of the 50 MB of an H100 or H200, of which each
+# half of the chip keeps some lines twice.
+CACHED = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -68,25 +72,31 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
         ranks = fitting(width, 128)
         if (tokens, ranks) == (16, 128):
             return Tile(16, 128, 32, 4)
+        if num_tokens > 64 and ranks == 128:
+            return Tile(128, 128, 64, 8, 3)
         # With fp32 factors a third stage of these spills.
         stages = 2 if ranks == 128 or (tokens, ranks) == (64, 32) else 3
         return Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4, stages)
     if kernel == "expand":
+        if tokens == 16 and 128 < width <= 256:
+            return Tile(16, 256, 64, 4, 1)
+        if num_tokens > 64 and width > 128:
+            return Tile(64, 32, 128, 8, 2)
         ranks = fitting(width, 128) if width <= 128 else 32
-        return Tile(
-            tokens,
-            ranks,
-            128 if width <= 64 else 64,
-            8 if tokens == 64 else 4,
-            1 if ranks == 128 else 2,
-        )
+        stages = 1 if ranks == 128 and tokens < 64 else 2
+        warps = 8 if tokens == 64 or (tokens == 32 and width > 128) else 4
+        return Tile(tokens, ranks, 128 if width <= 64 else 64, warps, stages)
     if kernel == "expand_slots":
-        return Tile(
-            tokens, fitting(width, 64), 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, 2
-        )
-    if kernel == "weight_grad":
         ranks = fitting(width, 64)
-        return Tile(64, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+        # Two stages of the largest put their barriers on the stack of sm_100.
+        stages = 1 if tokens == ranks == 64 else 2
+        return Tile(tokens, ranks, 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, stages)
+    if kernel == "weight_grad":
+        ranks = fitting(width, 128)
+        if ranks == 128:
+            return Tile(64, 128, 128, 8, 2)
+        tokens = 16 if num_tokens <= 16 else 64
+        return Tile(tokens, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
     if kernel == "router":
         return Tile(tokens, fitting(width, 64), 64, 4, 3)
     if kernel == "router_grad":
@@ -101,6 +111,8 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     tokens = fitting(num_tokens, 32)
     if kernel == "shrink":
         return Tile(tokens, fitting(width, 64), 32, 4)
+    if kernel == "expand" and tokens == 32 and width > 32:
+        return Tile(32, 16, 64, 8, 2)
     if kernel in ("expand", "expand_slots"):
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
     if kernel in ("weight_grad", "router_grad"):
@@ -125,6 +137,18 @@ def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles
 def with_block_t(tile: Tile, block: int | None) -> Tile:
     """The tile with the tokens that the slots were cut into, where they were."""
     return tile if block is None else replace(tile, BLOCK_T=block)
+
+
+def with_wide_rows(tile: Tile, rows: int, d: int, x: Tensor) -> Tile:
+    """The tile of weight_grad, wider where the programs of many experts would only fetch a few
+    tokens each: 4 or 2 times for ranks of 16 bits up to 16 or 32, while the chip stays full.
+    """
+    most = MIN_DOT * 4 // tile.BLOCK_R if x.itemsize == 2 else 1
+    for times in (4, 2):
+        programs = rows * ceil_div(d, tile.BLOCK_D * times)
+        if times <= most and programs >= 16 * multiprocessors(x.device):
+            return replace(tile, BLOCK_D=tile.BLOCK_D * times)
+    return tile
 
 
 def tile_key(kernel: str, num_tokens: int, width: int, dtype: torch.dtype) -> str:
@@ -175,12 +199,15 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
     return {**asdict(tile), "enable_fp_fusion": True}
 
 
-def split_count(programs: int, d: int, block_d: int, device: torch.device) -> tuple[int, int]:
+def split_count(
+    programs: int, d: int, block_d: int, device: torch.device, at_least: int = 1
+) -> tuple[int, int]:
     """Into how many parts of d a sum is split so that the chip is busy, and d a part.
 
-    clamp(2 · SMs / programs, 1, min(16, d / 256)): calculated, not measured.
+    clamp(2 · SMs / programs, at_least, min(16, d / 256)): calculated, not measured.
     """
-    splits = max(1, min(2 * multiprocessors(device) // max(programs, 1), 16, d // 256))
+    splits = max(2 * multiprocessors(device) // max(programs, 1), at_least)
+    splits = max(1, min(splits, 16, d // 256))
     part = ceil_div(ceil_div(d, splits), block_d) * block_d
     return ceil_div(d, part), part
 
@@ -218,6 +245,27 @@ def out_tiles(programs: int, device: torch.device) -> int:
     chip.
     """
     return max(1, min(8, programs // (4 * multiprocessors(device))))
+
+
+def columns_at_once(num_tokens: int, d: int, itemsize: int, block_d: int) -> int:
+    """How many columns of y all slots are added to before the next ones, a multiple of block_d.
+
+    Passes over more than the cache holds read y from memory again; two tiles at least are a grid.
+    """
+    if num_tokens * d * itemsize <= 2 * CACHED:
+        return max(d, 1)
+    return max(2, CACHED // (num_tokens * itemsize * block_d)) * block_d
+
+
+def splits_in_cache(num_tokens: int, d: int, itemsize: int, slots: int, width: int) -> int:
+    """Into how many parts of d a shrink of `slots` slots of `width` ranks is split at least: as
+    many as let a slot find in the cache what another one read, where the planes cost half of that
+    or less.
+    """
+    size = num_tokens * d * itemsize
+    splits = ceil_div(size, CACHED)
+    planes = 2 * 4 * splits * num_tokens * slots * width  # written and read, fp32
+    return splits if size > 2 * CACHED and 2 * planes <= (slots - 1) * size else 1
 
 
 def fitting(size: int, largest: int) -> int:

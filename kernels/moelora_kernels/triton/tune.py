@@ -126,8 +126,8 @@ def launcher(
 
     launches: dict[str, Callable[[Job], Any]] = {
         "shrink": lambda job: ops.shrink.run(x, factor, job),
-        "expand": lambda job: ops.expand.run(own, factor, weights, x, dtype, job),
-        "expand_slots": lambda job: ops.expand.run(own, factor, weights, x, dtype, job),
+        "expand": lambda job: ops.expand.run(own, factor, None, weights, x, dtype, job),
+        "expand_slots": lambda job: ops.expand.run(own, factor, None, weights, x, dtype, job),
         "weight_grad": lambda job: ops.weight_grad.run(own, x, dtype, job),
         "gate_grad": lambda job: ops.expand_backward.run(x, own, factor, weights, job),
         # Into how many planes the sum is cut follows from the tile.

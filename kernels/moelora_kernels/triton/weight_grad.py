@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .job import Job
-from .tiles import ceil_div, launch_options, split_count, tile_for
+from .tiles import ceil_div, launch_options, split_count, tile_for, with_wide_rows
 
 
 @triton.jit
@@ -115,6 +115,7 @@ def weight_grad(h: Tensor, x: Tensor, job: Job, dtype: torch.dtype) -> Tensor:
     assert slots is not None
     tile = tile_for("weight_grad", slots.block, job.max_rank, x.dtype, job.tiles)
     blocks_r = ceil_div(job.max_rank, tile.BLOCK_R)
+    tile = with_wide_rows(tile, len(job.ranks) * blocks_r, d, x)
     grad = x.new_empty((job.total_rank, d), dtype=dtype)
     weight_grad_slots_kernel[(len(job.ranks) * blocks_r, ceil_div(d, tile.BLOCK_D))](
         h, x, grad, slots.tokens, slots.bounds, job.starts, job.ranks,
