@@ -92,10 +92,12 @@ class Site(nn.Module):
         """Put these factors in."""
         self.lora_A = lora_A
         self.lora_B = nn.ModuleList(lora_B)
+        # Once more where Python finds them at once, for they are looked up for every token.
+        self.parts = (lora_A, *lora_B)
 
     def factors(self) -> list[Factor]:
         """`lora_A`, and the `lora_B` of every linear."""
-        return [self.lora_A, *self.lora_B]  # type: ignore[list-item]
+        return list(self.parts)
 
     def restacked(
         self, config: MoeLoraConfig, keep: Sequence[int | None], fresh: Mapping[str, LoraFactors]
@@ -135,26 +137,23 @@ class Site(nn.Module):
             inplace: whether `output` may be written into.
         """
         h, plan = self._rank_space(current_pass(self.context), x, index)
-        return self.lora_B[index](h, plan, output, inplace)
+        return self.parts[index + 1](h, plan, output, inplace)
 
     def _rank_space(self, running: ForwardPass, x: Tensor, index: int) -> tuple[Tensor, Plan]:
         """h of linear number `index`, and the plan.
 
         When the first linear asks, x is routed, and shrunk for all of them.
         """
-        shrunk = running.shrunk.get(self)
-        if shrunk is None or shrunk[0] is not x or shrunk[1][index] is None:
+        shrunk = running.shrunk.pop(self, None)
+        if shrunk is None or shrunk[0] is not x or index not in shrunk[1]:
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
-            shrunk = (x, list(self.lora_A(inputs, plan)), plan)
-            running.shrunk[self] = shrunk
+            shrunk = (x, dict(enumerate(self.parts[0](inputs, plan))), plan)
         _, hs, plan = shrunk
-        h = hs[index]
-        assert h is not None
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
-        hs[index] = None
-        if not any(other is not None for other in hs):
-            del running.shrunk[self]
+        h = hs.pop(index)
+        if hs:
+            running.shrunk[self] = shrunk
         return h, plan
 
 
