@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # The kernels must not be interpreted: a launch that does nothing takes their place.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -106,7 +107,7 @@ def _decode(linears: int) -> Callable[[], object]:
     return step
 
 
-def _layouts(experts: int, rank: int, linears: int) -> tuple[tuple, tuple]:
+def _layouts(experts: int, rank: int, linears: int) -> tuple[Any, Any]:
     """What stands for a factor's layout in this checkout: `Layout`s, or offsets in older ones."""
     offsets = tuple(range(0, experts * rank + 1, rank))
     scaling = (2.0,) * experts
