@@ -65,7 +65,10 @@ def cases() -> dict[str, Callable[[], object]]:
 def _linear(experts: int, rank: int, path: str) -> Callable[[], object]:
     """A forward and a backward pass of one linear, its plan's included."""
     from moelora_kernels import build_plan
-    from moelora_kernels import triton as backend
+    from moelora_kernels import triton as module
+
+    # Older checkouts' functions take other arguments.
+    backend: Any = module
 
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     lora_A = torch.randn(experts * rank, WIDTH, requires_grad=True)
@@ -88,7 +91,10 @@ def _linear(experts: int, rank: int, path: str) -> Callable[[], object]:
 def _decode(linears: int) -> Callable[[], object]:
     """One token through a site whose router the kernels run."""
     from moelora_kernels import TopK, build_decode_plan
-    from moelora_kernels import triton as backend
+    from moelora_kernels import triton as module
+
+    # Older checkouts' functions take other arguments.
+    backend: Any = module
 
     x = torch.randn(1, WIDTH)
     router = TopK(torch.randn(8, WIDTH))
