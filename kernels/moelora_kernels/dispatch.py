@@ -102,9 +102,12 @@ RULES = (
     Rule(
         "eager",
         "sequence",
-        "rows·K ≤ min(E, 64)",
-        lambda s: s.rows * s.num_slots <= min(s.num_experts, 64),
-        "all rows together gather no more blocks than there are experts",
+        "rows·K ≤ min(E, 64), or rows ≤ 16, rows·K ≤ 32 and E ≥ 4·K",
+        lambda s: (
+            s.rows * s.num_slots <= min(s.num_experts, 64)
+            or (s.rows <= 16 and s.rows * s.num_slots <= 32 and s.num_experts >= 4 * s.num_slots)
+        ),
+        "so few rows read their experts' blocks alone, faster than one product with all of them",
     ),
     Rule(
         "eager",

@@ -41,12 +41,12 @@ def expand(
     """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
     if out is None and dtype is not None and dtype != h.dtype:
         h = h.to(dtype)
-    inputs = (out, h, lora_B, path_weights(plan))
     inplace = inplace and out is not None and out.is_contiguous()
+    if not torch.is_grad_enabled() and inference.applies(layout, plan):
+        return inference.expand(h, lora_B, layout, plan, out, inplace)
+    inputs = (out, h, lora_B, path_weights(plan))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Expand.apply(*inputs, layout, plan, inplace)
-    if inference.applies(layout, plan):
-        return inference.expand(h, lora_B, layout, plan, out, inplace)
     return _expand(*inputs, layout, plan, inplace)
 
 

@@ -32,6 +32,8 @@ class Layout:
         starts, ranks: [L · E] int32, each expert's first row and its rank in each linear.
         bounds: [L, E + 1] int64, `rank_offsets`.
         scales: [E] fp32, `scaling`; ones where it is None.
+        blocks: [E, L · rank] int64, each expert's rows in all linears; firsts [E, L] int64, these
+            divided by rank; both None where `alike` is.
 
     Args:
         rank_offsets: L tuples of offsets.
@@ -100,6 +102,30 @@ class Layout:
         self.ranks = lengths.to(self.device)
         self.bounds = torch.tensor(self.rank_offsets, device="cpu").to(self.device)
         self.scales = torch.tensor(scaling, dtype=torch.float32, device="cpu").to(self.device)
+        self.blocks = self.firsts = None
+        if self.alike is not None:
+            rows = torch.arange(self.total_rank, device="cpu")
+            rows = rows.view(self.num_linears, self.num_experts, -1).transpose(0, 1).flatten(1)
+            self.blocks = rows.contiguous().to(self.device)
+            self.firsts = self.blocks[:, :: self.alike] // self.alike
+
+
+def equal_bags(index: torch.Tensor, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each of `bags` equal parts of an index begins [bags], and the part of each entry.
+
+    The same two at every token that is generated: kept by their sizes. Not for a tracer, nor for
+    tensors without values.
+    """
+    size = index.numel() // bags
+    if type(index) is not torch.Tensor or torch.compiler.is_compiling():
+        return _equal_bags.__wrapped__(bags, size, index.device)
+    return _equal_bags(bags, size, index.device)
+
+
+@lru_cache(maxsize=256)
+def _equal_bags(bags: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    firsts = torch.arange(0, bags * size, size, device=device)
+    return firsts, torch.arange(bags, device=device).repeat_interleave(size)
 
 
 @lru_cache(maxsize=256)

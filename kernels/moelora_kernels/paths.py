@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .layout import Layout
+from .layout import Layout, equal_bags
 from .plan import Plan
 from .rank_rows import rank_bags, slot_rows, token_rows
 
@@ -105,13 +105,8 @@ class Grouped(Slots):
         index, padding = token_rows(layout, plan)
         if index.numel() == 0:
             return _split(x.new_zeros(index.shape), layout, plan)
-        tokens, width = index.shape
-        firsts = torch.arange(0, tokens * width, width, device=x.device)
-        bags = torch.arange(tokens, device=x.device).repeat_interleave(width)
-        # This is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
-        h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x.contiguous(), factor.contiguous(), index.view(-1), firsts, bags, 0
-        ).view(index.shape)
+        bags = equal_bags(index, len(index))
+        h = products_of_bags(x, factor, index.view(-1), *bags).view(index.shape)
         return _split(h if padding is None else h.masked_fill(padding, 0.0), layout, plan)
 
     @staticmethod
@@ -194,6 +189,16 @@ class Sequence(Slots):
 
 
 PRODUCTS = {"dense": Dense, "matmul": Dense, "grouped": Grouped, "sequence": Sequence}
+
+
+def products_of_bags(
+    x: Tensor, factor: Tensor, index: Tensor, firsts: Tensor, bags: Tensor
+) -> Tensor:
+    """⟨x[bag], F[row]⟩ for each row of each bag: as index, which `layout.equal_bags` divides."""
+    # This is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), factor.contiguous(), index, firsts, bags, 0
+    )
 
 
 def path_weights(plan: Plan) -> Tensor:

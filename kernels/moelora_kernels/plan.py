@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -147,14 +148,10 @@ def build_plan(
     """
     _check_routing(expert_ids, expert_weights, num_experts, tokens_per_row)
     rows, num_slots = expert_ids.shape
-    shape = Shape(
-        rows, tokens_per_row, num_experts, num_slots, total_rank, dtype, expert_ids.device.type
-    )
-    backend = backend or choose_backend(shape)
-    if path is None:
-        path = choose_path(backend, shape).path
-    elif path not in PATHS:
-        raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
+    choose = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
+    device = expert_ids.device.type
+    sizes = (rows, tokens_per_row, num_experts, num_slots, total_rank)
+    backend, path = choose(backend, path, *sizes, dtype, device)
     if validate:
         _check_ids(expert_ids, num_experts)
     slot_experts = expert_ids
@@ -205,6 +202,18 @@ def check_router(router: TopK, num_slots: int) -> None:
         raise ValueError(
             f"num_slots={num_slots}, expected 1 to the router's {len(router.weight)} experts"
         )
+
+
+@lru_cache(maxsize=1024)
+def _choose(backend: str | None, path: str | None, *sizes: Any) -> tuple[str, str]:
+    """The backend and path named, or the table's for a `Shape` of these sizes."""
+    shape = Shape(*sizes)
+    backend = backend or choose_backend(shape)
+    if path is None:
+        path = choose_path(backend, shape).path
+    elif path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown: choose one of {', '.join(PATHS)}, or None")
+    return backend, path
 
 
 def _check_routing(ids: Tensor, weights: Tensor, num_experts: int, tokens_per_row: int) -> None:

@@ -93,10 +93,10 @@ class Factor(nn.Module):
 
     def stacked(self) -> Tensor:
         """All rows in block order, `[Σ blocks, width]`; to be called inside of `forward`."""
-        if self.frozen_weight is None:
-            assert self.weight is not None
-            return self.weight
+        if not self.frozen_experts:
+            return self.weight  # type: ignore[return-value]
         if self.weight is None:
+            assert self.frozen_weight is not None
             return self.frozen_weight
         return self.merge(self.weight, self.frozen_weight)
 

@@ -99,7 +99,7 @@ class ForwardPass:
 
     routings: dict[int, Routing] = field(default_factory=dict)
     shared: tuple[Routing, Plan] | None = None
-    shrunk: dict[nn.Module, tuple[Tensor, list[Tensor | None], Plan]] = field(default_factory=dict)
+    shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     closed: bool = False
     outer: ForwardPass | None = None
 
@@ -208,7 +208,8 @@ class ForwardPass:
             banned = override.banned.to(x.device)
         if self.carried is not None:
             return self._carried(index, x, banned)
-        bias = self.context.load(index)
+        load = self.context.load
+        bias = load(index) if load.update_rate else None
         # Custom routers that know of no ban need not take one where there is none.
         bans = () if banned is None else (banned,)
         if self.context.by_token:
@@ -264,6 +265,9 @@ class ForwardPass:
     def _decode_plan(self, index: int, router: Router, x: Tensor) -> Plan | None:
         """The plan of a few tokens that the kernels route themselves; None where that cannot be."""
         context = self.context
+        if context.backend is None and x.device.type == "cpu":
+            # The table has nothing but eager for it; asked at once, as it is for every token.
+            return None
         if torch.is_grad_enabled() or not context.by_token or type(router) is not TopKRouter:
             return None
         if router.training or self.keep_routings:

@@ -134,27 +134,25 @@ class Site(nn.Module):
             index: the linear's number in this site.
             inplace: whether `output` may be written into.
         """
+        # Not self.lora_B[index], whose detour is felt at every token.
         h, plan = self._rank_space(current_pass(self.context), x, index)
-        return self.lora_B[index](h, plan, output, inplace)
+        return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
 
     def _rank_space(self, running: ForwardPass, x: Tensor, index: int) -> tuple[Tensor, Plan]:
         """h of linear number `index`, and the plan.
 
         When the first linear asks, x is routed, and shrunk for all of them.
         """
-        shrunk = running.shrunk.get(self)
-        if shrunk is None or shrunk[0] is not x or shrunk[1][index] is None:
+        shrunk = running.shrunk.pop(self, None)
+        if shrunk is None or shrunk[0] is not x or index not in shrunk[1]:
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
-            shrunk = (x, list(self.lora_A(inputs, plan)), plan)
-            running.shrunk[self] = shrunk
+            shrunk = (x, dict(enumerate(self.lora_A(inputs, plan))), plan)
         _, hs, plan = shrunk
-        h = hs[index]
-        assert h is not None
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
-        hs[index] = None
-        if not any(other is not None for other in hs):
-            del running.shrunk[self]
+        h = hs.pop(index)
+        if hs:
+            running.shrunk[self] = shrunk
         return h, plan
 
 

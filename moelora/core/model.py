@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import PEFT_ATTACHED, dispatched_forward, set_dispatched_forward
 from ..routers import Routing
-from . import generation
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
+from .generation import Generating, step_signature
 from .gradient_checkpointing import RoutedCheckpoint
 from .inputs import OWN_INPUTS
 from .mixture import Mixture
@@ -112,9 +112,11 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
         "__doc__": public.__doc__,
         MADE_OF: (public, base),
     }
+    bases = (public, base)
     if hasattr(base, "prepare_inputs_for_generation"):
-        namespace |= generation.overrides(base, MixtureModel)
-    return type(f"MoeLora{base.__name__}", (public, base), namespace)
+        namespace["prepare_inputs_for_generation"] = step_signature(base)
+        bases = (public, Generating, base)
+    return type(f"MoeLora{base.__name__}", bases, namespace)
 
 
 OWN_INPUTS_DOC = """

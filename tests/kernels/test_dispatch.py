@@ -14,8 +14,9 @@ BF16 = torch.bfloat16
     ("rows", "tokens_per_row", "num_experts", "num_slots", "path"),
     [
         (1, 1, 8, 2, "sequence"),  # decode
-        (4, 1, 8, 2, "sequence"),  # decode of a small batch gathers 8 blocks of 8
-        (8, 1, 8, 2, "dense"),  # decode of a larger one would gather 16
+        (16, 1, 8, 2, "sequence"),  # decode of a small batch: 32 blocks of 4 times as many
+        (17, 1, 8, 2, "dense"),
+        (4, 1, 4, 2, "dense"),  # all experts are no more than twice the chosen ones
         (8, 128, 8, 2, "sequence"),  # one choice for a long sequence
         (512, 2, 8, 2, "dense"),  # one choice for a short sequence does not pay
         (1024, 1, 8, 2, "dense"),

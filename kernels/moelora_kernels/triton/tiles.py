@@ -125,6 +125,7 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     return Tile(32, 32, 32, 8, 1)
 
 
+@lru_cache(maxsize=1024)
 def tile_for(kernel: str, num_tokens: int, width: int, dtype: torch.dtype, tiles: str) -> Tile:
     """The tuned tile where the table called `tiles` has one for these sizes, else the default."""
     if tiles:
@@ -196,7 +197,8 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
     """The keyword arguments of a launch; Triton's default for fused multiply-adds changes between
     versions.
     """
-    return {**asdict(tile), "enable_fp_fusion": True}
+    # Not asdict, which copies deeply: half of what a launch would cost the host.
+    return {**vars(tile), "enable_fp_fusion": True}
 
 
 def split_count(

@@ -33,6 +33,7 @@ from .tiles import (
     group_block,
     load_tuned,
     save_tuned,
+    tile_for,
     tile_key,
 )  # fmt: skip
 
@@ -198,6 +199,7 @@ def keep(path: Path, device: str, key: str, tile: Tile) -> None:
     table = load_tuned(str(path)) if path.is_file() else {}
     save_tuned(path, device, {**table, key: tile})
     load_tuned.cache_clear()
+    tile_for.cache_clear()
 
 
 def tune(
