@@ -174,8 +174,7 @@ def _newcomer(
         )
     if (r, lora_alpha) != (None, None) and (adapter is not None or copy_of is not None):
         raise ValueError(
-            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop "
-            "them."
+            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own."
         )
     generator = seeded(seed)
     if adapter is not None:
@@ -237,9 +236,8 @@ def _imported(model: MixtureModel, adapter: Any, allow_base_mismatch: bool) -> N
     adapted = model.moelora.linears()
     if unknown := [linear for linear in factors if linear not in adapted]:
         raise ValueError(
-            f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), which this "
-            "mixture does not: compose it with from_adapters, or begin with a mixture whose "
-            "target_modules has them."
+            f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), not adapted "
+            "here: use from_adapters, or a mixture whose target_modules has them."
         )
     linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
     return usual_shape(linears, model.moelora_config.use_rslora), factors, None
