@@ -98,9 +98,9 @@ def export_merged(
             raise ValueError(
                 f"The recipe {recipe!r} does not give a low rank: pass rank=… for the LoRA's."
             )
-        A, B = (factor.to("cpu", written_dtype) for factor in (low.A, low.B))
-        deltas[linear] = LoraFactors(A, B, low.scaling)
-        norms[linear] = distance(delta, deltas[linear])
+        low = LoraFactors(low.A.to(written_dtype), low.B.to(written_dtype), low.scaling)
+        norms[linear] = distance(delta, low)
+        deltas[linear] = LoraFactors(low.A.cpu(), low.B.cpu(), low.scaling)
     write_adapter(model, deltas, folder, dtype=dtype, overwrite=overwrite)
     ranks = {linear: len(factors.A) for linear, factors in deltas.items()}
     errors = {linear: off / norm if norm else 0.0 for linear, (off, norm) in norms.items()}
@@ -144,8 +144,8 @@ def _check_rank(model: MixtureModel, rank: int | None) -> None:
     if rank is None:
         return
     check_integer("rank", rank, 1)
-    modules = [model.get_submodule(linear) for linear in model.moelora.expert(0)]
-    largest = max(min(size) for size in map(features, modules) if size is not None)
+    sizes = [(own.A.shape[1], own.B.shape[1]) for own in model.moelora.expert(0).values()]
+    largest = max(map(min, sizes))
     if rank > largest:
         raise ValueError(
             f"rank={rank} is more than any adapted linear can have: expected at most {largest}."

@@ -184,9 +184,7 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
 def distance(delta: LoraFactors | Tensor, other: LoraFactors) -> tuple[float, float]:
     """‖ΔW - ΔW'‖ and ‖ΔW‖ in Frobenius norm, ΔW' being that of `other`."""
     if isinstance(delta, Tensor):
-        return _norm(delta - product(other).to(delta.device, delta.dtype)), _norm(delta)
-    device = delta.A.device
-    other = LoraFactors(other.A.to(device), other.B.to(device), other.scaling)
+        return _norm(delta - product(other).to(delta.dtype)), _norm(delta)
     return _norm(concatenation([delta, other], [1.0, -1.0])), _norm(delta)
 
 

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from ..validation import check_integer
+from ..validation import check_integer, check_number
 from .folders import CONFIG, WEIGHTS, find_folder, inside, read_config
 from .patterns import Patterns
 from .supported import REASONS, refused_settings, untargeted
@@ -229,29 +229,24 @@ def _target(adapter: Adapter, linear: str, header: Header, patterns: Patterns) -
         raise ValueError(f"{shapes}: only linears can have experts")
     if a[0] != b[1] or not a[0]:
         raise ValueError(f"{shapes}, which do not fit together")
-    rank, scaling = _rank_and_scaling(adapter.config, linear, patterns)
-    if rank != a[0]:
-        raise ValueError(f"{linear} has rank {a[0]} in the file and {rank} by its {CONFIG}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"{linear} has scaling {scaling}")
-    nbytes = math.prod(a) * ITEM_SIZES.get(a_dtype, 1) + math.prod(b) * ITEM_SIZES.get(b_dtype, 1)
-    return Target(rank, scaling, a, b, frozenset((a_dtype, b_dtype)), nbytes)
-
-
-def _rank_and_scaling(
-    config: Mapping[str, Any], linear: str, patterns: Patterns
-) -> tuple[int, float]:
-    def setting(name: str, by_pattern: str) -> Any:
-        values = config.get(by_pattern) or {}
-        return values.get(patterns.first(values, linear), config.get(name, 8))
-
+    config = adapter.config
     try:
-        rank = setting("r", "rank_pattern")
+        rank, alpha = (
+            values.get(patterns.first(values, linear), config.get(name, 8))
+            for name, values in (
+                ("r", config.get("rank_pattern") or {}),
+                ("lora_alpha", config.get("alpha_pattern") or {}),
+            )
+        )
         check_integer("r", rank, 1)
-        norm = math.sqrt(rank) if config.get("use_rslora") else rank
-        return rank, float(setting("lora_alpha", "alpha_pattern") / norm)
+        scaling = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        check_number("scaling", scaling, -math.inf, math.inf)
     except Exception as error:
         # Wrong types, zero, a pattern that is not a regular expression …
         raise ValueError(
             f"its r, lora_alpha and their patterns give no rank and scaling ({error})"
         ) from error
+    if rank != a[0]:
+        raise ValueError(f"{linear} has rank {a[0]} in the file and {rank} by its {CONFIG}")
+    nbytes = math.prod(a) * ITEM_SIZES.get(a_dtype, 1) + math.prod(b) * ITEM_SIZES.get(b_dtype, 1)
+    return Target(rank, scaling, a, b, frozenset((a_dtype, b_dtype)), nbytes)

@@ -42,15 +42,6 @@ REASONS = {
     "it: convert the adapter with PEFT (save_pretrained(…, "
     "path_initial_model_for_weight_conversion=…)), or merge it into the base that it was made for",
 }
-# Settings that are read here, and what JSON gives for them.
-TYPES: dict[str, Any] = {
-    "base_model_name_or_path": str | None,
-    "revision": str | None,
-    "modules_to_save": list | set | tuple | None,
-    "use_rslora": bool | None,
-    "rank_pattern": dict | None,
-    "alpha_pattern": dict | None,
-}
 # Initialisations that leave the base as it is: what is saved is the whole change.
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -69,8 +60,6 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
     defaults = LoraConfig().to_dict()
     for name, value in config.items():
         default = defaults.get(name)
-        if not isinstance(value, TYPES.get(name, object)):
-            reasons.append(f"{name}={shown(value)} has the wrong type: {type(value).__name__}")
         plain = PLAIN_INITS if name == "init_lora_weights" else (default,)
         # A field that this PEFT does not know is off where it is empty.
         if name not in HARMLESS and value not in plain and (value or default):

@@ -167,7 +167,7 @@ def exact_targets(
     names = list(linears)
     modules = [n for n, _ in model.named_modules() if n and not Mixture.owns(n)]
     for targets in (*shorter, names, "|".join(map(re.escape, names))):
-        config.target_modules = targets if isinstance(targets, str) else set(targets)
+        config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
         if {n for n in modules if check_target_module_exists(config, n)} == set(names):
             return targets
     raise ValueError(

@@ -129,7 +129,8 @@ def _checked_config(file: str, fields: dict[str, Any]) -> MoeLoraConfig:
     surplus = sorted(set(fields) - known)
     names = fields.get("expert_names") or []
     linears = list(chain.from_iterable(fields.get("sites") or []))
-    base = {"dtype": "float32"} if fields.get("base_config") is None else fields.get("base_config")
+    base: Any = fields.get("base_config")
+    base = {"dtype": "float32"} if base is None else base
     dtype = base.get("dtype")
     folder = fields.get("base_folder")
     elsewhere = folder is not None and not BASE_FOLDER.fullmatch(folder)

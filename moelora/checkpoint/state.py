@@ -146,8 +146,10 @@ def fingerprint(
     names = [name for name, tensor in tensors.items() if _has_values(tensor)]
     spread = names[:: max(1, len(names) // SAMPLED_TENSORS)]
     names = spread if sampled is None else [name for name in names if name in sampled]
+    # What is quantised has no shape here, since its storage may have any.
+    sizes = {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
     return {
-        "shapes": {name: _shape(tensor) for name, tensor in tensors.items()},
+        "shapes": sizes,
         "sample": {name: _values(tensors[name]) for name in names},
         "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
     }
@@ -201,11 +203,6 @@ def differences(
         if new.shape != old.shape or not torch.allclose(new, old, rtol=rtol, atol=atol):
             differing.append(f"{name} has other values (such as {new[0]:.6g}, was {old[0]:.6g})")
     return differing[:4]
-
-
-def _shape(tensor: Tensor) -> list[int] | None:
-    """None for what is quantised, whose storage may have any shape."""
-    return list(tensor.shape) if tensor.is_floating_point() else None
 
 
 def _has_values(tensor: Tensor) -> bool:

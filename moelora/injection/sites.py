@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 
 import peft
 import torch
@@ -58,17 +57,6 @@ def find_sites(
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
     return list(groups.values())
-
-
-def check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
-    """Raise ValueError where a checkpoint's sites name what `model` has not."""
-    modules = dict(model.named_modules())
-    for name in chain.from_iterable(sites):
-        if name not in modules or features(modules[name]) is None:
-            raise ValueError(
-                f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
-                f"{type(model).__name__}."
-            )
 
 
 def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
