@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -360,16 +361,14 @@ class MoeLoraConfig(PreTrainedConfig):
             raise ValueError(
                 f"expert_names contains {NO_EXPERT!r}, which stands for the null expert: rename it."
             )
-        seen: dict[str, str] = {}
-        for name in names:
-            if problem := expert_name_problem(name):
-                raise ValueError(f"expert_names: {problem}.")
-            other = seen.setdefault(name.casefold(), name)
-            if other != name:
-                raise ValueError(
-                    f"expert_names contains {other!r} and {name!r}, which differ in case alone: "
-                    "some file systems would hold both in one folder. Rename one."
-                )
+        for problem in filter(None, map(expert_name_problem, names)):
+            raise ValueError(f"expert_names: {problem}.")
+        counts = Counter(map(str.casefold, names))
+        if alike := [repr(name) for name in names if counts[name.casefold()] > 1]:
+            raise ValueError(
+                f"expert_names contains {' and '.join(alike[:4])}, which differ in case alone, and "
+                "some file systems would hold them in one folder: rename them."
+            )
         self.expert_names = names
 
     def _check_targets(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor as _fake_tensor
 from torch.nn.modules import module as _module
 from torch.nn.modules.conv import _ConvNd
-from transformers import PreTrainedConfig
 
 # transformers: Trainer looks for this attribute before it trains a quantised base; the base's own
 # save_pretrained must not see it, or it takes the model for one with PEFT adapters.
@@ -66,11 +65,6 @@ def dispatched_forward(model: nn.Module) -> Any:
 def set_dispatched_forward(model: nn.Module, forward: Any) -> None:
     """Put another forward in the place of the one that accelerate keeps."""
     model.__dict__["_old_forward"] = forward
-
-
-def commit_of_config(config: PreTrainedConfig) -> str | None:
-    """The hub commit that a configuration was loaded from, or None; transformers notes it there."""
-    return getattr(config, "_commit_hash", None)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

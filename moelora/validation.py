@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 # More than anybody means: from a damaged file or a typing error, it would fill memory and time.
@@ -16,6 +18,8 @@ MAX_TOTAL_RANK = 2**20
 MAX_WIDTH = 2**16
 MAX_ITEMS = 2**18
 MAX_DEPTH = 32
+# Largest seen in practice: the shapes of a base of ten thousand tensors, a megabyte.
+MAX_JSON_LENGTH = 2**24
 # Fit for a folder, with room for what is put before and after.
 MAX_NAME = 96
 # What Windows keeps for devices, whatever the suffix.
@@ -51,6 +55,19 @@ def check_depth(name: str, value: Any) -> None:
         if not level:
             return
     raise ValueError(f"{name} is nested deeper than {MAX_DEPTH} levels.")
+
+
+def json_object(source: str | Path, limit: int = MAX_JSON_LENGTH) -> dict[str, Any]:
+    """The object that a JSON text, or the file at a path, holds; an error of some kind for anything
+    else.
+    """
+    is_file = isinstance(source, Path)
+    if (source.stat().st_size if is_file else len(source)) > limit:
+        raise ValueError(f"it is too long; expected at most {limit} bytes")
+    value = json.loads(source.read_text(encoding="utf-8") if is_file else source)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__}; expected an object")
+    return value
 
 
 def check_type(name: str, value: Any, is_right: bool, expected: str) -> None:
@@ -117,11 +134,9 @@ def string_list(name: str, value: Any, may_be_empty: bool = False) -> list[str]:
 
 def check_names(given: Iterable[Any], known: Sequence[str], called: str = "choices") -> None:
     """Raise ValueError where one of `given` is not among the experts `known`, and list these."""
-    unknown = sorted((name for name in given if name not in known), key=str)
-    if unknown:
+    if unknown := sorted(repr(name) for name in given if name not in known):
         raise ValueError(
-            f"There is no expert {', '.join(map(repr, unknown))}. The {called} are: "
-            f"{', '.join(known)}."
+            f"There is no expert {', '.join(unknown)}. The {called} are: {', '.join(known)}."
         )
 
 

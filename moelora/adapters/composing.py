@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from statistics import multimode
 from typing import Any
 
 import torch
-from torch import nn
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
-from ..injection.base import base_for, check_base
+from ..injection.base import base_for
 from ..injection.inject import put_into
 from ..training.router_init import initialise
 from ..validation import shown
 from .preflight import Sources, preflight
 from .reading import Adapter
+from .writing import exact_targets
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
 FROM_ADAPTERS = (
@@ -59,9 +59,6 @@ def from_adapters(
         config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
-    loaded = isinstance(base, PreTrainedModel)
-    if loaded:
-        check_base(cls, base)
     checked = preflight(
         base, adapters, allow_base_mismatch=allow_base_mismatch, auto_class=cls.auto_class, **kwargs
     )
@@ -69,13 +66,18 @@ def from_adapters(
     described = checked.adapters
     config = composed_config(config, described)
     model, _ = base_for(cls, base, config, kwargs)
-    if not loaded and any(adapter.saved for adapter in described.values()):
+    if model is not base and any(adapter.saved for adapter in described.values()):
         # Copies of the base's own weights could not be compared before those were there.
         preflight(model, described, allow_base_mismatch=True).raise_if_bad()
-    config.target_modules = _exact_targets(list(config.target_modules or []), model)
+    config.target_modules = exact_targets(model, config.target_modules or [], LoraConfig())
 
+    @torch.no_grad()
     def fill(mixture_model: Any) -> None:
-        _put_experts(mixture_model, described.values())
+        for expert, adapter in enumerate(described.values()):
+            own = mixture_model.moelora.expert(expert)
+            for linear, factors in _factors(adapter):
+                own[linear].A.copy_(factors.A)
+                own[linear].B.copy_(factors.B)
         initialise(mixture_model, router_init, texts, tokenizer)
 
     return put_into(model, config, cls, then=fill)
@@ -105,9 +107,8 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         actual = getattr(composed, name)
         if asked not in (getattr(default, name), actual):
             raise ValueError(
-                f"config.{name}={asked!r}, but the adapters make it {shown(actual)}: leave it out "
-                f"of the configuration. It gives the routing; {', '.join(FROM_ADAPTERS)} come from "
-                "the adapters."
+                f"config.{name}={asked!r}, but the adapters make it {shown(actual)}: leave it out, "
+                f"since {', '.join(FROM_ADAPTERS)} come from the adapters."
             )
     if composed.num_experts_per_tok == default.num_experts_per_tok:
         composed.num_experts_per_tok = min(composed.num_experts_per_tok, composed.num_experts)
@@ -140,15 +141,10 @@ def set_experts(
     config.expert_scaling = {n: own for n, own in scaling.items() if own != usual_scaling} or None
 
 
-@torch.no_grad()
-def _put_experts(model: MixtureModel, adapters: Iterable[Adapter]) -> None:
-    """Copy the tensors of expert 0, 1 … into the mixture, bit for bit."""
-    for expert, adapter in enumerate(adapters):
-        own = model.moelora.expert(expert)
-        for linear in adapter.targets:
-            A, B = adapter.factors(linear)
-            own[linear].A.copy_(A)
-            own[linear].B.copy_(B.T)
+def _factors(adapter: Adapter) -> Iterator[tuple[str, LoraFactors]]:
+    for linear, target in adapter.targets.items():
+        A, B = adapter.factors(linear)
+        yield linear, LoraFactors(A, B.T.contiguous(), target.scaling)
 
 
 def adapter_factors(
@@ -159,27 +155,7 @@ def adapter_factors(
     """
     checked = preflight(model, {"adapter": source}, allow_base_mismatch=allow_base_mismatch)
     checked.raise_if_bad()
-    adapter = checked.adapters["adapter"]
-    factors = {}
-    for linear, target in adapter.targets.items():
-        A, B = adapter.factors(linear)
-        factors[linear] = LoraFactors(A, B.T.contiguous(), target.scaling)
-    return factors
-
-
-def _exact_targets(linears: Sequence[str], model: nn.Module) -> str | list[str]:
-    """target_modules by which PEFT finds the linears of these full names and no others.
-
-    PEFT also takes a module whose name ends like one in a list. Where the model has such a module,
-    the answer is a regular expression of the full names.
-    """
-    wanted = set(linears)
-    for name, _ in model.named_modules():
-        parts = name.split(".")
-        ends = (".".join(parts[i:]) for i in range(1, len(parts)))
-        if name not in wanted and any(end in wanted for end in ends):
-            return "|".join(map(re.escape, linears))
-    return list(linears)
+    return dict(_factors(checked.adapters["adapter"]))
 
 
 def usual_shape(

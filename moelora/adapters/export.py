@@ -4,6 +4,7 @@ plain base's own weights.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,10 +67,6 @@ def export_expert(
     """Write one expert as a LoRA folder; see `MoeLoraForCausalLM.export_expert`."""
     _check_dtype(dtype)
     deltas = expert_deltas(model, name)
-    if not deltas:
-        raise ValueError(
-            f"The expert {name!r} has rank 0 in every linear: there is nothing to export."
-        )
     write_adapter(model, deltas, folder, dtype=dtype, overwrite=overwrite)
 
 
@@ -90,28 +87,25 @@ def export_merged(
     _check_dtype(dtype)
     _check_rank(model, rank)
     check_folder(folder, overwrite)
-    if recipe == "svd":
-        # The sum is exact and compressed here, so that the error is the approximation's.
-        merged = merged_deltas(model, weights, "linear", {})
-    else:
-        merged = merged_deltas(model, weights, recipe, options)
+    # The sum is exact and compressed here, so that the error is the approximation's.
+    exact = "linear" if recipe == "svd" else recipe
     written_dtype = dtype or next(iter(model.moelora.expert(0).values())).A.dtype
     deltas = {}
     norms = {}
-    for linear, delta in merged:
-        deltas[linear] = _low_rank(delta, rank, recipe, written_dtype)
-        norms[linear] = distance(delta, deltas[linear])
-    if not deltas:
-        raise ValueError(
-            f"The experts {', '.join(weights)} have rank 0 in every linear: nothing to export."
-        )
+    for linear, delta in merged_deltas(model, weights, exact, options):
+        low = delta if rank is None else compress(delta, rank)
+        if isinstance(low, Tensor):
+            raise ValueError(
+                f"The recipe {recipe!r} does not give a low rank: pass rank=… for the LoRA's."
+            )
+        low = LoraFactors(low.A.to(written_dtype), low.B.to(written_dtype), low.scaling)
+        norms[linear] = distance(delta, low)
+        deltas[linear] = LoraFactors(low.A.cpu(), low.B.cpu(), low.scaling)
     write_adapter(model, deltas, folder, dtype=dtype, overwrite=overwrite)
     ranks = {linear: len(factors.A) for linear, factors in deltas.items()}
     errors = {linear: off / norm if norm else 0.0 for linear, (off, norm) in norms.items()}
-    square_error = sum(off**2 for off, _ in norms.values())
-    square_norm = sum(norm**2 for _, norm in norms.values())
-    error = (square_error / square_norm) ** 0.5 if square_norm else 0.0
-    return MergeReport(recipe, weights, ranks, errors, error)
+    off, norm = (math.hypot(*sizes) for sizes in zip(*norms.values()))
+    return MergeReport(recipe, weights, ranks, errors, off / norm if norm else 0.0)
 
 
 @torch.no_grad()
@@ -129,8 +123,17 @@ def merge_into_base(
     try:
         for name, delta in merged_deltas(model, weights, recipe, options):
             weight = linears[name].get_parameter("weight")
+            if isinstance(delta, LoraFactors):
+                delta = product(LoraFactors(wide(delta.A), wide(delta.B), delta.scaling))
+            delta = wide(delta).T if isinstance(linears[name], Conv1D) else wide(delta)
+            merged = (wide(weight) + delta.to(weight.device)).to(weight.dtype)
+            if not bool(merged.isfinite().all()):
+                raise ValueError(
+                    f"Merging makes weights of {name} that are not finite in {merged.dtype}: the "
+                    "experts hold NaN or Inf, or have too large weights. Nothing was changed."
+                )
             before.append((weight, weight.to("cpu", copy=True)))
-            weight.copy_(_merged(name, linears[name], delta))
+            weight.copy_(merged)
     except BaseException:
         for weight, copy in before:
             weight.copy_(copy)
@@ -141,8 +144,8 @@ def _check_rank(model: MixtureModel, rank: int | None) -> None:
     if rank is None:
         return
     check_integer("rank", rank, 1)
-    modules = [model.get_submodule(linear) for linear in model.moelora.expert(0)]
-    largest = max(min(size) for size in map(features, modules) if size is not None)
+    sizes = [(own.A.shape[1], own.B.shape[1]) for own in model.moelora.expert(0).values()]
+    largest = max(map(min, sizes))
     if rank > largest:
         raise ValueError(
             f"rank={rank} is more than any adapted linear can have: expected at most {largest}."
@@ -175,31 +178,3 @@ def _check_mergeable(model: MixtureModel, linears: Mapping[str, nn.Module]) -> N
         else:
             continue
         raise ValueError(f"Nothing was merged: {name} is {reason}, or use export_merged.")
-
-
-def _low_rank(
-    delta: LoraFactors | Tensor, rank: int | None, recipe: str, dtype: torch.dtype
-) -> LoraFactors:
-    """What is written of a merged ΔW: factors of `dtype` on the CPU, of at most this rank."""
-    if rank is not None:
-        delta = compress(delta, rank)
-    elif isinstance(delta, Tensor):
-        raise ValueError(
-            f"The recipe {recipe!r} does not give a low rank: pass rank=… for the LoRA's."
-        )
-    return LoraFactors(delta.A.to("cpu", dtype), delta.B.to("cpu", dtype), delta.scaling)
-
-
-def _merged(name: str, linear: nn.Module, delta: LoraFactors | Tensor) -> Tensor:
-    """The linear's weight with ΔW added, in its own layout and dtype."""
-    weight = linear.get_parameter("weight")
-    if isinstance(delta, LoraFactors):
-        delta = product(LoraFactors(wide(delta.A), wide(delta.B), delta.scaling))
-    delta = wide(delta).T if isinstance(linear, Conv1D) else wide(delta)
-    merged = (wide(weight) + delta.to(weight.device)).to(weight.dtype)
-    if not bool(merged.isfinite().all()):
-        raise ValueError(
-            f"Merging makes weights of {name} that are not finite in {merged.dtype}: the experts "
-            "hold NaN or Inf, or their weights are too large. Nothing was changed."
-        )
-    return merged

@@ -4,7 +4,6 @@ elsewhere.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from os import PathLike
@@ -16,9 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from peft.utils.constants import CONFIG_NAME as CONFIG
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 
-from ..validation import MAX_DEPTH, check_depth
+from ..validation import MAX_DEPTH, check_depth, json_object
 
-MAX_CONFIG_BYTES = 2**22
+MAX_LENGTH = 2**22
 
 
 def find_folder(source: str | PathLike[str]) -> tuple[Path, Path]:
@@ -28,10 +27,22 @@ def find_folder(source: str | PathLike[str]) -> tuple[Path, Path]:
     if not os.path.isdir(folder):
         if os.path.exists(folder):
             raise ValueError(
-                f"{source} is a file; expected the folder that holds {CONFIG} and {WEIGHTS}, or a "
-                "hub id."
+                f"{source} is a file; expected a folder with {CONFIG} and {WEIGHTS}, or a hub id."
             )
-        folder = _download(str(source))
+        repository, _, revision = str(source).partition("@")
+        wanted = ["*.json", "*.safetensors"]
+        try:
+            folder = Path(
+                snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+            )
+        except (HFValidationError, OSError) as error:
+            why = "the hub repository of that name is not in the cache and cannot be reached"
+            if isinstance(error, HFValidationError):
+                why = "it is not a hub id either"
+            raise ValueError(
+                f"There is no folder {source}, and {why} ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}): give a folder, or download it first."
+            ) from error
     # The hub's cache keeps a snapshot's files in `blobs` beside `snapshots`, and links to them.
     for parent in folder.resolve().parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
@@ -59,12 +70,7 @@ def read_config(folder: Path, root: Path) -> dict[str, Any]:
         )
     path = inside(folder / CONFIG, root)
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {size} bytes; expected at most {MAX_CONFIG_BYTES}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it is a {type(content).__name__}")
+        content = json_object(path, MAX_LENGTH)
         check_depth("it", content)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -89,37 +95,18 @@ def xlora_sources(source: str | PathLike[str]) -> dict[str, str]:
             f"{folder} is not an X-LoRA checkpoint of several adapters, but has peft_type "
             f'{config.get("peft_type")}: pass a dict {{"name": folder}} of all adapters.'
         )
-    local = os.path.isdir(source)
-    return {
-        name: _xlora_adapter(folder, root, name, where if local else None)
-        for name, where in named.items()
-    }
-
-
-def _xlora_adapter(folder: Path, root: Path, name: str, where: Any) -> str:
-    where = where if isinstance(where, str) else ""
-    if where and os.path.isdir(folder / where):
-        return str(folder / where)
-    own = folder / name
-    if os.path.exists(own / CONFIG) and own.resolve().is_relative_to(root.resolve()):
-        return str(own)
-    if where:
-        return where
-    raise ValueError(f"{folder} holds no folder for its adapter {name!r}: pass a dict of adapters.")
-
-
-def _download(name: str) -> Path:
-    repository, _, revision = name.partition("@")
-    wanted = ["*.json", "*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
-    except HFValidationError as error:
-        raise ValueError(
-            f"There is no folder {name}, and it is not a hub id either ({error})."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"There is no folder {name}, and the hub repository of that name is not in the cache "
-            f"and cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}): give a "
-            "folder, or download it first."
-        ) from error
+    sources = {}
+    for name, where in named.items():
+        where = where if isinstance(where, str) and os.path.isdir(source) else ""
+        own = folder / name
+        if where and os.path.isdir(folder / where):
+            sources[name] = str(folder / where)
+        elif os.path.exists(own / CONFIG) and own.resolve().is_relative_to(root.resolve()):
+            sources[name] = str(own)
+        elif where:
+            sources[name] = where
+        else:
+            raise ValueError(
+                f"{folder} holds no folder for its adapter {name!r}: pass a dict of adapters."
+            )
+    return sources

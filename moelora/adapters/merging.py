@@ -79,8 +79,7 @@ def breadcrumbs(
     check_number("gamma", gamma, 0.0, 1.0, open_high=True)
     if density + gamma > 1 + 1e-9:
         raise ValueError(
-            f"density={density} and gamma={gamma} keep and drop more than there is: expected "
-            "density + gamma ≤ 1."
+            f"density={density} and gamma={gamma}: expected density + gamma of at most 1."
         )
     deltas = [_without_tails(product(own), density, gamma) for own in factors]
     return merge_utils.task_arithmetic(deltas, deltas[0].new_tensor(weights))
@@ -173,9 +172,8 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
     elif len(delta.A) <= rank:
         return delta
     else:
-        QB, RB = torch.linalg.qr(wide(delta.B).T * delta.scaling)
-        QA, RA = torch.linalg.qr(wide(delta.A).T)
-        U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
+        QB, core, QA = _core(delta)
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
         U = QB @ U
         Vh = Vh @ QA.T
     roots = S[:rank].sqrt()[:, None]
@@ -186,18 +184,19 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
 def distance(delta: LoraFactors | Tensor, other: LoraFactors) -> tuple[float, float]:
     """‖ΔW - ΔW'‖ and ‖ΔW‖ in Frobenius norm, ΔW' being that of `other`."""
     if isinstance(delta, Tensor):
-        return _norm(delta - product(other).to(delta.device, delta.dtype)), _norm(delta)
-    device = delta.A.device
-    other = LoraFactors(other.A.to(device), other.B.to(device), other.scaling)
+        return _norm(delta - product(other).to(delta.dtype)), _norm(delta)
     return _norm(concatenation([delta, other], [1.0, -1.0])), _norm(delta)
 
 
+def _core(delta: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, S and P with ΔW = Q·S·Pᵀ, where Q and P keep norms and S is no larger than the rank."""
+    QB, RB = torch.linalg.qr(wide(delta.B).T * delta.scaling)
+    QA, RA = torch.linalg.qr(wide(delta.A).T)
+    return QB, RB @ RA.T, QA
+
+
 def _norm(delta: LoraFactors | Tensor) -> float:
-    """‖ΔW‖, of factors through their QR decompositions."""
-    if isinstance(delta, Tensor):
-        return float(torch.linalg.matrix_norm(delta))
-    RB, RA = (torch.linalg.qr(wide(t).T, mode="r").R for t in (delta.B, delta.A))
-    return abs(delta.scaling) * float(torch.linalg.matrix_norm(RB @ RA.T))
+    return float(torch.linalg.matrix_norm(delta if isinstance(delta, Tensor) else _core(delta)[1]))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -209,7 +208,7 @@ def seeded(seed: int | None) -> torch.Generator | None:
     """A generator on the CPU, which draws the same on every machine; None for no seed."""
     if seed is None:
         return None
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, 2**64 - 1)
     return torch.Generator().manual_seed(seed)
 
 

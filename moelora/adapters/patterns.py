@@ -34,7 +34,8 @@ class Patterns:
         self._left = self.seconds
         self._length = 0
         self._compiled = functools.cache(self._compile)
-        self._is_one_name = functools.cache(_is_one_name)
+        # Whether a pattern of PEFT's is the whole name of one linear.
+        self._is_one_name = functools.cache(lambda p: p[:1] == "^" and len(plain_names(p[1:])) == 1)
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether `pattern` matches the whole of `name`; ValueError where it cannot be told."""
@@ -89,8 +90,3 @@ class Patterns:
             raise ValueError(
                 f"its pattern {pattern[:60]!r} is not a regular expression ({error})"
             ) from error
-
-
-def _is_one_name(pattern: str) -> bool:
-    """Whether a pattern of PEFT's is the whole name of one linear."""
-    return pattern.startswith("^") and len(plain_names(pattern[1:])) == 1

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..injection.base import ACCESS, has_peft_layers
+from ..injection.base import ACCESS, check_no_peft
 from ..injection.sites import features
 from ..validation import expert_name_problem, shown
 from .folders import xlora_sources
@@ -111,11 +111,13 @@ def preflight(
     folders = Counter(str(who).casefold() for who, _ in pairs)
     entries = []
     for who, source in pairs:
-        adapter = _checked(source, model, modules)
+        try:
+            adapter = read_adapter(source)
+            adapter = replace(adapter, problems=_misfits(adapter, model, modules))
+        except (ValueError, TypeError, OSError) as error:
+            adapter = Adapter(shown(source), {}, [str(error).rstrip(".")])
         trained_on = str(adapter.config.get("base_model_name_or_path") or "")
-        ours = _last(name)
-        theirs = _last(trained_on)
-        if ours and theirs and ours != theirs and not allow_base_mismatch:
+        if len({_last(name), _last(trained_on)} - {""}) == 2 and not allow_base_mismatch:
             adapter.problems.append(
                 f"it was trained on {trained_on}, not on {name}: pass the right base, or "
                 "allow_base_mismatch=True"
@@ -143,15 +145,6 @@ def _pairs(adapters: Sources) -> list[tuple[Any, Any]]:
     if not pairs:
         raise ValueError("There are no adapters: give at least one.")
     return pairs
-
-
-def _checked(source: Any, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Adapter:
-    """The adapter's description, whose problems say why it cannot be an expert of `model`."""
-    try:
-        adapter = read_adapter(source)
-        return replace(adapter, problems=_misfits(adapter, model, modules))
-    except (ValueError, TypeError, OSError) as error:
-        return Adapter(shown(source), {}, [str(error).rstrip(".")])
 
 
 def _misfits(
@@ -222,11 +215,7 @@ def _some(names: list[str]) -> str:
 def _skeleton(base: Any, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, str]:
     """The base, or its modules without weights, and its name."""
     if isinstance(base, PreTrainedModel):
-        if has_peft_layers(base):
-            raise ValueError(
-                f"This {type(base).__name__} has PEFT adapters inside, which changes its modules: "
-                "unload them first."
-            )
+        check_no_peft(base)
         return base, base.config.name_or_path or ""
     if not isinstance(base, (str, PathLike)):
         raise TypeError(

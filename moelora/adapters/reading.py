@@ -7,8 +7,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from ..validation import check_integer
+from ..validation import check_integer, check_number
 from .folders import CONFIG, WEIGHTS, find_folder, inside, read_config
 from .patterns import Patterns
 from .supported import REASONS, refused_settings, untargeted
@@ -40,10 +41,9 @@ A_OR_B = re.compile(r"(.*)\.(lora_[AB])\.weight", re.DOTALL)
 MAX_KEY = 1024
 # Dtypes by safetensors' names for them.
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+ITEM_SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 # The shape and dtype (by safetensors' name) of each tensor, by its key.
 Header = Mapping[str, tuple[tuple[int, ...], str]]
-# A live layer's own scaling, by the linear's name.
-ScalingOf = Callable[[str], float]
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,21 @@ class Adapter:
         return self._tensors(name)[0]
 
     def _tensors(self, *names: str) -> list[Tensor]:
-        try:
+        with _reading(self.where):
             return self._read([self._keys[name] for name in names])
-        except OSError:
-            raise
-        except Exception as error:
-            # safetensors has no one error for bytes that it cannot make a tensor of.
-            raise ValueError(
-                f"{self.where}: {', '.join(names)} cannot be read ({error}): save the adapter "
-                "again."
-            ) from error
+
+
+@contextmanager
+def _reading(where: str | Path) -> Iterator[None]:
+    """Make what safetensors says of bytes that it cannot read, with many kinds of errors, one."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where} is damaged, cut short or not a safetensors file ({error}): copy it again."
+        ) from error
 
 
 def read_adapter(source: Any) -> Adapter:
@@ -143,7 +148,17 @@ def _read_folder(folder: Path, root: Path) -> Adapter:
     config = read_config(folder, root)
     adapter = Adapter(str(folder), config, refused_settings(config))
     if os.path.lexists(folder / WEIGHTS):
-        _describe(adapter, _open(adapter, inside(folder / WEIGHTS, root)))
+        path = inside(folder / WEIGHTS, root)
+        with _reading(path):
+            # Opening checks the header against the file's size; no tensor is allocated.
+            file = safe_open(path, framework="pt")
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - a file is not a dict
+            header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+            if any(len(key) > MAX_KEY for key in header):
+                raise ValueError(f"the name of a tensor has more than {MAX_KEY} letters")
+        # Kept open: to open it anew for every linear would parse the header each time.
+        adapter._read = lambda keys: [file.get_tensor(key) for key in keys]
+        _describe(adapter, header)
     elif not adapter.problems:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(
@@ -154,45 +169,23 @@ def _read_folder(folder: Path, root: Path) -> Adapter:
     return adapter
 
 
-def _open(adapter: Adapter, path: Path) -> Header:
-    """The header of a weights' file, which `adapter` then reads its tensors from."""
-    try:
-        # Opening checks the header against the file's size; nothing is allocated for the tensors.
-        file = safe_open(path, framework="pt")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - a file is not a dict
-        header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-        if any(len(key) > MAX_KEY for key in header):
-            raise ValueError(f"the name of a tensor has more than {MAX_KEY} letters")
-    except OSError:
-        raise
-    except Exception as error:
-        # A SafetensorError, or for some damaged headers whatever their reader stumbles on.
-        raise ValueError(
-            f"{path} is damaged, cut short or not a safetensors file ({error}): copy or save it "
-            "again."
-        ) from error
-    # Kept open: to open it anew for every linear would parse the header each time.
-    adapter._read = lambda keys: [file.get_tensor(key) for key in keys]
-    return header
-
-
 def _read_model(model: PeftModel, name: str) -> Adapter:
     config = model.peft_config[name].to_dict()
-    config["peft_type"] = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     adapter = Adapter(f"{type(model).__name__} adapter {name!r}", config, refused_settings(config))
     if adapter.problems:
         return adapter
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     header = {k: (tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for k, t in tensors.items()}
-    layers: dict[str, Any] = dict(model.get_base_model().named_modules())
     adapter._read = lambda keys: [tensors[key].detach() for key in keys]
-    # A live layer's own scaling is what its forward multiplies with, whatever the configuration
-    # says.
-    _describe(adapter, header, lambda linear: layers[linear].scaling[name])
+    _describe(adapter, header)
+    for linear, target in adapter.targets.items():
+        # What the layer's forward multiplies with, whatever the configuration says.
+        layer: Any = model.get_base_model().get_submodule(linear)
+        adapter.targets[linear] = replace(target, scaling=float(layer.scaling[name]))
     return adapter
 
 
-def _describe(adapter: Adapter, header: Header, scaling_of: ScalingOf | None = None) -> None:
+def _describe(adapter: Adapter, header: Header) -> None:
     """Fill in the targets and what lies beside them, and note what is wrong."""
     problems = adapter.problems
     linears: dict[str, None] = {}
@@ -211,7 +204,7 @@ def _describe(adapter: Adapter, header: Header, scaling_of: ScalingOf | None = N
     patterns = Patterns(len(linears))
     for linear in linears:
         try:
-            adapter.targets[linear] = _target(adapter, linear, header, patterns, scaling_of)
+            adapter.targets[linear] = _target(adapter, linear, header, patterns)
         except ValueError as problem:
             if str(problem) not in problems:
                 problems.append(str(problem))
@@ -225,9 +218,7 @@ def _describe(adapter: Adapter, header: Header, scaling_of: ScalingOf | None = N
         problems.append(f"PEFT cannot read its target modules ({error})")
 
 
-def _target(
-    adapter: Adapter, linear: str, header: Header, patterns: Patterns, scaling_of: ScalingOf | None
-) -> Target:
+def _target(adapter: Adapter, linear: str, header: Header, patterns: Patterns) -> Target:
     """The description of one linear; ValueError says what is wrong with it."""
     names = [f"{linear}.lora_A", f"{linear}.lora_B"]
     if missing := [name for name in names if name not in adapter._keys]:
@@ -238,36 +229,24 @@ def _target(
         raise ValueError(f"{shapes}: only linears can have experts")
     if a[0] != b[1] or not a[0]:
         raise ValueError(f"{shapes}, which do not fit together")
-    rank, scaling = _rank_and_scaling(adapter.config, linear, patterns)
-    if rank != a[0]:
-        raise ValueError(f"{linear} has rank {a[0]} in the file and {rank} by its {CONFIG}")
-    if scaling_of is not None:
-        scaling = float(scaling_of(linear))
-    if not math.isfinite(scaling):
-        raise ValueError(f"{linear} has scaling {scaling}")
-    nbytes = math.prod(a) * _itemsize(a_dtype) + math.prod(b) * _itemsize(b_dtype)
-    return Target(rank, scaling, a, b, frozenset((a_dtype, b_dtype)), nbytes)
-
-
-def _rank_and_scaling(
-    config: Mapping[str, Any], linear: str, patterns: Patterns
-) -> tuple[int, float]:
-    def setting(name: str, by_pattern: str) -> Any:
-        values = config.get(by_pattern) or {}
-        return values.get(patterns.first(values, linear), config.get(name, 8))
-
+    config = adapter.config
     try:
-        rank = setting("r", "rank_pattern")
+        rank, alpha = (
+            values.get(patterns.first(values, linear), config.get(name, 8))
+            for name, values in (
+                ("r", config.get("rank_pattern") or {}),
+                ("lora_alpha", config.get("alpha_pattern") or {}),
+            )
+        )
         check_integer("r", rank, 1)
-        norm = math.sqrt(rank) if config.get("use_rslora") else rank
-        return rank, float(setting("lora_alpha", "alpha_pattern") / norm)
+        scaling = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        check_number("scaling", scaling, -math.inf, math.inf)
     except Exception as error:
         # Wrong types, zero, a pattern that is not a regular expression …
         raise ValueError(
             f"its r, lora_alpha and their patterns give no rank and scaling ({error})"
         ) from error
-
-
-def _itemsize(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) // 8 if bits else 1
+    if rank != a[0]:
+        raise ValueError(f"{linear} has rank {a[0]} in the file and {rank} by its {CONFIG}")
+    nbytes = math.prod(a) * ITEM_SIZES.get(a_dtype, 1) + math.prod(b) * ITEM_SIZES.get(b_dtype, 1)
+    return Target(rank, scaling, a, b, frozenset((a_dtype, b_dtype)), nbytes)

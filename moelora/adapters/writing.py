@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from statistics import mode
@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.atomic import atomic_folder
 from ..core.experts import LoraFactors
+from ..core.mixture import Mixture
 from ..core.model import MixtureModel, base_class
-from ..host_internals import commit_of_config
 from ..injection.sites import modules_to_save
 from .folders import CONFIG, WEIGHTS
 
@@ -42,6 +42,8 @@ def write_adapter(
     cast to `dtype` if there is one.
     """
     check_folder(folder, overwrite)
+    if not deltas:
+        raise ValueError("There is nothing to export: rank 0 in every linear.")
     config, ranks = _config(model, deltas)
     tensors = _saved_tensors(model, config)
     for linear, factors in deltas.items():
@@ -77,8 +79,7 @@ def check_folder(folder: str | PathLike[str], overwrite: bool) -> None:
     names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     if names and not overwrite:
         raise FileExistsError(
-            f"{path} is not empty ({', '.join(names[:4])}): choose another folder, or pass "
-            "overwrite=True."
+            f"{path} is not empty ({', '.join(names[:4])}): pass overwrite=True, or another folder."
         )
     foreign = [name for name in names if name not in REPLACEABLE]
     if foreign:
@@ -111,10 +112,6 @@ def _config(
             alphas[linear] = factors.scaling * ranks[linear]
     rank, alpha = (mode(values.values()) for values in (ranks, alphas))
     saved, task = _saved_and_task(model, deltas)
-    base = model.config.name_or_path
-    if base and Path(base).is_dir():
-        # By its whole path, since an adapter is loaded from anywhere.
-        base = str(Path(base).resolve())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -127,10 +124,11 @@ def _config(
         modules_to_save=saved or None,
         task_type=task,
         inference_mode=True,
-        base_model_name_or_path=base or None,
-        revision=ours.base_revision or commit_of_config(model.config),
+        base_model_name_or_path=ours.base_model_name_or_path,
+        revision=ours.base_revision,
     )
-    config.target_modules = _targets(model, list(deltas), config)
+    ends = [name.rpartition(".")[2] for name in deltas]
+    config.target_modules = exact_targets(model, deltas, config, list(dict.fromkeys(ends)))
     return config, ranks
 
 
@@ -160,20 +158,21 @@ def _saved_and_task(
     return list(dict.fromkeys([*saved, *heads])), "SEQ_CLS"
 
 
-def _targets(model: MixtureModel, linears: list[str], config: LoraConfig) -> str | list[str]:
-    """The shortest target_modules by which PEFT finds exactly `linears`: ends of names, names, or a
-    regex.
+def exact_targets(
+    model: nn.Module, linears: Iterable[str], config: LoraConfig, *shorter: list[str]
+) -> str | list[str]:
+    """The first target_modules by which PEFT, with the rest of `config`, finds the linears of these
+    full names and no others: one of the `shorter`, the names, or a regex.
     """
-    modules = [n for n, _ in model.named_modules() if n and not model.moelora.owns(n)]
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    for targets in (ends, linears, "|".join(map(re.escape, linears))):
-        config.target_modules = targets
-        if {n for n in modules if check_target_module_exists(config, n)} == set(linears):
+    names = list(linears)
+    modules = [n for n, _ in model.named_modules() if n and not Mixture.owns(n)]
+    for targets in (*shorter, names, "|".join(map(re.escape, names))):
+        config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+        if {n for n in modules if check_target_module_exists(config, n)} == set(names):
             return targets
     raise ValueError(
-        f"PEFT would not adapt exactly the linears {linears[:4]} ({len(linears)} in all): one of "
-        f"them lies in a module that is saved whole ({config.modules_to_save}). Use "
-        "merge_and_unload."
+        f"PEFT would not adapt exactly the linears {names[:4]} ({len(names)} in all): one of them "
+        f"is in a module that is saved whole ({config.modules_to_save}). Use merge_and_unload."
     )
 
 

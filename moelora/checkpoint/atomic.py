@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 
-@contextmanager
-def atomic_files(folder: Path, commit: str) -> Iterator[Path]:
+def atomic_files(folder: Path, commit: str) -> AbstractContextManager[Path]:
     """A staging folder inside `folder`; at the end what lies in it takes its place there.
 
     Subfolders go first, one that is there already stays; then the files, each replaced at once, and
@@ -34,8 +33,7 @@ def atomic_files(folder: Path, commit: str) -> Iterator[Path]:
             if is_file or not (folder / name).exists():
                 os.replace(staging / name, folder / name)
 
-    with _staged(folder / ".moelora", put, "checkpoint", folder) as staging:
-        yield staging
+    return _staged(folder / ".moelora", put, "checkpoint", folder)
 
 
 @contextmanager

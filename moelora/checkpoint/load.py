@@ -20,7 +20,8 @@ from ..host_internals import AUTO_KEYWORDS, attention_of
 from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
 from ..routers import changed_options
-from .reading import json_object, read
+from ..validation import json_object
+from .reading import read
 from .state import differences, layout, load_state_dict, misfits
 
 # What may be another at loading than it was at saving: the tensors mean the same.
@@ -74,7 +75,7 @@ def load(
         ) from error
     if not allow_base_mismatch:
         _check_same_base(
-            model, saved, base_print, tensors, f"{folder} was trained on ({trained_on})"
+            f"{folder} was trained on ({trained_on})", model, saved, base_print, tensors
         )
     for name, value in changes.items():
         setattr(saved, name, value)
@@ -121,8 +122,7 @@ def _weights_file(folder: str | PathLike[str], found_by: Mapping[str, Any]) -> P
         if not Path(folder).is_dir():
             raise
         raise ValueError(
-            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a moelora checkpoint, or not a "
-            "whole one."
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}: it is not a (whole) moelora checkpoint."
         ) from error
 
 
@@ -134,7 +134,7 @@ def _generation_config(
     except OSError:
         return None
     try:
-        return GenerationConfig.from_dict(json_object(path.read_text(encoding="utf-8")))
+        return GenerationConfig.from_dict(json_object(path))
     except Exception as error:
         # Its values are checked by transformers, with errors of many kinds.
         raise ValueError(f"{path} is not a generation configuration: {error}") from error
@@ -168,9 +168,8 @@ def _changes(
     fixed = sorted(n for n in asked if n not in CHANGEABLE and asked[n] != getattr(saved, n))
     if fixed:
         raise ValueError(
-            f"{', '.join(fixed)} cannot be changed when loading {folder}: the experts and routers "
-            "in it were trained with what it says. These can: "
-            f"{', '.join(CHANGEABLE)}."
+            f"{', '.join(fixed)} cannot be changed when loading {folder}, which was trained with "
+            f"what it says. These can: {', '.join(CHANGEABLE)}."
         )
     return asked
 
@@ -210,20 +209,21 @@ def _where_base(
 
 
 def _check_same_base(
+    expected: str,
     model: PreTrainedModel,
     saved: MoeLoraConfig,
     base_print: Mapping[str, Any],
     excluded: Iterable[str],
-    expected: str,
 ) -> None:
     """Raise ValueError where `model` is not the `expected` base, with what differs."""
     own_type = model.config.model_type
     saved_type = (saved.base_config or {}).get("model_type", own_type)
+    differing = [
+        f"it is a {own_type!r} model; the experts in the checkpoint belong to a {saved_type!r} "
+        f"({saved.base_architecture})"
+    ]
     if own_type == saved_type:
         differing = differences(base_print, model, excluded)
-    else:
-        words = f"it is a {own_type!r} model; the experts in the checkpoint belong to a "
-        differing = [f"{words}{saved_type!r} ({saved.base_architecture})"]
     if differing:
         raise ValueError(
             f"The base ({model.config.name_or_path or type(model).__name__}) is not the one that "

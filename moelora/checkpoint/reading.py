@@ -20,10 +20,9 @@ from torch import Tensor
 from ..config import FORMAT_VERSION, MoeLoraConfig
 from ..core.mixture import Mixture
 from ..routers import ROUTERS
+from ..validation import json_object
 from .state import check_fingerprint, is_finite
 
-# Largest seen in practice: the shapes of a base of ten thousand tensors, a megabyte.
-MAX_JSON_LENGTH = 2**24
 ATTEMPTS = 100
 TEXTS = ("moelora_config", "base")
 BASE_FOLDER = re.compile(r"base-[0-9a-f]{16}")
@@ -83,16 +82,6 @@ def _read_once(path: Path) -> Contents:
     return tensors, config, base
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The object that a JSON text holds; an error of some kind for anything else."""
-    if len(text) > MAX_JSON_LENGTH:
-        raise ValueError(f"it is longer than {MAX_JSON_LENGTH} letters")
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
 def is_ours(folder: Path, name: str) -> bool | None:
     """Whether moelora wrote the `config.json` or `model.safetensors` called `name` in `folder`.
 
@@ -101,8 +90,7 @@ def is_ours(folder: Path, name: str) -> bool | None:
     path = folder / name
     with suppress(ValueError, OSError, SafetensorError, RecursionError):
         if path.suffix == ".json":
-            fields = json_object(path.read_text(encoding="utf-8"))
-            return fields.get("model_type") == MoeLoraConfig.model_type
+            return json_object(path).get("model_type") == MoeLoraConfig.model_type
         with safe_open(path, framework="pt") as file:
             return TEXTS[0] in (file.metadata() or {})
     return None
@@ -112,15 +100,13 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[MoeLoraConfig, 
     """The configuration and the base's fingerprint that a header holds."""
     if not set(TEXTS) <= set(metadata):
         raise ValueError(
-            f"{path} was not written by moelora's save_pretrained: its header does not hold "
-            f"{' and '.join(TEXTS)}."
+            f"{path} was not written by moelora: its header lacks {' and '.join(TEXTS)}."
         )
     texts = [metadata[name] for name in TEXTS]
     # Nothing but what was written: also of what is not read here, every bit counts.
     if dict(metadata) != sealed(*texts):
         raise ValueError(
-            f"{path} is damaged: its header is not the one that was written. Copy it again, or use "
-            "an older checkpoint."
+            f"{path} is damaged: its header is not what was written. Copy it or save it again."
         )
     try:
         fields, base = map(json_object, texts)
@@ -140,28 +126,31 @@ def _checked_config(file: str, fields: dict[str, Any]) -> MoeLoraConfig:
             "upgrade moelora."
         )
     known = {*MoeLoraConfig.field_names(), "model_type", "transformers_version"}
-    if surplus := sorted(set(fields) - known):
-        raise ValueError(f"it has fields {surplus[:4]}, which a MoeLoraConfig does not have")
-    if fields.get("model_type") != MoeLoraConfig.model_type:
-        raise ValueError(f"it is not of model_type {MoeLoraConfig.model_type!r}")
-    # Before anything is made for each of num_experts.
-    names = fields.get("expert_names")
-    if not isinstance(names, list) or fields.get("num_experts") != len(names):
-        raise ValueError("num_experts is not the number of expert_names")
-    if not fields.get("sites"):
-        raise ValueError("sites is empty")
-    config = MoeLoraConfig.from_dict(fields)
-    linears = list(chain.from_iterable(config.sites or []))
-    if len(set(linears)) < len(linears):
-        raise ValueError("a linear is in two sites")
-    if config.base_folder is not None and not BASE_FOLDER.fullmatch(config.base_folder):
-        raise ValueError(f"base_folder={config.base_folder!r} is not the name of a base's folder")
-    base = {"dtype": "float32"} if config.base_config is None else config.base_config
-    if not isinstance(base.get("model_type", ""), str):
-        raise ValueError("base_config is not the configuration of a model")
-    if not isinstance(getattr(torch, str(base.get("dtype")), None), torch.dtype):
-        raise ValueError(f"base_config has the dtype {base.get('dtype')!r}, which torch lacks")
-    return config
+    surplus = sorted(set(fields) - known)
+    names = fields.get("expert_names") or []
+    linears = list(chain.from_iterable(fields.get("sites") or []))
+    base: Any = fields.get("base_config")
+    base = {"dtype": "float32"} if base is None else base
+    dtype = base.get("dtype")
+    folder = fields.get("base_folder")
+    elsewhere = folder is not None and not BASE_FOLDER.fullmatch(folder)
+    no_dtype = not isinstance(getattr(torch, str(dtype), None), torch.dtype)
+    # Before anything is made for each of num_experts. What is of a wrong type altogether ends in an
+    # error of another kind, here or below, which the caller takes as well.
+    wrong = {
+        f"it has fields {surplus[:4]}, which a MoeLoraConfig does not have": surplus,
+        "it is not of model_type 'moelora'": fields.get("model_type") != MoeLoraConfig.model_type,
+        "num_experts is not the number of expert_names": fields.get("num_experts") != len(names),
+        "sites is empty": not linears,
+        "a linear is in two sites": len(set(linears)) < len(linears),
+        f"base_folder={folder!r} is not the name of a base's folder": elsewhere,
+        "base_config has no model_type": not isinstance(base.get("model_type", ""), str),
+        f"base_config has the dtype {dtype!r}, which torch lacks": no_dtype,
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(what)
+    return MoeLoraConfig.from_dict(fields)
 
 
 def _check_sizes(path: Path, config: MoeLoraConfig, shapes: Mapping[str, Iterable[int]]) -> None:

@@ -52,8 +52,7 @@ def save(
     """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
-            f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a "
-            "folder."
+            f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a folder"
         )
     folder = Path(folder)
     _check_keywords(kwargs)
@@ -88,13 +87,10 @@ def _described(model: MixtureModel, folder: Path) -> MoeLoraConfig:
     config.base_config = base
     config.base_architecture = base_class(type(model)).__name__
     # Where its base was loaded from this folder, that is part of the new checkpoint, too.
-    config.base_folder = None
-    if config.base_model_name_or_path:
-        origin = Path(config.base_model_name_or_path, config.base_subfolder or "").resolve()
-        is_inside = origin.parent == folder.resolve() and origin.is_dir()
-        config.base_folder = (
-            origin.name if is_inside and BASE_FOLDER.fullmatch(origin.name) else None
-        )
+    name = config.base_model_name_or_path
+    origin = Path(name or "", config.base_subfolder or "").resolve()
+    is_inside = name and origin.parent == folder.resolve() and origin.is_dir()
+    config.base_folder = origin.name if is_inside and BASE_FOLDER.fullmatch(origin.name) else None
     return config
 
 
@@ -116,8 +112,7 @@ def _check_keywords(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("push_to_hub"):
         raise ValueError(
             "save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id), "
-            "or save (with save_base=True where the base is not a public model) and upload the "
-            "folder with `hf upload`."
+            "or save (with save_base=True where the base is not public) and `hf upload` it."
         )
     unknown = sorted(set(kwargs) - BASE_KEYWORDS - IDLE_KEYWORDS - {"push_to_hub"})
     if unknown:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..injection.sites import saved_modules
 
 SAMPLED_TENSORS = 32
 SAMPLED_VALUES = 8
-EXACT = (torch.float32, torch.float64)
+EXACT = ("float32", "float64")
 
 
 def layout(model: MixtureModel) -> dict[str, Tensor]:
@@ -129,19 +129,27 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def fingerprint(
-    model: PreTrainedModel, excluded: Iterable[str], gathered: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    excluded: Iterable[str],
+    gathered: Mapping[str, Tensor] | None = None,
+    sampled: Container[str] | None = None,
 ) -> dict[str, Any]:
     """Shapes by name, and a few values of a few tensors, of the base inside `model`.
 
     excluded: the keys that are not part of it, since they are trained.
     gathered: whole tensors by key, where the model's own are sharded or offloaded.
+    sampled: of which tensors to take values, as far as they are there; None: evenly spread ones.
     """
-    tensors = _base_tensors(model, excluded)
-    tensors |= {name: own for name, own in (gathered or {}).items() if name in tensors}
+    skip = set(excluded)
+    base = [(n, p) for n, p in model.named_parameters() if not Mixture.owns(n) and n not in skip]
+    tensors = {name: (gathered or {}).get(name, parameter) for name, parameter in base}
     names = [name for name, tensor in tensors.items() if _has_values(tensor)]
-    names = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    spread = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    names = spread if sampled is None else [name for name in names if name in sampled]
+    # What is quantised has no shape here, since its storage may have any.
+    sizes = {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
     return {
-        "shapes": {name: _shape(tensor) for name, tensor in tensors.items()},
+        "shapes": sizes,
         "sample": {name: _values(tensors[name]) for name in names},
         "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
     }
@@ -154,13 +162,12 @@ def digest(print_: Mapping[str, Any]) -> str:
 
 def check_fingerprint(saved: Mapping[str, Any]) -> None:
     """Raise ValueError unless `saved`, read from a file, has the form that `fingerprint` gives."""
-    shapes, sample, dtypes = (saved.get(part) for part in ("shapes", "sample", "dtypes"))
-    if not (isinstance(shapes, dict) and isinstance(sample, dict) and isinstance(dtypes, dict)):
+    parts = [saved.get(part) for part in ("shapes", "sample", "dtypes")]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError("the base's fingerprint lacks shapes, sample or dtypes")
-    for name, values in sample.items():
+    for name, values in saved["sample"].items():
         numbers = isinstance(values, list) and all(isinstance(v, float) for v in values)
-        dtype = getattr(torch, str(dtypes.get(name)), None)
-        if name not in shapes or not (numbers and values) or not isinstance(dtype, torch.dtype):
+        if not (numbers and values):
             raise ValueError(f"the base's fingerprint is not valid at {name[:80]!r}")
 
 
@@ -171,52 +178,31 @@ def differences(
 
     excluded: the keys that are not part of the base, since they were trained.
     """
-    tensors = _base_tensors(model, excluded)
-    shapes = saved["shapes"]
+    found = fingerprint(model, excluded, sampled=saved["sample"])
+    then = saved["shapes"]
+    now = found["shapes"]
     differing = []
     for title, names in (
-        ("weights it lacks", sorted(shapes.keys() - tensors.keys())),
-        ("weights it has in addition", sorted(tensors.keys() - shapes.keys())),
+        ("weights it lacks", sorted(then.keys() - now.keys())),
+        ("weights it has in addition", sorted(now.keys() - then.keys())),
     ):
         if names:
             differing.append(f"{title}: {', '.join(names[:4])} ({len(names)} in all)")
-    for name, tensor in tensors.items():
-        now = _shape(tensor)
-        then = shapes.get(name)
-        if None not in (now, then) and now != then:
-            differing.append(f"{name} is {now}, was {then}")
-    return differing[:8] or _value_differences(saved, tensors)
-
-
-def _value_differences(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sampled tensors that changed by more than loading in another floating dtype explains."""
-    changed = []
-    for name, values in saved["sample"].items():
-        tensor = tensors[name]
-        if not _has_values(tensor):
-            continue
-        now = torch.tensor(_values(tensor))
-        then = torch.tensor(values)
+    for name, shape in now.items():
+        before = then.get(name)
+        if None not in (shape, before) and shape != before:
+            differing.append(f"{name} is {shape}, was {before}")
+    if differing:
+        return differing[:8]
+    for name, values in found["sample"].items():
+        new = torch.tensor(values)
+        old = torch.tensor(saved["sample"][name])
         # Through 16 bits, then or now, the same weights come out nearly the same.
-        same_bits = tensor.dtype in EXACT and getattr(torch, saved["dtypes"][name]) in EXACT
+        same_bits = all(own["dtypes"].get(name) in EXACT for own in (found, saved))
         rtol, atol = (0.0, 0.0) if same_bits else (1e-2, 1e-4)
-        if now.shape != then.shape or not torch.allclose(now, then, rtol=rtol, atol=atol):
-            changed.append(f"{name} has other values (such as {now[0]:.6g}, was {then[0]:.6g})")
-    return changed[:4]
-
-
-def _base_tensors(model: PreTrainedModel, excluded: Iterable[str]) -> dict[str, Tensor]:
-    skip = set(excluded)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not Mixture.owns(name) and name not in skip
-    }
-
-
-def _shape(tensor: Tensor) -> list[int] | None:
-    """None for what is quantised, whose storage may have any shape."""
-    return list(tensor.shape) if tensor.is_floating_point() else None
+        if new.shape != old.shape or not torch.allclose(new, old, rtol=rtol, atol=atol):
+            differing.append(f"{name} has other values (such as {new[0]:.6g}, was {old[0]:.6g})")
+    return differing[:4]
 
 
 def _has_values(tensor: Tensor) -> bool:

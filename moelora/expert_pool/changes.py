@@ -174,12 +174,18 @@ def _newcomer(
         )
     if (r, lora_alpha) != (None, None) and (adapter is not None or copy_of is not None):
         raise ValueError(
-            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own: drop "
-            "them."
+            "r and lora_alpha are for a fresh expert; an adapter or a copy brings its own."
         )
     generator = seeded(seed)
     if adapter is not None:
-        return _imported(model, adapter, allow_base_mismatch)
+        factors = adapter_factors(adapter, model, allow_base_mismatch=allow_base_mismatch)
+        if unknown := sorted(factors.keys() - set(model.moelora.linears())):
+            raise ValueError(
+                f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), not adapted "
+                "here: use from_adapters, or a mixture whose target_modules has them."
+            )
+        linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
+        return usual_shape(linears, model.moelora_config.use_rslora), factors, None
     if copy_of is not None:
         expert = model.moelora_config.expert_index(copy_of)
         return _copied(model.moelora, expert, noise, generator)
@@ -230,16 +236,3 @@ def _copied(
         for linear, own in mixture.expert(expert).items()
     }
     return _shape_of(mixture, expert), factors, expert
-
-
-def _imported(model: MixtureModel, adapter: Any, allow_base_mismatch: bool) -> Newcomer:
-    factors = adapter_factors(adapter, model, allow_base_mismatch=allow_base_mismatch)
-    adapted = model.moelora.linears()
-    if unknown := [linear for linear in factors if linear not in adapted]:
-        raise ValueError(
-            f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), which this "
-            "mixture does not: compose it with from_adapters, or begin with a mixture whose "
-            "target_modules has them."
-        )
-    linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
-    return usual_shape(linears, model.moelora_config.use_rslora), factors, None

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core.experts import Factor
 from ..routers import Router
 
-# A factor's parameter, and where in it the block of each linear and expert lies.
-Trained = tuple[nn.Parameter | None, dict[tuple[int, Any], range]]
+# A factor's parameter, and of each of its rows the linear, the expert, and its number in this.
+Trained = tuple[nn.Parameter | None, list[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,10 @@ class PoolChange:
 
     def replaced_rows(self, before: Trained, after: Trained, keep: Sequence[int | None]) -> None:
         """Note what became of a factor, whose expert i is the former `keep[i]`."""
-        old, former = before
-        new, blocks = after
-        rows = []
-        for (linear, expert), own in blocks.items():
-            rows += former.get((linear, keep[expert]), [-1] * len(own))
-        self.replaced(old, new, rows)
+        old, old_rows = before
+        new, new_rows = after
+        former: dict[Any, int] = {row: place for place, row in enumerate(old_rows)}
+        self.replaced(old, new, [former.get((n, keep[e], i), -1) for n, e, i in new_rows])
 
     def replaced_router(self, before: Router, after: Router, keep: Sequence[int | None]) -> None:
         """Note what became of a router's parameters: rows of experts move, what has other rows
@@ -80,12 +78,12 @@ class PoolChange:
 def trained(factor: Factor) -> Trained:
     """What of a factor trains at this moment."""
     experts = len(set(factor.experts))
-    rows: dict[tuple[int, Any], range] = {}
-    start = 0
-    for i, (expert, size) in enumerate(zip(factor.experts, factor.blocks)):
-        if expert not in factor.frozen_experts:
-            rows[i // experts, expert] = range(start, start + size)
-            start += size
+    rows = [
+        (block // experts, expert, i)
+        for block, (expert, size) in enumerate(zip(factor.experts, factor.blocks))
+        if expert not in factor.frozen_experts
+        for i in range(size)
+    ]
     return factor.weight, rows
 
 
@@ -115,8 +113,18 @@ def resume_optimizer(optimizer: Any, *changes: PoolChange) -> None:
             }
     # Nothing is changed before all could be carried.
     for change in changes:
-        _take_places(optimizer, change)
+        gone = {id(p) for p in change.gone}
+        # Rows that were all frozen had no place: they join the others.
+        groups = optimizer.param_groups
+        home = next((g for g in groups if any(id(p) in gone for p in g["params"])), groups[0])
+        successors = {id(m.old): m.new for m in change.moved}
+        for group in groups:
+            kept = [successors.get(id(p), p) for p in group["params"]]
+            group["params"] = [p for p in kept if id(p) not in gone]
+        present = {id(p) for group in groups for p in group["params"]}
         for moved in change.moved:
+            if moved.old is None and moved.new.requires_grad and id(moved.new) not in present:
+                home["params"].append(moved.new)
             if carried[id(moved.new)]:
                 optimizer.state[moved.new] = carried[id(moved.new)]
         for parameter in change.gone:
@@ -136,24 +144,5 @@ def _carried(name: str, value: Any, moved: Moved) -> Any:
         return value.clone()
     raise TypeError(
         f"The optimizer keeps {name!r} of shape {tuple(value.shape)} for a parameter of shape "
-        f"{tuple(moved.old.shape)}, which cannot be split by expert: make a new optimizer for the "
-        "changed model."
+        f"{tuple(moved.old.shape)}, which cannot be split by expert: make a new optimizer."
     )
-
-
-def _take_places(optimizer: Any, change: PoolChange) -> None:
-    """Put each new parameter where its predecessor is in the groups, and take out what is gone."""
-    groups = optimizer.param_groups
-    successors = {id(m.old): m.new for m in change.moved if m.old is not None}
-    gone = {id(p) for p in change.gone}
-    # Rows that were all frozen had no place: they join the others.
-    home = next((g for g in groups if any(id(p) in gone for p in g["params"])), groups[0])
-    for group in groups:
-        kept = [successors.get(id(p), p) for p in group["params"]]
-        group["params"] = [p for p in kept if id(p) not in gone]
-    present = {id(p) for group in groups for p in group["params"]}
-    home["params"] += [
-        m.new
-        for m in change.moved
-        if m.old is None and m.new.requires_grad and id(m.new) not in present
-    ]

@@ -38,8 +38,7 @@ def base_for(
     if isinstance(base, PreTrainedModel):
         if kwargs:
             raise ValueError(
-                f"{sorted(kwargs)} go to from_pretrained, but the base is loaded already: drop "
-                "them."
+                f"{sorted(kwargs)} are for from_pretrained; the base is loaded already: drop them."
             )
         name = base.config.name_or_path or ""
         model = base
@@ -66,12 +65,8 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
     """Raise ValueError or TypeError where `model` cannot take a mixture of the class `public`."""
     if isinstance(model, MixtureModel):
         raise ValueError("The base holds a mixture already; take it out with model.unload() first.")
+    check_no_peft(model)
     name = type(model).__name__
-    if has_peft_layers(model):
-        raise ValueError(
-            f"This {name} has PEFT adapters inside: merge or unload them first "
-            "(PeftModel.merge_and_unload(), PeftModel.unload(); model.delete_adapter(name))."
-        )
     classifier = name in CLASSIFIERS.values() or name.endswith("ForSequenceClassification")
     if public.is_classifier and not classifier:
         raise TypeError(f"{name} is not a sequence classifier; use MoeLoraForCausalLM for it.")
@@ -82,9 +77,13 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
         )
 
 
-def has_peft_layers(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into `model`."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+def check_no_peft(model: nn.Module) -> None:
+    """Raise ValueError where PEFT has put adapters into `model`."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} has PEFT adapters inside: merge or unload them first "
+            "(PeftModel.merge_and_unload(), PeftModel.unload(); model.delete_adapter(name))."
+        )
 
 
 def snapshot(model: PreTrainedModel) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
 from .base import snapshot
-from .sites import check_sites, decoder_layer, device_of, features, find_sites, saved_modules
+from .sites import decoder_layer, device_of, features, find_sites, saved_modules
 
 NAME = "moelora"
 
@@ -71,8 +72,13 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     mixture = Mixture(config)
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
-    else:
-        check_sites(model, config.sites)
+    modules = dict(model.named_modules())
+    for name in chain.from_iterable(config.sites):
+        if name not in modules or features(modules[name]) is None:
+            raise ValueError(
+                f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
+                f"{type(model).__name__}."
+            )
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     for module in saved_modules(model, config, is_classifier):

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 
 import peft
 import torch
@@ -58,17 +57,6 @@ def find_sites(
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
     return list(groups.values())
-
-
-def check_sites(model: PreTrainedModel, sites: list[list[str]]) -> None:
-    """Raise ValueError where a checkpoint's sites name what `model` has not."""
-    modules = dict(model.named_modules())
-    for name in chain.from_iterable(sites):
-        if name not in modules or features(modules[name]) is None:
-            raise ValueError(
-                f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
-                f"{type(model).__name__}."
-            )
 
 
 def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -170,12 +158,17 @@ def find_targets(
         if all_linear and wanted and layer_number(decoder_layer(model, name)) not in wanted:
             continue
         try:
-            _check_linear(model, lora, name, module)
+            if features(module) is None:
+                raise ValueError(
+                    f"target_modules matches {name!r}, a {type(module).__name__}: only linear "
+                    "layers (also Conv1D and quantised ones) can carry LoRA experts. Name its "
+                    "linears, or use a narrower regex."
+                )
+            check_mamba_targets(lora, model, name.rpartition(".")[2])
+            targeted[name] = module
         except ValueError:
             if named:
                 raise
-        else:
-            targeted[name] = module
     if not targeted:
         raise ValueError(_nothing_matched(model, config))
     return targeted, named
@@ -224,24 +217,10 @@ def saved_modules(
         matches = [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")]
         if not matches:
             raise ValueError(
-                f"modules_to_save names {name!r}, which matches no module of "
-                f"{type(model).__name__}. "
-                f"Its parts are called: {', '.join(n for n, _ in model.named_children())}."
+                f"modules_to_save names {name!r}, which is in no {type(model).__name__}. Its "
+                f"parts are called: {', '.join(n for n, _ in model.named_children())}."
             )
         yield from matches
-
-
-def _check_linear(
-    model: PreTrainedModel, lora: peft.LoraConfig, name: str, module: nn.Module
-) -> None:
-    """Raise ValueError where a module cannot carry LoRA, or PEFT refuses it."""
-    if features(module) is None:
-        raise ValueError(
-            f"target_modules matches {name!r}, a {type(module).__name__}: only linear layers (also "
-            "Conv1D and quantised ones) can carry LoRA experts. Name its linears, or use a "
-            "narrower regex."
-        )
-    check_mamba_targets(lora, model, name.rpartition(".")[2])
 
 
 def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
