@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import TrainerCallback
-
-from ..core.mixture import Mixture
-from ..core.model import MixtureModel
+from transformers.modeling_utils import unwrap_model
 
 
 class MoeLoraCallback(TrainerCallback):
@@ -25,11 +21,11 @@ class MoeLoraCallback(TrainerCallback):
         if args.average_tokens_across_devices:
             # Trainer multiplies the loss by this, because DDP averages the gradients.
             scale *= args.world_size
-        _mixture_of(model).loss_scale = scale
+        unwrap_model(model).moelora.loss_scale = scale
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Forget the scale: another loop may have another one."""
-        _mixture_of(model).loss_scale = None
+        unwrap_model(model).moelora.loss_scale = None
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """Add the experts' peak load: the largest share, times the number of experts.
@@ -37,7 +33,7 @@ class MoeLoraCallback(TrainerCallback):
         It is 1 where all are used alike, and the number of experts where one takes all. There are
         two: the worst router's, and the mean over routers.
         """
-        load = _mixture_of(model).load
+        load = unwrap_model(model).moelora.load
         if logs is None or load is None or not bool(load.current.any()):
             return
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
@@ -51,9 +47,3 @@ class MoeLoraCallback(TrainerCallback):
         # its callbacks.
         if state.log_history:
             state.log_history[-1].update(figures)
-
-
-def _mixture_of(model: Any) -> Mixture:
-    while not isinstance(model, MixtureModel):
-        model = model.module
-    return model.moelora

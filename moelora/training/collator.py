@@ -13,13 +13,8 @@ from ..validation import check_choice
 
 ROUTING = ("router_mask", "expert_targets")
 # What a key with a value for each token is filled up with, besides input_ids.
-FILL = {
-    "attention_mask": 0,
-    "labels": IGNORE,
-    "token_type_ids": 0,
-    "router_mask": False,
-    "expert_targets": IGNORE,
-}
+FILL = {"attention_mask": 0, "token_type_ids": 0, "router_mask": 0}
+FILL |= {"labels": IGNORE, "expert_targets": IGNORE}
 
 
 class PadRouting:
@@ -52,7 +47,7 @@ class PadRouting:
         check_choice("padding_side", padding_side, ("right", "left"))
         self.collator = collator
         self.fill = {**FILL, "input_ids": pad_token_id}
-        self.left = padding_side == "left"
+        self.padding_side = padding_side
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{k: v for k, v in row.items() if k not in ROUTING} for row in rows]
@@ -83,14 +78,13 @@ class PadRouting:
 
     def _stacked(self, name: str, tensors: list[Tensor], width: int) -> Tensor:
         """One key's tensors; those `[n]` of tokens are filled up to `[batch, width]`."""
-        if name in self.fill and tensors[0].dim() == 1:
-            missing = [width - len(tensor) for tensor in tensors]
-            pads = [(n, 0) if self.left else (0, n) for n in missing]
-            tensors = [
-                nn.functional.pad(tensor, pad, value=self.fill[name])
-                for tensor, pad in zip(tensors, pads)
-            ]
-        return torch.stack(tensors)
+        if name not in self.fill or tensors[0].dim() != 1:
+            return torch.stack(tensors)
+        fill = self.fill[name]
+        padded = nn.utils.rnn.pad_sequence(tensors, True, fill, self.padding_side)
+        missing = width - padded.shape[1]
+        pad = (missing, 0) if self.padding_side == "left" else (0, missing)
+        return nn.functional.pad(padded, pad, value=fill)
 
 
 def _check_lengths(name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,14 @@ from torch.utils.data import Dataset
 
 from ..core.losses import IGNORE
 
-# What each field of a row is.
+# What each field of a row is; of two for the same part the later one counts.
 FIELDS = {
     "text": "text",
-    "instruction": "prompt",
     "prompt": "prompt",
-    "output": "target",
+    "instruction": "prompt",
     "completion": "target",
+    "output": "target",
 }
-# Tokenizers that know of no limit give a length far beyond this one.
-UNLIMITED = 10**6
 
 
 class Texts(Dataset):
@@ -63,18 +62,11 @@ class Texts(Dataset):
             TypeError: one text or mapping instead of rows of them.
         """
         if isinstance(rows, (str, Mapping)):
-            raise TypeError(
-                f"rows is a {type(rows).__name__}; expected several rows, such as a list of them."
-            )
+            raise TypeError(f"rows is a {type(rows).__name__}; expected a list of rows.")
         if max_length is None:
-            known = getattr(tokenizer, "model_max_length", None)
-            max_length = known if isinstance(known, int) and known < UNLIMITED else None
-        texts = cls(
-            [
-                _tokenised(f"Row {number}", row, tokenizer, join, max_length)
-                for number, row in enumerate(rows)
-            ]
-        )
+            max_length = getattr(tokenizer, "model_max_length", None) or sys.maxsize
+        made = enumerate(rows)
+        texts = cls([_tokenised(f"Row {i}", row, tokenizer, join, max_length) for i, row in made])
         return texts if expert is None else texts.labelled(expert)
 
     @classmethod
@@ -109,9 +101,8 @@ class Texts(Dataset):
             raise ValueError(
                 f"There are {len(numbers)} expert_targets for {len(self)} rows: give one for each."
             )
-        return Texts(
-            [{**row, "expert_targets": torch.tensor(e)} for row, e in zip(self.rows, numbers)]
-        )
+        targets = map(torch.tensor, numbers)
+        return Texts([{**row, "expert_targets": e} for row, e in zip(self.rows, targets)])
 
     def unlabelled(self) -> Texts:
         """The same rows without expert_targets."""
@@ -130,6 +121,14 @@ class Texts(Dataset):
         return Texts([self.rows[i] for i in indices])
 
 
+def check_texts(name: str, texts: Any, may_be_empty: bool = False) -> None:
+    """Raise unless `texts`, which the caller calls `name`, is a `Texts`, with a row or more."""
+    if not isinstance(texts, Texts):
+        raise TypeError(f"{name} is a {type(texts).__name__}; expected Texts: use Texts.of(…).")
+    if not len(texts) and not may_be_empty:
+        raise ValueError(f"{name} holds no texts: give one at least.")
+
+
 def texts_of(name: str, data: Any) -> Texts:
     """The data of `name` as Texts: they themselves, or made of a dataset's rows.
 
@@ -141,8 +140,8 @@ def texts_of(name: str, data: Any) -> Texts:
     has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, (str, Mapping)) or not has_rows:
         raise TypeError(
-            f"The data of {name!r} is a {type(data).__name__}; expected Texts (Texts.of(rows, "
-            "tokenizer) makes them) or a dataset with a length, whose rows have input_ids."
+            f"The data of {name!r} is a {type(data).__name__}; expected Texts, which Texts.of(rows, "
+            "tokenizer) makes, or a dataset with a length and input_ids."
         )
     return Texts([_dataset_row(f"Row {i} of {name!r}", data[i]) for i in range(len(data))])
 
@@ -170,7 +169,7 @@ def _dataset_row(place: str, row: Any) -> dict[str, Tensor]:
 
 
 def _tokenised(
-    place: str, row: Any, tokenizer: Callable[..., Any], join: str, limit: int | None
+    place: str, row: Any, tokenizer: Callable[..., Any], join: str, limit: int
 ) -> dict[str, Tensor]:
     prompt, target = _prompt_and_target(place, row)
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
@@ -184,15 +183,13 @@ def _tokenised(
         if part and not ids:
             raise ValueError(f"{place} has no token in {part!r}: the tokenizer does not know it.")
     before = len(prompt_ids)
-    if limit is not None and before + len(target_ids) > limit:
+    if before + len(target_ids) > limit:
         raise ValueError(
             f"{place} has {before} tokens of prompt and {len(target_ids)} of target, more than "
             f"max_length={limit}: shorten it, or leave it out."
         )
-    ids = torch.tensor(prompt_ids + target_ids)
-    is_prompt = torch.arange(len(ids)) < before
-    tensors = {"input_ids": ids, "labels": ids.masked_fill(is_prompt, IGNORE)}
-    return {**tensors, "router_mask": is_prompt} if before else tensors
+    labels = [IGNORE] * before + target_ids
+    return _dataset_row(place, {"input_ids": prompt_ids + target_ids, "labels": labels})
 
 
 def _prompt_and_target(place: str, row: Any) -> tuple[str, str]:
@@ -201,10 +198,7 @@ def _prompt_and_target(place: str, row: Any) -> tuple[str, str]:
         row = {"text": row}
     if not isinstance(row, Mapping):
         raise ValueError(f"{place} is a {type(row).__name__}; expected a mapping or a string.")
-    parts: dict[str, str] = {}
-    for field, part in FIELDS.items():
-        if field in row:
-            parts.setdefault(part, row[field])
+    parts = {part: row[field] for field, part in FIELDS.items() if field in row}
     if "text" in parts:
         parts = {"text": parts["text"]}
     elif len(parts) < 2:

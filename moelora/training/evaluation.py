@@ -1,4 +1,4 @@
-"""What a model predicts on labelled batches: what evaluations compare and average."""
+"""Choices used alone, and what a model predicts on labelled batches."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 def summed_loss(logits: Tensor, labels: Tensor) -> float:
     """The sum of the cross-entropies of logits `[N, classes]` with labels `[N]`."""
     return float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+
+
+def check_not_overridden(model: MixtureModel) -> None:
+    """Raise ValueError inside `use_experts`."""
+    if model.moelora.overridden:
+        raise ValueError("This cannot be done inside use_experts(): leave it first.")
 
 
 def alone(model: MixtureModel, choice: str) -> dict[str, float]:
