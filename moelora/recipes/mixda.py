@@ -78,21 +78,10 @@ def train_mixda(
             domain's, no or too short texts, or inside `use_experts`.
         TypeError: no `TrainingArguments`, or data of another type.
     """
-    _check(model, domains, task, args, task_expert)
-    config = model.moelora_config
-    names = config.expert_names or []
-    texts = {name: _texts(config, name, own) for name, own in domains.items()}
-    task = _texts(config, task_expert, task)
-    if general is not None:
-        # The number of the null expert follows the experts'.
-        of_base = _texts(config, "general", general).labelled(len(names))
-        texts = {
-            name: Texts.joined([own.labelled(names.index(name)), of_base])
-            for name, own in texts.items()
-        }
+    texts, last = _checked(model, domains, task, args, task_expert, general)
     runs = {}
     for name, rows in texts.items():
-        others = [other for other in names if other != name]
+        others = set(model.moelora_config.expert_names or []) - {name}
         with only_training(model, name, routers=True), model.use_experts(ban=others):
             runs[name] = fit(model, rows, args, f"domains/{name}", collator, checkpoints)
     with ExitStack() as stack:
@@ -100,11 +89,14 @@ def train_mixda(
         for router in model.moelora.context.router_list:
             stack.callback(setattr, router, "num_experts_per_tok", router.num_experts_per_tok)
             router.num_experts_per_tok = router.num_choices
-        last = fit(model, task, args, f"task/{task_expert}", collator, checkpoints)
-    return MixdaReport(runs, last)
+        run = fit(model, last, args, f"task/{task_expert}", collator, checkpoints)
+    return MixdaReport(runs, run)
 
 
-def _check(model: MixtureModel, domains: Any, task: Any, args: Any, task_expert: str) -> None:
+def _checked(
+    model: MixtureModel, domains: Any, task: Any, args: Any, task_expert: str, general: Any
+) -> tuple[dict[str, Texts], Texts]:
+    """The texts of each domain, among them the general ones, and the task's."""
     check_arguments(model, domains, args, null_expert=False)
     check_arguments(model, {task_expert: task}, args, null_expert=False)
     config = model.moelora_config
@@ -113,10 +105,17 @@ def _check(model: MixtureModel, domains: Any, task: Any, args: Any, task_expert:
     if not config.null_expert:
         raise ValueError("MixDA weighs experts against the base: use one with null_expert=True.")
     if config.num_experts_per_tok < 2:
-        raise ValueError(
-            f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and "
-            "nothing learns where it is the base: use num_experts_per_tok=2 or more."
-        )
+        # Nothing learns where it is the base.
+        chosen = f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base"
+        raise ValueError(f"{chosen}: use num_experts_per_tok=2 or more.")
+    texts = {name: _texts(config, name, own) for name, own in domains.items()}
+    if general is not None:
+        names = config.expert_names or []
+        # The number of the null expert follows the experts'.
+        of_base = _texts(config, "general", general).labelled(len(names))
+        for name, own in texts.items():
+            texts[name] = Texts.joined([own.labelled(names.index(name)), of_base])
+    return texts, _texts(config, task_expert, task)
 
 
 def _texts(config: MoeLoraConfig, name: str, data: Any) -> Texts:

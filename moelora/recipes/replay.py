@@ -129,13 +129,9 @@ def _clusters(share: float | int, texts: int) -> int:
     if isinstance(share, int) and not isinstance(share, bool):
         check_integer("share", share, 0)
         if share == 1:
-            raise ValueError(
-                "share=1 could mean one text or all: write 1.0 for all, or a share such as 0.01."
-            )
+            raise ValueError("share=1 could mean one text or all: write 1.0, or as little as 0.01.")
         if share > texts:
-            raise ValueError(
-                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}."
-            )
+            raise ValueError(f"share={share} asks for {share} clusters of {texts} texts.")
         return share
     check_number("share", share, 0.0, 1.0)
     # Rounded before: 0.07 · 100 is 7.000000000000001.

@@ -69,23 +69,20 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
             two shapes.
     """
     losses = [0.0, 0.0]
-    counts = [0, 0, 0, 0]
-    total = 0
+    right: list[Tensor] = []
     with evaluating(before), evaluating(after):
         for batch in batches:
             sides = [predictions(model, batch) for model in (before, after)]
-            (logits, labels), (others, _) = sides
+            (logits, _), (others, _) = sides
             if logits.shape != others.shape:
                 raise ValueError(
                     f"The models' logits are {tuple(logits.shape)} and {tuple(others.shape)}, "
                     "expected the same shape: compare a model with its own update."
                 )
             losses = [loss + summed_loss(*side) for loss, side in zip(losses, sides)]
-            was, now = (values.argmax(-1).cpu() == own.cpu() for values, own in sides)
-            both = (was, now, was & ~now, ~was & now)
-            counts = [count + int(right.sum()) for count, right in zip(counts, both)]
-            total += len(labels)
-    if not total:
+            right.append(torch.stack([(x.argmax(-1).cpu() == own.cpu()) for x, own in sides]))
+    was, now = torch.cat([torch.empty(2, 0, dtype=torch.bool), *right], dim=1)
+    if not len(was):
         raise ValueError("There is no label other than -100 in the batches: nothing to compare.")
-    loss_before, loss_after = (loss / total for loss in losses)
-    return BaseUpdate(total, loss_before, loss_after, *counts)
+    counts = [int(one.sum()) for one in (was, now, was & ~now, ~was & now)]
+    return BaseUpdate(len(was), *(loss / len(was) for loss in losses), *counts)

@@ -1,4 +1,4 @@
-"""`Texts`: prompts with their targets as token ids, and whose expert each is."""
+"""`Texts`: prompts with their targets as token ids, and `PadRouting`, which makes them batches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..core.losses import IGNORE
+from ..validation import check_choice, check_type
 
 # What each field of a row is; of two for the same part the later one counts.
 FIELDS = {
@@ -20,6 +21,10 @@ FIELDS = {
     "completion": "target",
     "output": "target",
 }
+ROUTING = ("router_mask", "expert_targets")
+# What a key with a value for each token is filled up with, besides input_ids.
+FILL = {"attention_mask": 0, "token_type_ids": 0, "router_mask": 0}
+FILL |= {"labels": IGNORE, "expert_targets": IGNORE}
 
 
 class Texts(Dataset):
@@ -61,8 +66,7 @@ class Texts(Dataset):
             ValueError: a row without the fields, empty, or too long, by its number.
             TypeError: one text or mapping instead of rows of them.
         """
-        if isinstance(rows, (str, Mapping)):
-            raise TypeError(f"rows is a {type(rows).__name__}; expected a list of rows.")
+        check_type("rows", rows, not isinstance(rows, (str, Mapping)), "a list of rows")
         if max_length is None:
             max_length = getattr(tokenizer, "model_max_length", None) or sys.maxsize
         made = enumerate(rows)
@@ -98,9 +102,7 @@ class Texts(Dataset):
         """
         numbers = [expert] * len(self) if isinstance(expert, int) else [int(e) for e in expert]
         if len(numbers) != len(self):
-            raise ValueError(
-                f"There are {len(numbers)} expert_targets for {len(self)} rows: give one for each."
-            )
+            raise ValueError(f"There are {len(numbers)} expert_targets for {len(self)} rows.")
         targets = map(torch.tensor, numbers)
         return Texts([{**row, "expert_targets": e} for row, e in zip(self.rows, targets)])
 
@@ -119,6 +121,90 @@ class Texts(Dataset):
     def subset(self, indices: Iterable[int]) -> Texts:
         """The rows with these numbers, in their order."""
         return Texts([self.rows[i] for i in indices])
+
+
+class PadRouting:
+    """Rows of different lengths as one batch: router_mask and expert_targets are padded too.
+
+    A stock collator alone suffices where expert_targets is one number a row and no key of the
+    routers' has a value for each token.
+
+    Args:
+        collator: a stock collator that pads everything else (`DataCollatorWithPadding`,
+            `DataCollatorForSeq2Seq` …). None fills up input_ids with `pad_token_id`, labels with
+            −100, and attention_mask, which is made where there is none, with 0.
+        pad_token_id: what input_ids are filled up with, without a collator.
+        padding_side: "right" or "left"; by default the collator's tokenizer's, else right.
+
+    Raises:
+        ValueError: another padding side. When called: rows with different keys, expert_targets that
+            fit neither a row nor its tokens, or a collator that packs rows.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None,
+        *,
+        pad_token_id: int = 0,
+        padding_side: str | None = None,
+    ):
+        if padding_side is None:
+            padding_side = getattr(getattr(collator, "tokenizer", None), "padding_side", "right")
+        check_choice("padding_side", padding_side, ("right", "left"))
+        self.collator = collator
+        self.fill = {**FILL, "input_ids": pad_token_id}
+        self.padding_side = padding_side
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        plain = [{k: v for k, v in row.items() if k not in ROUTING} for row in rows]
+        batch = dict(self._padded(plain) if self.collator is None else self.collator(plain))
+        ids = batch["input_ids"]
+        if len(ids) != len(rows):
+            made = f"{type(self.collator).__name__} made {len(ids)} rows of {len(rows)}"
+            raise ValueError(f"{made}: a packed row has no single prompt, so use one that pads.")
+        for name in ROUTING:
+            given = [torch.as_tensor(row[name]) for row in rows if name in row]
+            # With a router_mask in some rows alone, the model finds each prompt by the labels.
+            if len(given) == len(rows):
+                _check_lengths(name, given, rows)
+                batch[name] = self._stacked(name, given, ids.shape[1])
+            elif given and name == "expert_targets":
+                raise ValueError(f"{name} is in {len(given)} of {len(rows)} rows: give it to all.")
+        return batch
+
+    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError(f"The rows have different keys: {[sorted(row) for row in rows][:4]}.")
+        lengths = [len(row["input_ids"]) for row in rows]
+        columns = {"attention_mask": [torch.ones(n, dtype=torch.int64) for n in lengths]}
+        columns |= {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        return {name: self._stacked(name, own, max(lengths)) for name, own in columns.items()}
+
+    def _stacked(self, name: str, tensors: list[Tensor], width: int) -> Tensor:
+        """One key's tensors; those `[n]` of tokens are filled up to `[batch, width]`."""
+        if name not in self.fill or tensors[0].dim() != 1:
+            return torch.stack(tensors)
+        fill = self.fill[name]
+        padded = nn.utils.rnn.pad_sequence(tensors, True, fill, self.padding_side)
+        missing = width - padded.shape[1]
+        pad = (missing, 0) if self.padding_side == "left" else (0, missing)
+        return nn.functional.pad(padded, pad, value=fill)
+
+
+def _check_lengths(name: str, given: list[Tensor], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless a routers' key has one number in every row, or one a token in every row."""
+    for i, (tensor, row) in enumerate(zip(given, rows)):
+        length = len(row["input_ids"])
+        if tuple(tensor.shape) != (length,) and any(own.dim() for own in given):
+            raise ValueError(
+                f"{name} of row {i} has shape {tuple(tensor.shape)}; expected [{length}], as its "
+                "input_ids, or one number in every row."
+            )
+
+
+def padded_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """Rows as one batch on `device`, padded on the right, so that each begins at position 0."""
+    return {name: tensor.to(device) for name, tensor in PadRouting()(rows).items()}
 
 
 def check_texts(name: str, texts: Any, may_be_empty: bool = False) -> None:
@@ -140,8 +226,8 @@ def texts_of(name: str, data: Any) -> Texts:
     has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, (str, Mapping)) or not has_rows:
         raise TypeError(
-            f"The data of {name!r} is a {type(data).__name__}; expected Texts, which Texts.of(rows, "
-            "tokenizer) makes, or a dataset with a length and input_ids."
+            f"The data of {name!r} is a {type(data).__name__}; expected Texts (use Texts.of), or a "
+            "dataset with a length and input_ids."
         )
     return Texts([_dataset_row(f"Row {i} of {name!r}", data[i]) for i in range(len(data))])
 

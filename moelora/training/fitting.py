@@ -19,8 +19,7 @@ from ..config import NO_EXPERT
 from ..core.experts import Factor
 from ..core.model import MixtureModel, keeping_modes
 from ..validation import check_choice, check_names
-from .collator import PadRouting
-from .datasets import Texts, texts_of
+from .datasets import PadRouting, Texts, texts_of
 from .evaluation import check_not_overridden
 from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
 from .oracle import OracleLabels, check_oracle_texts, oracle_targets
@@ -178,9 +177,8 @@ def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool
     """Raise where a recipe cannot use its data, by expert (perhaps "(base)" too), or its `args`."""
     check_not_overridden(model)
     if not isinstance(args, TrainingArguments):
-        raise TypeError(
-            f"args is a {type(args).__name__}; expected transformers' TrainingArguments."
-        )
+        kind = type(args).__name__
+        raise TypeError(f"args is a {kind}; expected transformers' TrainingArguments.")
     if not isinstance(data, Mapping):
         raise TypeError(f"The data is a {type(data).__name__}; expected a mapping by expert.")
     config = model.moelora_config

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_names, check_number
-from .collator import padded_batch
-from .datasets import Texts, check_texts
+from .datasets import Texts, check_texts, padded_batch
 from .evaluation import check_not_overridden
 
 OPTIONS: dict[str, Callable[[str, Any], None]] = {
@@ -82,8 +81,7 @@ def train_gate(
     labelled = labelled_texts(model, texts)
     start = time.perf_counter()
     steps = epochs * math.ceil(len(labelled) / batch_size)
-    losses = []
-    accuracy = 0.0
+    means = []
     with evaluating(model), torch.random.fork_rng(), routers_training(model, True) as parameters:
         # The routers' jitter noise draws from the global generators.
         torch.manual_seed(seed)
@@ -100,16 +98,15 @@ def train_gate(
                 sums += _backward(*routed(numbers.tolist()), parameters)
                 optimizer.step()
                 decay.step()
-            loss, accuracy = (sums[:2] / sums[2].clamp(min=1)).tolist()
-            losses.append(loss)
-    return GateReport(losses, accuracy, steps, time.perf_counter() - start)
+            means.append((sums[:2] / sums[2].clamp(min=1)).tolist())
+    losses, accuracies = map(list, zip(*means))
+    return GateReport(losses, accuracies[-1], steps, time.perf_counter() - start)
 
 
 def check_options(**options: Any) -> None:
     """Raise where `train_gate` would refuse these options, for recipes that come to it late."""
     if unknown := sorted(set(options) - set(OPTIONS)):
-        known = ", ".join(OPTIONS)
-        raise ValueError(f"train_gate has no option {unknown}. Its options are: {known}.")
+        raise ValueError(f"There is no option {unknown}. Its options are: {', '.join(OPTIONS)}.")
     for name, value in options.items():
         OPTIONS[name](name, value)
 

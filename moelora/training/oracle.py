@@ -21,8 +21,7 @@ from ..checkpoint.atomic import atomic_files
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_number
-from .collator import padded_batch
-from .datasets import Texts, check_texts
+from .datasets import Texts, check_texts, padded_batch
 from .evaluation import alone
 
 

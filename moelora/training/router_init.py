@@ -100,24 +100,18 @@ def _check_router(model: MixtureModel, how: str) -> None:
     """Raise ValueError where this way cannot set the routers, which are all of one class."""
     config = model.moelora_config
     router = model.moelora.context.router_list[0]
-    wanted = "'top_k' or 'descriptor'"
-    fits = type(router) is TopKRouter or isinstance(router, DescriptorRouter)
-    if how == "arrow":
-        wanted = "'arrow'"
-        fits = isinstance(router, ArrowRouter)
-        if config.null_expert:
-            raise ValueError(
-                "router_init='arrow' has no direction for null_expert: use 'prototype'."
-            )
-        if config.router_scope not in ("site", "projection"):
-            raise ValueError(
-                "router_init='arrow' needs router_scope='site' or 'projection', not "
-                f"{config.router_scope!r}: its vectors are of linears' inputs. Use 'prototype'."
-            )
-    if not fits:
-        raise ValueError(
-            f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}."
-        )
+    problem = ""
+    if how == "prototype" and type(router) is not TopKRouter:
+        if not isinstance(router, DescriptorRouter):
+            problem = f"sets the rows of router='top_k' or 'descriptor', not {config.router!r}"
+    elif how == "arrow" and config.null_expert:
+        problem = "has no direction for null_expert: use 'prototype'"
+    elif how == "arrow" and config.router_scope not in ("site", "projection"):
+        problem = "needs router_scope='site' or 'projection', whose routers read linears' inputs"
+    elif how == "arrow" and not isinstance(router, ArrowRouter):
+        problem = f"sets the rows of router='arrow', not {config.router!r}"
+    if problem:
+        raise ValueError(f"router_init={how!r} {problem}.")
 
 
 def _arrows(model: MixtureModel) -> list[Tensor]:
