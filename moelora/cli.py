@@ -118,8 +118,7 @@ def load(folder: Path, base: str | None) -> Any:
     """The saved mixture, of the class that its base has."""
     config = read_checkpoint(folder)[1]
     classifier = str(config.base_architecture or "").endswith("ForSequenceClassification")
-    elsewhere = {} if base is None else {"base": base}
-    return public_class(classifier).from_pretrained(str(folder), **elsewhere)
+    return public_class(classifier).from_pretrained(str(folder), base=base)
 
 
 def _folder(text: str) -> Path:
@@ -170,9 +169,7 @@ def compose(
     base: Base,
     adapter: Adapters,
     out_folder: Out,
-    router: Annotated[
-        str | None, Option(help="The kind of router; else top_k, or what --router-init needs.")
-    ] = None,
+    router: Annotated[str | None, Option(help="Else top_k, or as --router-init needs.")] = None,
     router_option: Annotated[list[str] | None, Option(help="NAME=VALUE of its settings.")] = None,
     router_init: Annotated[str, Option(help="random, or arrow (from the weights).")] = "random",
     top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token; else 2.")] = None,
@@ -244,9 +241,7 @@ def merge(
     out_folder: Out,
     rank: Annotated[int | None, Option(help="Compress to this rank by SVD; else exact.")] = None,
     recipe: Annotated[str, Option(help="How the experts' changes become one.")] = "linear",
-    density: Annotated[
-        float | None, Option(help="Of ties, dare_… and breadcrumbs: the part kept.")
-    ] = None,
+    density: Annotated[float | None, Option(help="Kept by ties, dare_…, breadcrumbs.")] = None,
     seed: Annotated[int | None, Option(help="Of dare_…: what is dropped.")] = None,
     base: OtherBase = None,
     overwrite: Overwrite = False,
@@ -268,12 +263,10 @@ def route(
     base: OtherBase = None,
     input_file: Annotated[Path | None, Option("--input", "-i", help="Else standard input.")] = None,
     output_file: Annotated[
-        Path | None, Option("--output", "-o", help="Else standard output.")
+        Path | None, Option("--output", "-o", help="Else it is printed.")
     ] = None,
     batch_size: Annotated[int, Option(min=1, help="Lines read before they are answered.")] = 16,
-    field: Annotated[
-        str | None, Option(help="Where the prompt is; else prompt, instruction or messages.")
-    ] = None,
+    field: Annotated[str | None, Option(help="Else prompt, instruction or messages.")] = None,
     top: Annotated[int | None, Option(min=1, help="Show the N most probable; else all.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -288,8 +281,8 @@ def route(
     failed = 0
     total = 0
     with _opened(input_file, "rb", sys.stdin) as lines:
-        if output_file is not None and output_file.exists():
-            if input_file is not None and output_file.samefile(input_file):
+        if output_file and output_file.exists():
+            if input_file and output_file.samefile(input_file):
                 raise ValueError(f"{output_file} is the input too: choose another --output.")
             if not overwrite:
                 raise ValueError(f"{output_file} exists: choose another, or pass --overwrite.")
@@ -321,13 +314,11 @@ def _opened(path: Path | None, mode: str, standard: Any) -> AbstractContextManag
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:
     """NAME=VALUE words, split; a ValueError where one is not of this form."""
-    split = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if not (name and value):
+    pairs = [(name, value) for name, _, value in (word.partition("=") for word in words)]
+    for word, pair in zip(words, pairs):
+        if not all(pair):
             raise ValueError(f"{word!r} is not NAME=VALUE, for example math=adapters/math.")
-        split.append((name, value))
-    return split
+    return pairs
 
 
 def _value(text: str) -> Any:

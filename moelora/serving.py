@@ -164,10 +164,9 @@ def _in_template(messages: Any, tokenizer: Any) -> str:
         raise ValueError("The messages are empty.")
     if tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template: give the prompt as a text.")
+    messages = list(messages)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         # A template is a program of the tokenizer's maker, and fails as it likes.
         raise ValueError(f"The tokenizer's chat template refuses the messages: {error}") from error

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.model import MixtureModel, evaluating
-from ..training.evaluation import predictions, summed_loss
+from ..core.model import MixtureModel
+from ..training.evaluation import scored
 from ..validation import check_integer, check_number, check_type
 
 # A weight for each expert.
@@ -62,11 +60,10 @@ def search_weights(
     if not callable(loss):
         can_be_read_again = isinstance(loss, Iterable) and iter(loss) is not loss
         check_type("loss", loss, can_be_read_again, "a function, or a list to be read again")
-        loss = partial(_mean_loss, model, loss)
 
     def measure(point: Point) -> float:
         with model.use_experts(dict(zip(names, point))):
-            return float(loss())
+            return float(loss() if callable(loss) else scored(model, loss)[0])
 
     tried = _minimise(measure, [bounds] * len(names), budget, seed)
     history = [(dict(zip(names, point)), value) for point, value in tried.items()]
@@ -116,21 +113,6 @@ def _minimise(
         best = min(tried, key=evaluate)
         optimize.minimize(evaluate, best, method="Nelder-Mead", bounds=box, options=options)
     return tried
-
-
-@torch.no_grad()
-def _mean_loss(model: MixtureModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """The model's mean loss over all labels of some batches."""
-    total = 0.0
-    count = 0
-    with evaluating(model):
-        for batch in batches:
-            logits, labels = predictions(model, batch)
-            total += summed_loss(logits, labels)
-            count += len(labels)
-    if not count:
-        raise ValueError("There is no label other than -100 in the batches: nothing to search for.")
-    return total / count
 
 
 def _check(model: MixtureModel, names: Any, bounds: Any) -> None:

@@ -103,7 +103,9 @@ def _checked(
     if task_expert in domains:
         raise ValueError(f"task_expert={task_expert!r} is a domain's expert: name another one.")
     if not config.null_expert:
-        raise ValueError("MixDA weighs experts against the base: use one with null_expert=True.")
+        raise ValueError(
+            "MixDA needs the base as a choice: make the mixture with null_expert=True."
+        )
     if config.num_experts_per_tok < 2:
         # Nothing learns where it is the base.
         chosen = f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base"
@@ -128,8 +130,7 @@ def _texts(config: MoeLoraConfig, name: str, data: Any) -> Texts:
     prefix = config.router_prefix_tokens if config.routing_level == "sequence" else 0
     if longest <= prefix and not any("router_mask" in row for row in texts.rows):
         raise ValueError(
-            f"The texts of {name!r} have no prompt and {longest} tokens at most, and a sequence "
-            f"router reads the first router_prefix_tokens={prefix}, which then take no loss: give "
-            "longer texts, or a mixture with a smaller router_prefix_tokens."
+            f"The texts of {name!r} have no prompt and {longest} tokens at most, which the router "
+            f"reads: give more than router_prefix_tokens={prefix}, or make the mixture with fewer."
         )
     return texts

@@ -105,8 +105,7 @@ class Router(nn.Module):
         self.input_norm = config.router_input_norm
         self.pooling = config.router_pooling
         self.in_features = in_features
-        if self.null_expert:
-            self.fills_every_slot = False
+        self.fills_every_slot = self.fills_every_slot and not self.null_expert
         if self.pooling == "attention":
             # Zeros: the mean over the prompt, from which it learns.
             self.pool_query = nn.Parameter(torch.zeros(in_features))

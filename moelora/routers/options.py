@@ -32,7 +32,10 @@ def read_options(declared: type, given: Any, owner: str) -> Any:
     with suppress(TypeError, ValueError):
         if json.loads(json.dumps(values, allow_nan=False)) == values:
             return options
-    raise ValueError(f"router_options={shown(values)} cannot be saved as JSON: give what can be.")
+    raise ValueError(
+        f"router_options={shown(values)} cannot be saved as JSON: give {owner} finite numbers, "
+        "strings, booleans, None, and lists and dicts (by strings) of those."
+    )
 
 
 def changed_options(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import TrainerCallback
 from transformers.modeling_utils import unwrap_model
 
@@ -21,11 +23,11 @@ class MoeLoraCallback(TrainerCallback):
         if args.average_tokens_across_devices:
             # Trainer multiplies the loss by this, because DDP averages the gradients.
             scale *= args.world_size
-        unwrap_model(model).moelora.loss_scale = scale
+        _mixture_of(model).loss_scale = scale
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Forget the scale: another loop may have another one."""
-        unwrap_model(model).moelora.loss_scale = None
+        _mixture_of(model).loss_scale = None
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """Add the experts' peak load: the largest share, times the number of experts.
@@ -33,17 +35,19 @@ class MoeLoraCallback(TrainerCallback):
         It is 1 where all are used alike, and the number of experts where one takes all. There are
         two: the worst router's, and the mean over routers.
         """
-        load = unwrap_model(model).moelora.load
+        load = _mixture_of(model).load
         if logs is None or load is None or not bool(load.current.any()):
             return
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
         peak = shares.max(1).values * shares.shape[1]
-        figures = {
-            "expert_peak_load": round(float(peak.max()), 4),
-            "expert_mean_peak_load": round(float(peak.mean()), 4),
-        }
+        peaks = {"expert_peak_load": peak.max(), "expert_mean_peak_load": peak.mean()}
+        figures = {name: round(float(value), 4) for name, value in peaks.items()}
         logs.update(figures)
         # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls
         # its callbacks.
         if state.log_history:
             state.log_history[-1].update(figures)
+
+
+def _mixture_of(model: Any) -> Any:
+    return unwrap_model(model).moelora

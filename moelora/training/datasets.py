@@ -68,7 +68,7 @@ class Texts(Dataset):
         """
         check_type("rows", rows, not isinstance(rows, (str, Mapping)), "a list of rows")
         if max_length is None:
-            max_length = getattr(tokenizer, "model_max_length", None) or sys.maxsize
+            max_length = int(getattr(tokenizer, "model_max_length", None) or sys.maxsize)
         made = enumerate(rows)
         texts = cls([_tokenised(f"Row {i}", row, tokenizer, join, max_length) for i, row in made])
         return texts if expert is None else texts.labelled(expert)
@@ -153,7 +153,7 @@ class PadRouting:
         check_choice("padding_side", padding_side, ("right", "left"))
         self.collator = collator
         self.fill = {**FILL, "input_ids": pad_token_id}
-        self.padding_side = padding_side
+        self.padding_side = str(padding_side)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{k: v for k, v in row.items() if k not in ROUTING} for row in rows]

@@ -165,11 +165,11 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     for number, row in enumerate(texts.rows):
         if "expert_targets" not in row:
             raise ValueError(f"Row {number} has no expert_targets: use Texts.labelled(…).")
-        targets = row["expert_targets"].tolist()
-        own = {targets} if isinstance(targets, int) else set(targets)
+        targets = row["expert_targets"]
+        own = set(targets.flatten().tolist())
         if not own <= allowed:
             expected = f"expected 0 … {len(names) - 1} or −100"
-            raise ValueError(f"Row {number} has expert_targets {targets}; {expected}.")
+            raise ValueError(f"Row {number} has expert_targets {targets.tolist()}; {expected}.")
         found |= own
     if found <= {IGNORE}:
         raise ValueError("There are no expert_targets that count: all are −100.")

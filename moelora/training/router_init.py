@@ -107,7 +107,7 @@ def _check_router(model: MixtureModel, how: str) -> None:
     elif how == "arrow" and config.null_expert:
         problem = "has no direction for null_expert: use 'prototype'"
     elif how == "arrow" and config.router_scope not in ("site", "projection"):
-        problem = "needs router_scope='site' or 'projection', whose routers read linears' inputs"
+        problem = f"needs router_scope='site' or 'projection', not {config.router_scope!r}"
     elif how == "arrow" and not isinstance(router, ArrowRouter):
         problem = f"sets the rows of router='arrow', not {config.router!r}"
     if problem:
