@@ -146,7 +146,9 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int) -> list[int]:
     if not ids:
         raise ValueError("The prompt has no tokens.")
     if len(ids) > limit:
-        raise ValueError(f"The prompt has {len(ids)} tokens, and the context holds {limit}.")
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens, and the context holds {limit}: shorten it."
+        )
     return ids
 
 

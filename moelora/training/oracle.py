@@ -165,7 +165,7 @@ def _key(model: MixtureModel, texts: Texts) -> str:
     return _hash(json.dumps(config, sort_keys=True, default=str), **tensors)
 
 
-def _hash(about: str, **tensors: Tensor) -> str:
+def _hash(about: str, /, **tensors: Tensor) -> str:
     digest: Any = hashlib.sha256(about.encode())
     for name, tensor in tensors.items():
         if tensor.is_meta:
