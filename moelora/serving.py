@@ -155,8 +155,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int) -> list[int]:
 def _in_template(messages: Any, tokenizer: Any) -> str:
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
-            f"The prompt is a {type(messages).__name__}; expected a text, or messages such as "
-            '[{"role": "user", "content": "…"}].'
+            f"The prompt is a {type(messages).__name__}; expected a text, or messages with roles."
         )
     for message in messages:
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):

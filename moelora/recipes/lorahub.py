@@ -85,9 +85,7 @@ def _minimise(
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError(
-            "search_weights needs scipy, which is not installed: pip install 'moelora[search]'."
-        ) from error
+        raise ImportError("search_weights needs scipy: pip install 'moelora[search]'.") from error
     low, high = box[0]
     tried: dict[Point, float] = {}
 

@@ -44,8 +44,7 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     labels = labels.reshape(-1)
     if len(logits) != len(labels):
         raise ValueError(
-            f"{type(model).__name__} makes {len(logits)} predictions for {len(labels)} labels: "
-            "give the labels that it is trained with."
+            f"The model makes {len(logits)} predictions for {len(labels)} labels: give each one."
         )
     counted = labels != IGNORE
     return logits[counted], labels[counted]
