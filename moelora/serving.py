@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from .core.model import MixtureModel, evaluating
-from .training.collator import padded_batch
+from .training.datasets import padded_batch
 from .validation import check_integer
 
-# What tokenizers give as their length where they know of none is far beyond.
+# Of a prompt in tokens. What tokenizers give where they know of no limit is far beyond.
 LONGEST = 10**7
+# Where a line's prompt may be, in this order, unless the caller names the field.
+FIELDS = ("prompt", "instruction", "messages")
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -61,6 +65,44 @@ def route_prompts(
     return [answer for batch in batches for answer in route_ids(model, batch)]
 
 
+def route_lines(
+    model: MixtureModel,
+    tokenizer: Any,
+    lines: Iterable[str | bytes],
+    batch_size: int = 16,
+    field: str | None = None,
+    top: int | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers to lines of JSON, batch by batch, as `moelora route` writes them.
+
+    Args:
+        model, tokenizer, batch_size: as in `route_prompts`.
+        lines: each a JSON object with a prompt, or a string.
+        field: where an object's prompt is; by default in one of `FIELDS`.
+        top: how many probabilities to show, the largest first; None for all.
+    """
+    check_integer("batch_size", batch_size, 1)
+    check_integer("top", 1 if top is None else top, 1)
+    limit = context_length(model, tokenizer)
+    numbered = enumerate(lines, start=1)
+    while batch := list(islice(numbered, batch_size)):
+        answers: list[dict[str, Any]] = [{} for _ in batch]
+        rows: dict[int, list[int]] = {}
+        for i, (number, line) in enumerate(batch):
+            try:
+                content = _json(line)
+                if isinstance(content, Mapping) and "id" in content:
+                    answers[i]["id"] = content["id"]
+                rows[i] = prompt_ids(_prompt(content, field), tokenizer, limit)
+            except (ValueError, TypeError) as error:
+                answers[i]["error"] = f"line {number}: {error}"
+        for i, routed in zip(rows, route_ids(model, list(rows.values()))):
+            shown = list(routed.probabilities.items())[:top]
+            answers[i]["expert"] = routed.expert
+            answers[i]["probabilities"] = {name: round(p, 6) for name, p in shown}
+        yield answers
+
+
 def route_ids(model: MixtureModel, rows: Sequence[list[int]]) -> list[RoutedPrompt]:
     """Which expert each row of token ids needs; they are one batch."""
     if not rows:
@@ -77,17 +119,15 @@ def route_ids(model: MixtureModel, rows: Sequence[list[int]]) -> list[RoutedProm
     return answers
 
 
-def context_length(model: MixtureModel, tokenizer: Any) -> int | None:
-    """How many tokens the base and the tokenizer allow a prompt; None where neither says."""
+def context_length(model: MixtureModel, tokenizer: Any) -> int:
+    """How many tokens the base and the tokenizer allow a prompt; `LONGEST` where neither says."""
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    limits = [
-        n for n in (*named, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < LONGEST
-    ]
-    return min(limits, default=None)
+    limits = (*named, tokenizer.model_max_length, LONGEST)
+    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int | None) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int) -> list[int]:
     """At most `limit` token ids of a text, or of messages in the chat template with the answer's
     beginning.
 
@@ -105,10 +145,9 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int | None) -> list[int]:
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("The prompt has no tokens.")
-    if limit is not None and len(ids) > limit:
+    if len(ids) > limit:
         raise ValueError(
-            f"The prompt has {len(ids)} tokens, and the context holds {limit}: shorten it, or "
-            "route by its beginning."
+            f"The prompt has {len(ids)} tokens, and the context holds {limit}: shorten it."
         )
     return ids
 
@@ -116,28 +155,49 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, limit: int | None) -> list[int]:
 def _in_template(messages: Any, tokenizer: Any) -> str:
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
-            f"The prompt is a {type(messages).__name__}; expected a text, or messages such as "
-            '[{"role": "user", "content": "…"}].'
+            f"The prompt is a {type(messages).__name__}; expected a text, or messages with roles."
         )
     for message in messages:
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
-            raise ValueError(
-                'A message has "role" and "content"; this one has '
-                f"{', '.join(message) or 'nothing'}."
-            )
+            has = ", ".join(message) or "nothing"
+            raise ValueError(f'A message has "role" and "content"; this one has {has}.')
     if not any(str(message.get("content") or "").strip() for message in messages):
         raise ValueError("The messages are empty.")
     if tokenizer.chat_template is None:
-        raise ValueError(
-            "The tokenizer has no chat template for messages: give the prompt as a text."
-        )
+        raise ValueError("The tokenizer has no chat template: give the prompt as a text.")
+    messages = list(messages)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         # A template is a program of the tokenizer's maker, and fails as it likes.
         raise ValueError(f"The tokenizer's chat template refuses the messages: {error}") from error
+
+
+def _json(line: str | bytes) -> Any:
+    if isinstance(line, bytes):
+        # A UnicodeDecodeError is a ValueError.
+        line = line.decode("utf-8-sig")
+    if not line.strip():
+        raise ValueError("It is empty; expected a JSON object or string.")
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"It is not valid JSON ({error.msg} at column {error.colno}).") from error
+    except RecursionError as error:
+        raise ValueError("It is nested too deeply.") from error
+
+
+def _prompt(content: Any, field: str | None) -> Any:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Mapping):
+        raise TypeError(f"It is a {type(content).__name__}; expected a JSON object or string.")
+    wanted = FIELDS if field is None else (field,)
+    for name in wanted:
+        if name in content:
+            return content[name]
+    names = " or ".join(f'"{name}"' for name in wanted)
+    raise ValueError(f"It has no field {names}; its fields are: {', '.join(content) or 'none'}.")
 
 
 def load_tokenizer(model: MixtureModel, checkpoint: str | Path) -> Any:
@@ -153,6 +213,6 @@ def load_tokenizer(model: MixtureModel, checkpoint: str | Path) -> Any:
             with suppress(OSError, ValueError):
                 return AutoTokenizer.from_pretrained(place)
     raise ValueError(
-        f"There is no tokenizer in {checkpoint}, nor with its base ({base}): save the base's into "
-        "one of them with tokenizer.save_pretrained(…)."
+        f"There is no tokenizer in {checkpoint}, nor with its base ({base}): put the base's there "
+        "with tokenizer.save_pretrained(…)."
     )

@@ -17,7 +17,7 @@ from ..core.experts import LoraFactors
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel
 from ..routers import Router
-from ..training.arguments import check_not_overridden
+from ..training.evaluation import check_not_overridden
 from ..validation import check_integer, check_number, expert_name_problem
 from .optimizer_state import PoolChange, trained
 

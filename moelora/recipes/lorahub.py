@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.model import MixtureModel, evaluating
-from ..training.evaluation import predictions, summed_loss
-from ..validation import check_integer, check_number
+from ..core.model import MixtureModel
+from ..training.evaluation import scored
+from ..validation import check_integer, check_number, check_type
 
 # A weight for each expert.
 Point = tuple[float, ...]
@@ -60,40 +58,35 @@ def search_weights(
     check_integer("budget", budget, 1)
     check_integer("seed", seed, 0)
     if not callable(loss):
-        if not isinstance(loss, Iterable) or iter(loss) is loss:
-            raise TypeError(
-                f"loss is a {type(loss).__name__}; expected a function without arguments, or "
-                "batches that can be read again, such as a list."
-            )
-        loss = partial(_mean_loss, model, loss)
+        can_be_read_again = isinstance(loss, Iterable) and iter(loss) is not loss
+        check_type("loss", loss, can_be_read_again, "a function, or a list to be read again")
 
     def measure(point: Point) -> float:
         with model.use_experts(dict(zip(names, point))):
-            return float(loss())
+            return float(loss() if callable(loss) else scored(model, loss)[0])
 
-    tried = _minimise(measure, len(names), budget, seed, bounds)
+    tried = _minimise(measure, [bounds] * len(names), budget, seed)
     history = [(dict(zip(names, point)), value) for point, value in tried.items()]
-    finite = [(weights, value) for weights, value in history if math.isfinite(value)]
-    if not finite:
+    best, lowest = min(history, key=lambda one: _or_infinite(one[1]))
+    if not math.isfinite(lowest):
         raise ValueError(f"The loss was NaN or Inf at all {len(history)} weights that were tried.")
-    return min(finite, key=lambda one: one[1])[0], history
+    return best, history
+
+
+def _or_infinite(loss: float) -> float:
+    """A loss that overflows says only that it is bad there."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _minimise(
-    measure: Callable[[Point], float],
-    count: int,
-    budget: int,
-    seed: int,
-    bounds: tuple[float, float],
+    measure: Callable[[Point], float], box: list[tuple[float, float]], budget: int, seed: int
 ) -> dict[Point, float]:
-    """The points that were tried and their losses, in order."""
+    """The points in the box that were tried and their losses, in order; first equal weights."""
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError(
-            "search_weights needs scipy, which is not installed: pip install 'moelora[search]'."
-        ) from error
-    low, high = bounds
+        raise ImportError("search_weights needs scipy: pip install 'moelora[search]'.") from error
+    low, high = box[0]
     tried: dict[Point, float] = {}
 
     def evaluate(given: Any, limit: int = budget) -> float:
@@ -103,38 +96,21 @@ def _minimise(
             if len(tried) >= limit:
                 raise _Spent
             tried[point] = measure(point)
-        # A loss that overflows says only that it is bad there.
-        return tried[point] if math.isfinite(tried[point]) else math.inf
+        return _or_infinite(tried[point])
 
-    box = [(low, high)] * count
-    start = [min(max(1 / count, low), high)] * count
     explored = max(1, budget * 2 // 3)
     # scipy's populations have at least five; about six generations for what is given.
-    size = max(1, round(explored / (6 * count)))
+    size = max(1, round(explored / (6 * len(box))))
     settings: dict[str, Any] = {"popsize": size, "maxiter": budget, "tol": 0, "polish": False}
     with suppress(_Spent):
-        evaluate(start)
+        evaluate([1 / len(box)] * len(box))
+        (start,) = tried
         optimize.differential_evolution(evaluate, box, (explored,), x0=start, rng=seed, **settings)
     options = {"maxfev": budget, "xatol": 1e-6, "fatol": 1e-9}
     with suppress(_Spent):
         best = min(tried, key=evaluate)
         optimize.minimize(evaluate, best, method="Nelder-Mead", bounds=box, options=options)
     return tried
-
-
-@torch.no_grad()
-def _mean_loss(model: MixtureModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """The model's mean loss over all labels of some batches."""
-    total = 0.0
-    count = 0
-    with evaluating(model):
-        for batch in batches:
-            logits, labels = predictions(model, batch)
-            total += summed_loss(logits, labels)
-            count += len(labels)
-    if not count:
-        raise ValueError("There is no label other than -100 in the batches: nothing to search for.")
-    return total / count
 
 
 def _check(model: MixtureModel, names: Any, bounds: Any) -> None:
@@ -144,8 +120,8 @@ def _check(model: MixtureModel, names: Any, bounds: Any) -> None:
         model.moelora_config.expert_index(name)
     if len(set(names)) != len(names):
         raise ValueError(f"names={list(names)} names an expert twice.")
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds={bounds!r}: expected a pair (low, high).")
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    check_type("bounds", bounds, is_pair, "a pair (low, high)")
     for i, bound in enumerate(bounds):
         check_number(f"bounds[{i}]", bound, -math.inf, math.inf)
     if bounds[0] >= bounds[1]:

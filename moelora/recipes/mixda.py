@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
-from ..training.arguments import check_arguments
 from ..training.datasets import Texts, texts_of
-from ..training.fitting import Trained, fit, only_training
+from ..training.fitting import Trained, check_arguments, fit, only_training
 
 
 @dataclass(frozen=True)
@@ -78,45 +78,25 @@ def train_mixda(
             domain's, no or too short texts, or inside `use_experts`.
         TypeError: no `TrainingArguments`, or data of another type.
     """
-    texts = _checked(model, domains, task, args, task_expert, general)
-    names = model.moelora_config.expert_names or []
+    texts, last = _checked(model, domains, task, args, task_expert, general)
     runs = {}
-    for name in domains:
-        rows = texts[name]
-        if general is not None:
-            # The number of the null expert follows the experts'.
-            of_base = texts[None].labelled(len(names))
-            rows = Texts.joined([rows.labelled(names.index(name)), of_base])
-        others = [other for other in names if other != name]
-        with only_training(model, [name], routers=True), model.use_experts(ban=others):
+    for name, rows in texts.items():
+        others = set(model.moelora_config.expert_names or []) - {name}
+        with only_training(model, name, routers=True), model.use_experts(ban=others):
             runs[name] = fit(model, rows, args, f"domains/{name}", collator, checkpoints)
-    with only_training(model, [task_expert], routers=True), _all_choices_act(model):
-        last = fit(model, texts[task_expert], args, f"task/{task_expert}", collator, checkpoints)
-    return MixdaReport(runs, last)
-
-
-@contextmanager
-def _all_choices_act(model: MixtureModel) -> Iterator[None]:
-    """Inside, routers that take the best `num_experts_per_tok` choices take all of them."""
-    before = [(router, router.num_experts_per_tok) for router in model.moelora.routers.values()]
-    try:
-        for router, _ in before:
+    with ExitStack() as stack:
+        stack.enter_context(only_training(model, task_expert, routers=True))
+        for router in model.moelora.context.router_list:
+            stack.callback(setattr, router, "num_experts_per_tok", router.num_experts_per_tok)
             router.num_experts_per_tok = router.num_choices
-        yield
-    finally:
-        for router, chosen in before:
-            router.num_experts_per_tok = chosen
+        run = fit(model, last, args, f"task/{task_expert}", collator, checkpoints)
+    return MixdaReport(runs, run)
 
 
 def _checked(
-    model: MixtureModel,
-    domains: Mapping[str, Any],
-    task: Any,
-    args: Any,
-    task_expert: str,
-    general: Any,
-) -> dict[str | None, Texts]:
-    """All texts without labels for the routers: by their expert, the general ones by None."""
+    model: MixtureModel, domains: Any, task: Any, args: Any, task_expert: str, general: Any
+) -> tuple[dict[str, Texts], Texts]:
+    """The texts of each domain, among them the general ones, and the task's."""
     check_arguments(model, domains, args, null_expert=False)
     check_arguments(model, {task_expert: task}, args, null_expert=False)
     config = model.moelora_config
@@ -124,30 +104,33 @@ def _checked(
         raise ValueError(f"task_expert={task_expert!r} is a domain's expert: name another one.")
     if not config.null_expert:
         raise ValueError(
-            "MixDA weighs each expert against the base: make the mixture with null_expert=True."
+            "MixDA needs the base as a choice: make the mixture with null_expert=True."
         )
     if config.num_experts_per_tok < 2:
-        raise ValueError(
-            f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base, and "
-            "nothing learns where it is the base: use num_experts_per_tok=2 or more."
-        )
-    given: dict[str | None, Any] = {**domains, task_expert: task}
+        # Nothing learns where it is the base.
+        chosen = f"num_experts_per_tok={config.num_experts_per_tok} chooses an expert or the base"
+        raise ValueError(f"{chosen}: use num_experts_per_tok=2 or more.")
+    texts = {name: _texts(config, name, own) for name, own in domains.items()}
     if general is not None:
-        given[None] = general
-    texts: dict[str | None, Texts] = {}
+        names = config.expert_names or []
+        # The number of the null expert follows the experts'.
+        of_base = _texts(config, "general", general).labelled(len(names))
+        for name, own in texts.items():
+            texts[name] = Texts.joined([own.labelled(names.index(name)), of_base])
+    return texts, _texts(config, task_expert, task)
+
+
+def _texts(config: MoeLoraConfig, name: str, data: Any) -> Texts:
+    """The texts of `name`, without labels for the routers."""
+    texts = texts_of(name, data).unlabelled()
+    if not len(texts):
+        raise ValueError(f"{name} has no texts: give some, or leave it out.")
+    longest = max(len(row["input_ids"]) for row in texts.rows)
     # What a sequence router reads of a text without a prompt, of which something must be left.
     prefix = config.router_prefix_tokens if config.routing_level == "sequence" else 0
-    for expert, own in given.items():
-        name = expert or "general"
-        rows = texts_of(name, own)
-        if not len(rows):
-            raise ValueError(f"{name} has no texts: give some, or leave it out.")
-        longest = max(len(row["input_ids"]) for row in rows.rows)
-        if longest <= prefix and not any("router_mask" in row for row in rows.rows):
-            raise ValueError(
-                f"The texts of {name!r} have no prompt and {longest} tokens at most, and a "
-                f"sequence router reads the first router_prefix_tokens={prefix}, which then take "
-                "no loss: give longer texts, or a mixture with a smaller router_prefix_tokens."
-            )
-        texts[expert] = rows.unlabelled()
+    if longest <= prefix and not any("router_mask" in row for row in texts.rows):
+        raise ValueError(
+            f"The texts of {name!r} have no prompt and {longest} tokens at most, which the router "
+            f"reads: give more than router_prefix_tokens={prefix}, or make the mixture with fewer."
+        )
     return texts

@@ -104,13 +104,11 @@ def add_task(
     """
     if not len(texts):
         raise ValueError(f"There are no texts for {name!r}: give some.")
-    # Unknown experts and empty tasks are found before anything moves.
+    features = {}
     for task, own in old.items():
-        labelled_texts(model, {task: own})
-    kept = {
-        task: select_replay(prompt_features(model, own), replay, seed=seed)
-        for task, own in old.items()
-    }
+        # Unknown experts and empty tasks are found before anything moves.
+        features[task] = prompt_features(model, labelled_texts(model, {task: own}))
+    kept = {task: select_replay(own, replay, seed=seed) for task, own in features.items()}
     replayed = {task: old[task].subset(rows) for task, rows in kept.items() if rows}
     before = copy.deepcopy(model.moelora.routers.state_dict())
     model.add_expert(name, adapter=adapter, seed=seed)
@@ -129,13 +127,9 @@ def _clusters(share: float | int, texts: int) -> int:
     if isinstance(share, int) and not isinstance(share, bool):
         check_integer("share", share, 0)
         if share == 1:
-            raise ValueError(
-                "share=1 could mean one text or all: write 1.0 for all, or a share such as 0.01."
-            )
+            raise ValueError("share=1 could mean one text or all: write 1.0 for all, else a share.")
         if share > texts:
-            raise ValueError(
-                f"share={share} asks for {share} clusters of {texts} texts: give at most {texts}."
-            )
+            raise ValueError(f"share={share}: {share} clusters of {texts} texts are too many.")
         return share
     check_number("share", share, 0.0, 1.0)
     # Rounded before: 0.07 · 100 is 7.000000000000001.

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.model import evaluating
-from ..training.evaluation import predictions, summed_loss
+from ..training.evaluation import scored
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,6 @@ class BaseUpdate:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-@torch.no_grad()
 def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor]]) -> BaseUpdate:
     """Compare a mixture on its old base with the same experts on the updated one.
 
@@ -68,24 +65,13 @@ def compare_bases(before: Any, after: Any, batches: Iterable[Mapping[str, Tensor
         ValueError: a batch without labels, labels of another task, no label at all, or logits of
             two shapes.
     """
-    losses = [0.0, 0.0]
-    counts = [0, 0, 0, 0]
-    total = 0
-    with evaluating(before), evaluating(after):
-        for batch in batches:
-            sides = [predictions(model, batch) for model in (before, after)]
-            (logits, labels), (others, _) = sides
-            if logits.shape != others.shape:
-                raise ValueError(
-                    f"The models' logits are {tuple(logits.shape)} and {tuple(others.shape)}, "
-                    "expected the same shape: compare a model with its own update."
-                )
-            losses = [loss + summed_loss(*side) for loss, side in zip(losses, sides)]
-            was, now = (values.argmax(-1).cpu() == own.cpu() for values, own in sides)
-            both = (was, now, was & ~now, ~was & now)
-            counts = [count + int(right.sum()) for count, right in zip(counts, both)]
-            total += len(labels)
-    if not total:
-        raise ValueError("There is no label other than -100 in the batches: nothing to compare.")
-    loss_before, loss_after = (loss / total for loss in losses)
-    return BaseUpdate(total, loss_before, loss_after, *counts)
+    batches = list(batches)
+    loss_before, was, classes = scored(before, batches)
+    loss_after, now, others = scored(after, batches)
+    if (len(was), classes) != (len(now), others):
+        raise ValueError(
+            f"The models' logits are {(len(was), classes)} and {(len(now), others)}, expected the "
+            "same shape: compare a model with its own update."
+        )
+    counts = [int(one.sum()) for one in (was, now, was & ~now, ~was & now)]
+    return BaseUpdate(len(was), loss_before, loss_after, *counts)

@@ -105,8 +105,7 @@ class Router(nn.Module):
         self.input_norm = config.router_input_norm
         self.pooling = config.router_pooling
         self.in_features = in_features
-        if self.null_expert:
-            self.fills_every_slot = False
+        self.fills_every_slot = self.fills_every_slot and not self.null_expert
         if self.pooling == "attention":
             # Zeros: the mean over the prompt, from which it learns.
             self.pool_query = nn.Parameter(torch.zeros(in_features))
@@ -215,9 +214,7 @@ class Router(nn.Module):
         if x.dim() == 3:
             x = self.pool(x, prompt_mask)
         elif prompt_mask is not None:
-            raise ValueError(
-                f"prompt_mask is for prompts x [B, S, d]; x has the shape {tuple(x.shape)}."
-            )
+            raise ValueError(f"prompt_mask is for prompts x [B, S, d]; x is {tuple(x.shape)}.")
         jitters = self.training and self.jitter_noise > 0
         if jitters or self.input_norm or not self.takes_any_dtype:
             x = self.normalised(x)
@@ -272,22 +269,19 @@ class Router(nn.Module):
     def _tensors_with_expert_rows(self) -> dict[str, Tensor]:
         """The parameters and buffers in `expert_rows`; ValueError unless each is declared."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        problems = []
+        problem = ""
         if undeclared := sorted(tensors.keys() - self.expert_rows - self.shared_parameters):
-            problems.append(f"it declares nothing about its {', '.join(undeclared)}")
-        for name in sorted(self.expert_rows):
+            problem = f"it declares nothing about its {', '.join(undeclared)}"
+        for name in self.expert_rows:
             shape = tuple(tensors[name].shape) if name in tensors else None
             if shape is None:
-                problems.append(f"{name} of expert_rows does not exist")
+                problem = f"{name} of expert_rows does not exist"
             elif shape[:1] != (self.num_choices,):
-                problems.append(
-                    f"{name} of expert_rows has the shape {shape}, for {self.num_choices} choices"
-                )
-        if problems:
+                problem = f"{name} of expert_rows is {shape}, for {self.num_choices} choices"
+        if problem:
             raise ValueError(
-                f"{type(self).__name__} cannot be resized: {'; '.join(problems)}. Name what has "
-                "one row a choice in expert_rows, everything else in shared_parameters, or "
-                "override resize."
+                f"{type(self).__name__} cannot be resized: {problem}. Name what has one row a "
+                "choice in expert_rows, all else in shared_parameters, or override resize."
             )
         return {name: tensors[name] for name in sorted(self.expert_rows)}
 
@@ -324,9 +318,7 @@ def register_router(name: str) -> Callable[[type[R]], type[R]]:
         taken = ROUTERS.get(name, cls)
         # A module that is imported twice (a notebook cell run again) may replace itself.
         if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"The router name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
-            )
+            raise ValueError(f"{name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
         ROUTERS[name] = cls
         return cls
 

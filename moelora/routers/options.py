@@ -13,21 +13,17 @@ from typing import Any, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 
 from ..registry import router_class
-from ..validation import check_depth, shown
+from ..validation import check_depth, check_type, shown
 
 
-def read_options(declared: type, given: object, owner: str) -> Any:
+def read_options(declared: type, given: Any, owner: str) -> Any:
     """The options that the dataclass `declared` of the class `owner` makes of `given`, checked."""
     given = {} if given is None else given
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"router_options={shown(given)} is a {type(given).__name__}; expected a dict."
-        )
+    check_type("router_options", given, isinstance(given, Mapping), "a dict")
     check_depth("router_options", given)
-    hints = get_type_hints(declared)
-    names = [option.name for option in fields(declared)]
-    if unknown := [name for name in given if name not in names]:
-        known = ", ".join(names) or "none"
+    hints = {option.name: get_type_hints(declared)[option.name] for option in fields(declared)}
+    if unknown := [name for name in given if name not in hints]:
+        known = ", ".join(hints) or "none"
         raise ValueError(
             f"router_options: {owner} has no option {shown(unknown)}. Its options are: {known}."
         )
@@ -98,6 +94,4 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             type_validator(name, candidate, hint)
             return candidate
     expected = hint.__name__ if isinstance(hint, type) else hint
-    raise TypeError(
-        f"router_options[{name!r}]={shown(value)} is a {type(value).__name__}; expected {expected}."
-    )
+    check_type(f"router_options[{name!r}]", value, False, str(expected))

@@ -1,8 +1,7 @@
 """Training with the stock `Trainer`: texts and their labels, recipes, routers alone, a callback."""
 
 from .callback import MoeLoraCallback
-from .collator import PadRouting
-from .datasets import Texts
+from .datasets import PadRouting, Texts
 from .fitting import StagesReport, Trained, train_expert, train_in_stages, train_jointly
 from .gate import GateReport, prompt_features, train_gate
 from .oracle import OracleLabels, oracle_targets

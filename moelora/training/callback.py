@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
-
-from ..core.mixture import Mixture
-from ..core.model import MixtureModel
+from transformers.modeling_utils import unwrap_model
 
 
 class MoeLoraCallback(TrainerCallback):
@@ -42,10 +40,8 @@ class MoeLoraCallback(TrainerCallback):
             return
         shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
         peak = shares.max(1).values * shares.shape[1]
-        figures = {
-            "expert_peak_load": round(float(peak.max()), 4),
-            "expert_mean_peak_load": round(float(peak.mean()), 4),
-        }
+        peaks = {"expert_peak_load": peak.max(), "expert_mean_peak_load": peak.mean()}
+        figures = {name: round(float(value), 4) for name, value in peaks.items()}
         logs.update(figures)
         # Trainer has put a copy of the logs into its history (trainer_state.json) before it calls
         # its callbacks.
@@ -53,7 +49,5 @@ class MoeLoraCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
-def _mixture_of(model: Any) -> Mixture:
-    while not isinstance(model, MixtureModel):
-        model = model.module
-    return model.moelora
+def _mixture_of(model: Any) -> Any:
+    return unwrap_model(model).moelora

@@ -1,16 +1,17 @@
-"""What a model predicts on labelled batches: what evaluations compare and average."""
+"""Choices used alone, and what a model predicts on labelled batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import NO_EXPERT
 from ..core.inputs import token_mask
 from ..core.losses import IGNORE
-from ..core.model import MixtureModel
+from ..core.model import MixtureModel, evaluating
 from ..core.prompts import Prompt, read_prompt
 
 
@@ -43,16 +44,39 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     labels = labels.reshape(-1)
     if len(logits) != len(labels):
         raise ValueError(
-            f"{type(model).__name__} makes {len(logits)} predictions for {len(labels)} labels: "
-            "give the labels that it is trained with."
+            f"The model makes {len(logits)} predictions for {len(labels)} labels: give each one."
         )
     counted = labels != IGNORE
     return logits[counted], labels[counted]
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> float:
-    """The sum of the cross-entropies of logits `[N, classes]` with labels `[N]`."""
-    return float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+@torch.no_grad()
+def scored(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[float, Tensor, int]:
+    """The mean loss over all labels of some batches, which predictions are right `[N]` bool, and
+    among how many classes they are.
+
+    Raises:
+        ValueError: as `predictions`, or no label at all.
+    """
+    total = 0.0
+    classes = 0
+    right = [torch.empty(0, dtype=torch.bool)]
+    with evaluating(model):
+        for batch in batches:
+            logits, labels = predictions(model, batch)
+            total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            classes = logits.shape[1]
+            right.append(logits.argmax(-1).cpu() == labels.cpu())
+    found = torch.cat(right)
+    if not len(found):
+        raise ValueError("There is no label other than -100 in the batches: give some.")
+    return total / len(found), found, classes
+
+
+def check_not_overridden(model: MixtureModel) -> None:
+    """Raise ValueError inside `use_experts`."""
+    if model.moelora.overridden:
+        raise ValueError("This cannot be done inside use_experts(): leave it first.")
 
 
 def alone(model: MixtureModel, choice: str) -> dict[str, float]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from transformers import Trainer, TrainingArguments
 from ..config import NO_EXPERT
 from ..core.experts import Factor
 from ..core.model import MixtureModel, keeping_modes
-from ..validation import check_choice
-from .arguments import check_arguments
-from .collator import PadRouting
-from .datasets import Texts, texts_of
+from ..validation import check_choice, check_names
+from .datasets import PadRouting, Texts, texts_of
+from .evaluation import check_not_overridden
 from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
 from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
@@ -91,7 +91,8 @@ def train_expert(
         TypeError: no `TrainingArguments`.
     """
     check_arguments(model, {name: data}, args, null_expert=False)
-    return _train_expert(model, name, data, args, collator, checkpoints).seconds
+    run = partial(fit, model, args=args, collator=collator, checkpoints=checkpoints)
+    return _train_expert(model, name, data, run).seconds
 
 
 def train_in_stages(
@@ -125,18 +126,15 @@ def train_in_stages(
         ValueError, TypeError: as `train_expert` and `train_gate`, before anything trains.
     """
     check_choice("labels", labels, ("task", "oracle"))
-    check_arguments(model, data, args, null_expert=True)
-    labelled = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    labelled = _labelled(model, data, args)
     options = {"seed": args.seed, **(gate or {})}
     # A mistake is found now, not when the experts have trained.
     check_options(**options)
     if labels == "oracle":
         check_oracle_texts(model, labelled)
-    runs = {
-        name: _train_expert(model, name, own, args, collator, checkpoints)
-        for name, own in data.items()
-        if name != NO_EXPERT
-    }
+    run = partial(fit, model, args=args, collator=collator, checkpoints=checkpoints)
+    experts = [name for name in data if name != NO_EXPERT]
+    runs = {name: _train_expert(model, name, data[name], run) for name in experts}
     oracle = None
     if labels == "oracle":
         oracle = oracle_targets(model, labelled, batch_size=args.per_device_eval_batch_size)
@@ -170,45 +168,60 @@ def train_jointly(
         ValueError: unknown experts, no data, or inside `use_experts`.
         TypeError: no `TrainingArguments`, or data of another type.
     """
-    check_arguments(model, data, args, null_expert=True)
-    texts = labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+    texts = _labelled(model, data, args)
     texts = texts if expert_targets else texts.unlabelled()
     return fit(model, texts, args, "jointly", collator, checkpoints)
 
 
+def check_arguments(model: MixtureModel, data: Any, args: Any, null_expert: bool) -> None:
+    """Raise where a recipe cannot use its data, by expert (perhaps "(base)" too), or its `args`."""
+    check_not_overridden(model)
+    if not isinstance(args, TrainingArguments):
+        kind = type(args).__name__
+        raise TypeError(f"args is a {kind}; expected transformers' TrainingArguments.")
+    if not isinstance(data, Mapping):
+        raise TypeError(f"The data is a {type(data).__name__}; expected a mapping by expert.")
+    config = model.moelora_config
+    names = config.choice_names if null_expert else config.expert_names or []
+    check_names(data, names)
+    if not data:
+        raise ValueError(f"There is no data: give some of each of {', '.join(names)}.")
+    for name, own in data.items():
+        if hasattr(own, "__len__") and not len(own):
+            raise ValueError(f"There is nothing to train {name!r} on: give some, or leave it out.")
+
+
+def _labelled(model: MixtureModel, data: Mapping[str, Any], args: TrainingArguments) -> Texts:
+    """All data, checked, labelled by whose it is."""
+    check_arguments(model, data, args, null_expert=True)
+    return labelled_texts(model, {name: texts_of(name, own) for name, own in data.items()})
+
+
 def _train_expert(
-    model: MixtureModel,
-    name: str,
-    data: Any,
-    args: TrainingArguments,
-    collator: Callable | None,
-    checkpoints: bool,
+    model: MixtureModel, name: str, data: Any, run: Callable[..., Trained]
 ) -> Trained:
     data = data.unlabelled() if isinstance(data, Texts) else data
-    with only_training(model, [name], routers=False), model.use_experts(name):
-        return fit(model, data, args, name, collator, checkpoints)
+    with only_training(model, name, routers=False), model.use_experts(name):
+        return run(data, folder=name)
 
 
 @contextmanager
-def only_training(model: MixtureModel, experts: Sequence[str], routers: bool) -> Iterator[None]:
-    """Inside, of the mixture only these experts (frozen ones too) and perhaps the routers train.
+def only_training(model: MixtureModel, expert: str, routers: bool) -> Iterator[None]:
+    """Inside, of the mixture only this expert (a frozen one too) and perhaps the routers train.
 
     Afterwards what was frozen is so again, and what took gradients takes them again.
     """
     mixture = model.moelora
-    trained = {model.moelora_config.expert_index(name) for name in experts}
-    others = frozenset(range(mixture.num_experts)) - trained
-    before = [
-        (factor, factor.frozen_experts, factor.weight is None or factor.weight.requires_grad)
-        for factor in mixture.factors()
-    ]
-    try:
-        _set_training((factor, others, True) for factor, _, _ in before)
-        with routers_training(model, routers):
-            yield
-    finally:
-        _set_training(before)
-        model.zero_grad(set_to_none=True)
+    trained = model.moelora_config.expert_index(expert)
+    others = frozenset(range(mixture.num_experts)) - {trained}
+    with ExitStack() as stack:
+        stack.callback(model.zero_grad)
+        for factor in mixture.factors():
+            trains = factor.weight is None or factor.weight.requires_grad
+            stack.callback(_set_training, factor, factor.frozen_experts, trains)
+            _set_training(factor, others, True)
+        stack.enter_context(routers_training(model, routers))
+        yield
 
 
 def fit(
@@ -233,23 +246,22 @@ def fit(
     if isinstance(data, Texts) and model.moelora.by_token:
         # Routers that choose for single tokens refuse it.
         data = data.without("router_mask")
-    before = dict(model.__dict__)
+    wrapped = ("forward", "_original_forward")
+    before = {name: value for name, value in vars(model).items() if name in wrapped}
     start = time.perf_counter()
     try:
         with keeping_modes(model):
             output = Trainer(model, own, train_dataset=data, data_collator=collator).train()
     finally:
         # accelerate wraps `forward` for mixed precision; the next Trainer would wrap it once more.
-        for name in ("forward", "_original_forward"):
-            model.__dict__.pop(name, None)
-            if name in before:
-                model.__dict__[name] = before[name]
+        for name in wrapped:
+            vars(model).pop(name, None)
+        vars(model).update(before)
     return Trained(output.training_loss, output.global_step, time.perf_counter() - start)
 
 
-def _set_training(factors: Iterable[tuple[Factor, frozenset[int], bool]]) -> None:
-    """Freeze exactly these experts' rows in each factor; the others take a gradient or not."""
-    for factor, frozen, takes_gradient in factors:
-        factor.set_frozen(frozen)
-        if factor.weight is not None:
-            factor.weight.requires_grad_(takes_gradient)
+def _set_training(factor: Factor, frozen: frozenset[int], takes_gradient: bool) -> None:
+    """Freeze exactly these experts' rows in a factor; the others take a gradient or not."""
+    factor.set_frozen(frozen)
+    if factor.weight is not None:
+        factor.weight.requires_grad_(takes_gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_names, check_number
-from .arguments import check_not_overridden, check_texts
-from .collator import padded_batch
-from .datasets import Texts
+from .datasets import Texts, check_texts, padded_batch
+from .evaluation import check_not_overridden
 
 SETTINGS: dict[str, Callable[[str, Any], None]] = {
     "epochs": partial(check_integer, low=1),
@@ -77,32 +76,31 @@ def train_gate(
             or inside `use_experts`.
         TypeError: no Texts, or an option of another type.
     """
-    check_options(epochs=epochs, batch_size=batch_size, seed=seed)
-    check_options(learning_rate=learning_rate, weight_decay=weight_decay)
+    given = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    check_options(**given, weight_decay=weight_decay, seed=seed)
     labelled = labelled_texts(model, texts)
     start = time.perf_counter()
     steps = epochs * math.ceil(len(labelled) / batch_size)
-    losses = []
-    accuracy = 0.0
+    means = []
     with evaluating(model), torch.random.fork_rng(), routers_training(model, True) as parameters:
         # The routers' jitter noise draws from the global generators.
         torch.manual_seed(seed)
         model.moelora.routers.train()
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        logits_and_targets = _batches(model, labelled, batch_size)
+        routed = _batches(model, labelled, batch_size)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             order = torch.randperm(len(labelled), generator=generator)
             sums = torch.zeros(3, dtype=torch.float64)
             for numbers in order.split(batch_size):
                 optimizer.zero_grad()
-                sums += _backward(logits_and_targets(numbers.tolist()), parameters)
+                sums += _backward(*routed(numbers.tolist()), parameters)
                 optimizer.step()
                 decay.step()
-            loss, accuracy = (sums[:2] / sums[2].clamp(min=1)).tolist()
-            losses.append(loss)
-    return GateReport(losses, accuracy, steps, time.perf_counter() - start)
+            means.append((sums[:2] / sums[2].clamp(min=1)).tolist())
+    losses, accuracies = map(list, zip(*means))
+    return GateReport(losses, accuracies[-1], steps, time.perf_counter() - start)
 
 
 def check_options(**options: Any) -> None:
@@ -129,8 +127,7 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
         ValueError: no texts, or inside `use_experts`, where no router reads.
     """
     check_not_overridden(model)
-    if not len(texts):
-        raise ValueError("There are no texts to take features of: give one at least.")
+    check_texts("texts", texts)
     router = model.moelora.context.router_list[0]
     read: list[Tensor] = []
 
@@ -161,22 +158,21 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     if isinstance(texts, Mapping):
         check_names(texts, names)
         for name, own in texts.items():
-            check_texts(repr(name), own)
+            check_texts(repr(name), own, may_be_empty=True)
         texts = Texts.joined([own.labelled(names.index(name)) for name, own in texts.items()])
     check_texts("texts", texts)
-    if not len(texts):
-        raise ValueError(f"There are no texts: give some of each of {', '.join(names)}.")
-    counted = 0
+    allowed = {IGNORE, *range(len(names))}
+    found = set()
     for number, row in enumerate(texts.rows):
         if "expert_targets" not in row:
             raise ValueError(f"Row {number} has no expert_targets: use Texts.labelled(…).")
         targets = row["expert_targets"]
-        own = targets[targets != IGNORE]
-        counted += own.numel()
-        if bool(((own < 0) | (own >= len(names))).any()):
+        own = set(targets.flatten().tolist())
+        if not own <= allowed:
             expected = f"expected 0 … {len(names) - 1} or −100"
             raise ValueError(f"Row {number} has expert_targets {targets.tolist()}; {expected}.")
-    if not counted:
+        found |= own
+    if found <= {IGNORE}:
         raise ValueError("There are no expert_targets that count: all are −100.")
     return texts
 
@@ -185,64 +181,59 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
 def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
     """The routers' parameters, which inside train or not; then their gradients are as before."""
     parameters = list(model.moelora.routers.parameters())
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    try:
-        model.moelora.routers.requires_grad_(train)
+    with ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(train)
         yield parameters
-    finally:
-        for parameter, takes_gradient, gradient in before:
-            parameter.requires_grad_(takes_gradient)
-            parameter.grad = gradient
 
 
 def _batches(
     model: MixtureModel, texts: Texts, batch_size: int
-) -> Callable[[list[int]], list[tuple[Tensor, Tensor]]]:
-    """A function from rows' numbers to each router's logits `[N, choices]` and targets `[N]`."""
+) -> Callable[[list[int]], tuple[list[Tensor], Tensor]]:
+    """From rows' numbers to each router's logits `[N, choices]`, and their targets `[N]`."""
     config = model.moelora_config
     sequences = config.routing_level == "sequence"
     rows = []
     for row, prompt in zip(texts.rows, texts.prompts()):
         targets = row["expert_targets"]
-        if targets.dim() == 0:
-            targets = targets if sequences else targets.expand(len(prompt))
-        elif sequences:
+        if sequences and targets.dim():
             raise ValueError("A sequence router chooses once: give expert_targets one number each.")
-        elif "router_mask" in row:
-            targets = targets[row["router_mask"]]
+        if not sequences:
+            targets = targets if targets.dim() else targets.expand(len(row["input_ids"]))
+            targets = targets[row["router_mask"]] if "router_mask" in row else targets
         rows.append({"input_ids": prompt, "expert_targets": targets})
     if sequences and config.router_scope == "model" and config.router_pooling != "attention":
         (router,) = model.moelora.routers.values()
         features = prompt_features(model, texts, batch_size).to(model.device)
         labels = torch.stack([row["expert_targets"] for row in rows]).to(model.device)
-        return lambda numbers: [(router(features[numbers]).logits, labels[numbers])]
+        return lambda numbers: ([router(features[numbers]).logits], labels[numbers])
 
-    def run(numbers: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def run(numbers: list[int]) -> tuple[list[Tensor], Tensor]:
         batch = padded_batch([rows[i] for i in numbers], model.device)
         targets = batch.pop("expert_targets").reshape(-1)
-        return [(routing.logits, targets) for routing in model.routing_only(**batch)]
+        return [routing.logits for routing in model.routing_only(**batch)], targets
 
     return run
 
 
-def _backward(pairs: list[tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> Tensor:
+def _backward(logits: list[Tensor], targets: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """Give the parameters the gradient of the mean over routers of the cross-entropy.
 
     Returns that loss times the rows, how many rows were right, and how many there are.
     """
+    there = targets != IGNORE
     losses = []
     right = 0
-    rows = 0
-    for logits, targets in pairs:
-        targets = targets.to(logits.device)
-        there = targets != IGNORE
-        count = int(there.sum())
-        loss = 0 * logits.sum()
-        if count:
-            loss = nn.functional.cross_entropy(logits[there], targets[there])
+    for own in logits:
+        counted = own[there.to(own.device)]
+        wanted = targets[there].to(own.device)
+        # Of no rows the mean would be NaN.
+        loss = nn.functional.cross_entropy(counted, wanted) if len(wanted) else 0 * own.sum()
         losses.append(loss.to(parameters[0].device))
-        right += int((logits.argmax(-1) == targets)[there].sum())
-        rows += count
+        right += int((counted.argmax(-1) == wanted).sum())
     loss = torch.stack(losses).mean()
     loss.backward(inputs=parameters)
+    rows = int(there.sum()) * len(logits)
     return torch.tensor([float(loss.detach()) * rows, right, rows], dtype=torch.float64)

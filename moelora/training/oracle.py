@@ -6,9 +6,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -20,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoint.atomic import atomic_files
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
 from ..validation import check_integer, check_number
-from .arguments import check_texts
-from .collator import padded_batch
-from .datasets import Texts
+from .datasets import Texts, check_texts, padded_batch
 from .evaluation import alone
 
 
@@ -89,8 +85,6 @@ def check_oracle_texts(model: MixtureModel, texts: Texts) -> None:
     if model.is_classifier:
         raise TypeError("oracle_targets needs target tokens, and a classifier has none.")
     check_texts("texts", texts)
-    if not len(texts):
-        raise ValueError("There are no texts to label: give one at least.")
     for number, row in enumerate(texts.rows):
         # Nothing predicts the first token.
         if not bool((row["labels"][1:] != IGNORE).any()):
@@ -101,22 +95,20 @@ def check_oracle_texts(model: MixtureModel, texts: Texts) -> None:
 def _losses(model: MixtureModel, texts: Texts, batch_size: int) -> Tensor:
     """Each text's mean loss with each choice, `[n, choices]` fp32 on the CPU."""
     names = model.moelora_config.choice_names
-    order = sorted(range(len(texts)), key=lambda i: len(texts.rows[i]["input_ids"]))
-    losses = torch.empty(len(texts), len(names))
-    fields = ("input_ids", "labels")
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in texts.rows]
+    # Texts of one length stand together.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    losses = torch.empty(len(rows), len(names))
     with evaluating(model):
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
-            rows = [{k: texts.rows[i][k] for k in fields} for i in numbers]
-            batch = padded_batch(rows, model.device)
+            batch = padded_batch([rows[i] for i in numbers], model.device)
             for choice, name in enumerate(names):
                 with model.use_experts(alone(model, name)):
                     losses[numbers, choice] = _mean_losses(model, **batch).cpu()
     for row, choice in (~losses.isfinite()).nonzero().tolist():
         loss = float(losses[row, choice])
-        raise ValueError(
-            f"The loss with {names[choice]!r} is {loss} on row {row}: see its weights."
-        )
+        raise ValueError(f"The loss with {names[choice]!r} is {loss} on row {row}.")
     return losses
 
 
@@ -138,48 +130,44 @@ def _mean_losses(model: MixtureModel, labels: Tensor, **inputs: Tensor) -> Tenso
 
 def _cached_losses(model: MixtureModel, texts: Texts, batch_size: int, path: Path) -> Tensor:
     """The losses in the file, if they are whole and of this model and these texts; else new ones,
-    which are put there in one step: whoever reads meanwhile finds the old ones or the new ones.
+    which are put there.
     """
     if path.is_dir():
         raise ValueError(f"cache={str(path)!r} is a folder; expected a file's path.")
     key = _key(model, texts)
     with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
         losses = file.get_tensor("losses")
-        if file.metadata() == _metadata(key, losses):
+        if file.metadata() == {"key": _hash(key, losses=losses)}:
             return losses
     # An error here comes before the work, not after it.
     path.parent.mkdir(parents=True, exist_ok=True)
     losses = _losses(model, texts, batch_size)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".oracle-") as folder:
-        whole = Path(folder) / "losses"
-        save_file({"losses": losses}, whole, metadata=_metadata(key, losses))
-        os.replace(whole, path)
+    with atomic_files(path.parent, commit=path.name) as staging:
+        metadata = {"key": _hash(key, losses=losses)}
+        save_file({"losses": losses}, staging / path.name, metadata=metadata)
     return losses
-
-
-def _metadata(key: str, losses: Tensor) -> dict[str, str]:
-    return {"key": key, "sum": _hash("", [("losses", losses)])}
 
 
 def _key(model: MixtureModel, texts: Texts) -> str:
     """A hash of what the losses depend on: texts, experts, and the base's weights and config."""
-    config = model.config.to_dict()
+    own = model.moelora_config
+    config = model.config.to_dict() | {"choice_names": own.choice_names}
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
-    about = {**config, "choice_names": model.moelora_config.choice_names}
-    tensors = [(name, row[name]) for row in texts.rows for name in ("input_ids", "labels")]
     state = nn.Module.state_dict(model)
-    tensors += [(name, tensor) for name, tensor in state.items() if not model.moelora.owns(name)]
+    tensors = {name: tensor for name, tensor in state.items() if not model.moelora.owns(name)}
+    for i, row in enumerate(texts.rows):
+        tensors |= {f"{i} {name}": row[name] for name in ("input_ids", "labels")}
     for number in range(model.moelora.num_experts):
         for linear, factors in model.moelora.expert(number).items():
-            scaling = model.moelora_config.scaling_of(linear)[number]
-            tensors += [(f"{linear} A {scaling}", factors.A), (f"{linear} B", factors.B)]
-    return _hash(json.dumps(about, sort_keys=True, default=str), tensors)
+            scaled = f"{number} {linear} {own.scaling_of(linear)[number]}"
+            tensors |= {f"{scaled} A": factors.A, f"{scaled} B": factors.B}
+    return _hash(json.dumps(config, sort_keys=True, default=str), **tensors)
 
 
-def _hash(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _hash(about: str, /, **tensors: Tensor) -> str:
     digest: Any = hashlib.sha256(about.encode())
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name} is not in memory, so no cache can be checked: leave it out.")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import NO_EXPERT
 from ..core.model import MixtureModel, evaluating
 from ..routers import ArrowRouter, DescriptorRouter, Router, TopKRouter
-from ..routers.covariance import class_means, times_covariance_power
+from ..routers.descriptor import class_means, times_covariance_power
 from ..validation import check_choice, check_names
-from .arguments import check_not_overridden
-from .evaluation import alone
+from .evaluation import alone, check_not_overridden
 
 # How much of the discriminants' covariance is a multiple of the identity.
 SHRINKAGE = 0.2
@@ -56,15 +54,24 @@ def initialise(
     if how == "random":
         return
     _check_router(model, how)
+    routers = model.moelora.context.router_list
     if how == "arrow":
         rows = _arrows(model)
     else:
-        inputs = _router_inputs(model, _texts_of_all(model, texts, tokenizer))
-        if _has_descriptors(model):
-            _describe(model, inputs, fit=True)
-            return
+        names = model.moelora_config.choice_names
+        given = texts or {}
+        missing = sorted(set(names) - set(given))
+        unknown = sorted(set(given) - set(names))
+        if missing or unknown:
+            raise ValueError(
+                f"router_init='prototype' needs texts of every expert: missing {missing}, unknown "
+                f"{unknown}. The experts are: {', '.join(names)}."
+            )
+        inputs = _router_inputs(model, {name: given[name] for name in names}, tokenizer)
+        if isinstance(routers[0], DescriptorRouter):
+            return _describe(model, inputs, fit=True)
         rows = [discriminants(list(classes.values())) for classes in inputs]
-    for router, own in zip(model.moelora.context.router_list, rows, strict=True):
+    for router, own in zip(routers, rows, strict=True):
         router.get_parameter("weight").copy_(own)
 
 
@@ -77,7 +84,7 @@ def describe_experts(
     Later descriptions leave the projection as it is, trained or not.
     """
     names = model.moelora_config.choice_names
-    if not _has_descriptors(model):
+    if not isinstance(model.moelora.context.router_list[0], DescriptorRouter):
         raise ValueError(
             "describe_experts sets the descriptors of router='descriptor', and this mixture has "
             f"{model.moelora_config.router!r}: make one with MoeLoraConfig(router='descriptor')."
@@ -86,39 +93,25 @@ def describe_experts(
     if not texts:
         raise ValueError(f"There are no texts: give a few of one of {', '.join(names)} at least.")
     check_names(texts, names, "experts")
-    ids = {name: token_ids(own, tokenizer, name) for name, own in texts.items()}
-    _describe(model, _router_inputs(model, ids))
+    _describe(model, _router_inputs(model, texts, tokenizer))
 
 
 def _check_router(model: MixtureModel, how: str) -> None:
-    """Raise ValueError where this way cannot set the routers."""
+    """Raise ValueError where this way cannot set the routers, which are all of one class."""
     config = model.moelora_config
-    if how == "arrow" and config.null_expert:
-        raise ValueError(
-            "router_init='arrow' has no direction for null_expert: use 'prototype', with texts of "
-            f"{NO_EXPERT!r} too."
-        )
-    if how == "arrow" and config.router_scope not in ("site", "projection"):
-        raise ValueError(
-            "router_init='arrow' needs router_scope='site' or 'projection', not "
-            f"{config.router_scope!r}: its vectors are of linears' inputs. Use 'prototype'."
-        )
     router = model.moelora.context.router_list[0]
-    if how == "arrow":
-        wanted = "'arrow'"
-        fits = isinstance(router, ArrowRouter)
-    else:
-        wanted = "'top_k' (or the descriptors of 'descriptor')"
-        fits = type(router) is TopKRouter or _has_descriptors(model)
-    if not fits:
-        raise ValueError(
-            f"router_init={how!r} sets the rows of router={wanted}, not {config.router!r}."
-        )
-
-
-def _has_descriptors(model: MixtureModel) -> bool:
-    # All routers of a mixture are of one class.
-    return isinstance(model.moelora.context.router_list[0], DescriptorRouter)
+    problem = ""
+    if how == "prototype" and type(router) is not TopKRouter:
+        if not isinstance(router, DescriptorRouter):
+            problem = f"sets the rows of router='top_k' or 'descriptor', not {config.router!r}"
+    elif how == "arrow" and config.null_expert:
+        problem = "has no direction for null_expert: use 'prototype'"
+    elif how == "arrow" and config.router_scope not in ("site", "projection"):
+        problem = f"needs router_scope='site' or 'projection', not {config.router_scope!r}"
+    elif how == "arrow" and not isinstance(router, ArrowRouter):
+        problem = f"sets the rows of router='arrow', not {config.router!r}"
+    if problem:
+        raise ValueError(f"router_init={how!r} {problem}.")
 
 
 def _arrows(model: MixtureModel) -> list[Tensor]:
@@ -143,22 +136,6 @@ def _arrows(model: MixtureModel) -> list[Tensor]:
     return rows
 
 
-def _texts_of_all(
-    model: MixtureModel, texts: Mapping[str, Any] | None, tokenizer: Any
-) -> dict[str, list[Tensor]]:
-    """The texts of every choice as token ids, in the choices' order."""
-    names = model.moelora_config.choice_names
-    given = texts or {}
-    missing = sorted(set(names) - set(given))
-    unknown = sorted(set(given) - set(names))
-    if missing or unknown:
-        raise ValueError(
-            f"router_init='prototype' needs texts of every expert: missing {missing}, unknown "
-            f"{unknown}. The experts are: {', '.join(names)}."
-        )
-    return {name: token_ids(given[name], tokenizer, name) for name in names}
-
-
 def _describe(
     model: MixtureModel, inputs: list[dict[int, Tensor]], fit: bool | None = None
 ) -> None:
@@ -168,29 +145,31 @@ def _describe(
 
 
 def _router_inputs(
-    model: MixtureModel, texts: Mapping[str, list[Tensor]]
+    model: MixtureModel, texts: Mapping[str, Any], tokenizer: Callable[..., Any] | None
 ) -> list[dict[int, Tensor]]:
     """For each router, by a choice's number, what it would read of the choice's texts with it at
     work, `[tokens, d]` fp32.
     """
     context = model.moelora.context
     names = model.moelora_config.choice_names
+    ids = {name: token_ids(own, tokenizer, name) for name, own in texts.items()}
     inputs: list[dict[int, Tensor]] = [{} for _ in context.router_list]
-    for choice, own in texts.items():
-        read: list[list[Tensor]] = [[] for _ in context.router_list]
-        with ExitStack() as stack:
-            for router, name, rows in zip(context.router_list, context.router_names, read):
-                # Before the mixture's own hooks: one of them may end the forward pass.
-                handle = model.get_submodule(name).register_forward_pre_hook(
-                    partial(_note, router, rows, context.by_token), prepend=True, with_kwargs=True
-                )
-                stack.enter_context(handle)
-            stack.enter_context(evaluating(model))
-            stack.enter_context(model.use_experts(alone(model, choice)))
-            for text in own:
-                model.routing_only(input_ids=text.to(model.device))
-        for router_inputs, rows in zip(inputs, read):
-            router_inputs[names.index(choice)] = torch.cat(rows)[:MAX_TOKENS]
+    read: list[list[Tensor]] = [[] for _ in context.router_list]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for router, name, rows in zip(context.router_list, context.router_names, read):
+            note = partial(_note, router, rows, context.by_token)
+            # Before the mixture's own hooks: one of them may end the forward pass.
+            module = model.get_submodule(name)
+            handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+            stack.enter_context(handle)
+        for choice, own in ids.items():
+            with model.use_experts(alone(model, choice)):
+                for text in own:
+                    model.routing_only(input_ids=text.to(model.device))
+            for router_inputs, rows in zip(inputs, read):
+                router_inputs[names.index(choice)] = torch.cat(rows)[:MAX_TOKENS]
+                rows.clear()
     return inputs
 
 
@@ -233,10 +212,9 @@ def token_ids(texts: Any, tokenizer: Any, name: str) -> list[Tensor]:
             if tokenizer is None:
                 raise ValueError(f"The texts of {name!r} are strings: pass the base's tokenizer.")
             text = tokenizer(text)["input_ids"]
-        ids = torch.as_tensor(text).reshape(1, -1)
-        if not ids.numel():
+        rows.append(torch.as_tensor(text).reshape(1, -1))
+        if not rows[-1].numel():
             raise ValueError(f"A text of {name!r} has no tokens: leave it out.")
-        rows.append(ids)
     if not rows:
         raise ValueError(f"There are no texts of {name!r}: give a few.")
     return rows

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.cli import app
-from moelora.cli.route import route_lines
-from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_prompts
+from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_lines, route_prompts
 
 EXPERTS = ["math", "code", "law"]
 TEMPLATE = (
