@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from moelora_kernels import PATHS
 
 from benchmarks.gpu import has_failed, on_purpose
 from benchmarks.kernels.faults import DIES, RAISES, WRONG
@@ -54,7 +55,7 @@ def test_every_step_finds_something(tiny: tuple[Path, Any]) -> None:
 def test_every_path_and_way_is_measured(tiny: tuple[Path, Any]) -> None:
     rows = rows_in(tiny[0])
     checked = {row["path"] for row in rows if row.get("ok") and "path" in row}
-    assert checked == {"dense", "grouped", "sequence", "decode"}
+    assert checked == {*PATHS, "decode"}
     timed = {(row["measure"], row["candidate"]) for row in rows if "microseconds" in row}
     assert {("forward+backward", ours("triton", fp32=True)), ("decode", ours("triton"))} <= timed
     for what in ("layer", "model"):

@@ -196,8 +196,8 @@ def decode_splits(
 ) -> tuple[Tile, tuple[int, int], int, int]:
     """(tile, grid over tokens and blocks, splits of d, a split's part) of `decode_shrink`."""
     num_tokens, d = x.shape
-    tile = tile_for("decode_shrink", int(num_tokens), total_rank, x.dtype, tiles)
-    blocks = first_rank // ALIGNED + ceil_div(total_rank, tile.BLOCK_R)
+    tile = tile_for("decode_shrink", int(num_tokens), int(total_rank), x.dtype, tiles)
+    blocks = first_rank // ALIGNED + ceil_div(int(total_rank), tile.BLOCK_R)
     grid = ceil_div(int(num_tokens), tile.BLOCK_T), blocks
     return tile, grid, *power_splits(grid[0] * grid[1], d, tile.BLOCK_D, x.device, MOST_SPLITS)
 
