@@ -25,13 +25,11 @@ def applies(layout: Layout, plan: Plan) -> bool:
 
 def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
     """h_l = x A_lᵀ for every linear l, x [T, d_in]: [T, 1, K, rank], as `eager.shrink`."""
-    if lora_A.dtype != x.dtype:
-        lora_A = lora_A.to(x.dtype)
     linears = layout.num_linears
     if plan.rows == 1:
-        h = linear(x, _gathered(lora_A, layout, plan))
+        h = linear(x, _gathered(lora_A, x.dtype, layout, plan))
     else:
-        h = products_of_bags(x, lora_A, *_bags(layout, plan))
+        h = products_of_bags(x, lora_A.to(x.dtype), *_bags(layout, plan))
     if linears == 1:
         return (h.view(plan.rows, 1, -1, layout.max_rank),)
     return h.view(plan.rows, 1, -1, linears, layout.max_rank).unbind(3)
@@ -45,10 +43,8 @@ def expand(
     gated = h * _gate(layout, plan)
     if gated.dtype != dtype:
         gated = gated.to(dtype)
-    if lora_B.dtype != dtype:
-        lora_B = lora_B.to(dtype)
     if plan.rows == 1:
-        blocks = _gathered(lora_B, layout, plan)
+        blocks = _gathered(lora_B, dtype, layout, plan)
         gated = gated.view(1, -1)
         if out is None:
             return gated.mm(blocks)
@@ -56,7 +52,7 @@ def expand(
         flat.addmm_(gated, blocks)
         return out if inplace else flat.view(out.shape)
     index, firsts, _ = _bags(layout, plan)
-    y = torch.embedding_bag(lora_B, index, firsts, False, 0, False, gated.view(-1))[0]
+    y = torch.embedding_bag(lora_B.to(dtype), index, firsts, False, 0, False, gated.view(-1))[0]
     if out is None:
         return y
     y = y.view(out.shape)
@@ -73,8 +69,20 @@ def _gate(layout: Layout, plan: Plan) -> Tensor:
     return gate
 
 
-def _gathered(factor: Tensor, layout: Layout, plan: Plan) -> Tensor:
-    """The rows of one token's experts, [K · L · rank, d]: slot after slot in each all linears."""
+def _gathered(factor: Tensor, dtype: torch.dtype, layout: Layout, plan: Plan) -> Tensor:
+    """The rows of one token's experts in dtype, [K · L · rank, d]: slot after slot in each all
+    linears. A kept plan gathers them once, and again where the factor has changed.
+    """
+    if not plan.kept or factor.is_inference():
+        return _gather(factor, dtype, layout, plan)
+    source, version, rows = plan.memo.get(layout, (None, 0, None))
+    if source is not factor or version != factor._version or rows.dtype != dtype:
+        rows = _gather(factor, dtype, layout, plan)
+        plan.memo[layout] = (factor, factor._version, rows)
+    return rows
+
+
+def _gather(factor: Tensor, dtype: torch.dtype, layout: Layout, plan: Plan) -> Tensor:
     width = factor.shape[1]
     linears = layout.num_linears
     blocks = plan.slot_experts
@@ -82,7 +90,7 @@ def _gathered(factor: Tensor, layout: Layout, plan: Plan) -> Tensor:
         assert layout.firsts is not None
         blocks = layout.firsts.index_select(0, blocks.view(-1))
     chosen = factor.reshape(-1, layout.max_rank * width).index_select(0, blocks.view(-1))
-    return chosen.view(-1, width)
+    return chosen.view(-1, width).to(dtype)
 
 
 def _bags(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,6 +46,8 @@ class Plan:
     router: of the decode path alone. Such a plan holds no routing: its kernels route each x that
     they shrink, and the h of that x carries its own logits. Sites that share the plan are thus
     routed each by its own x; expert_ids and weights are those of the last expand.
+    kept: the plan serves many calls of the same sites, as those of a request that is generated;
+    then what it derives from factors is kept as well.
     memo: what a backend derives from the plan without gradients and wants to keep; `replace` begins
     a new one.
     """
@@ -61,6 +63,7 @@ class Plan:
     backend: str = "eager"
     tiles: str = ""
     router: TopK | None = None
+    kept: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     # Not functools.cached_property, whose lock torch.compile cannot trace.
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
