@@ -118,7 +118,7 @@ def _specialised(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
             parameter.is_constexpr
             or value is None
             or value is True
-            or (isinstance(value, int) and value == 1)
+            or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
         ):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -126,7 +126,7 @@ def _specialised(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
             divisible.append(place)
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(place)
     return Launch(
         kernel,

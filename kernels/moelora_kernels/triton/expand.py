@@ -66,7 +66,8 @@ def masked_product(acc, h_tile, f_tile, dtype: tl.constexpr):
     return acc
 
 
-@triton.jit
+# With a loop of one known turn the compilers hold everything at once, and spill.
+@triton.jit(do_not_specialize=["tiles_d"])
 def expand_dense_kernel(
     h, factor, out, y, weights, scaling, row_ids, experts,
     num_tokens, tokens_per_row, total_rank, d, h_stride, out_stride, tiles_d,
@@ -159,7 +160,7 @@ def _add_slot(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_d"])
 def expand_slots_kernel(
     h, factor, out, y, weights, scaling,
     row_ids, tokens, bounds, groups, firsts, starts, ranks,

@@ -111,7 +111,7 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     tokens = fitting(num_tokens, 32)
     if kernel == "shrink":
         return Tile(tokens, fitting(width, 64), 32, 4)
-    if kernel == "expand" and tokens == 32 and width > 32:
+    if tokens == 32 and (kernel == "expand_slots" or (kernel == "expand" and width > 32)):
         return Tile(32, 16, 64, 8, 2)
     if kernel in ("expand", "expand_slots"):
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
