@@ -67,7 +67,7 @@ def run_forward(
         mixture.check_resident("train")
     losses = running.losses if learning else None
     if losses is not None:
-        losses.load.begin_forward(mixture.context.trained_router_parameter())
+        losses.load.begin_forward(mixture.trained_router_parameter())
     try:
         outputs = running.run(lambda: base_forward(model, **kwargs))
     except RoutingDone:
@@ -99,10 +99,10 @@ def _begin(
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
     weights = own.expert_weights
     bans = own.banned_experts
-    override = override_of(mixture.context, weights, bans, batch, length, compute_device(model))
+    override = override_of(mixture, weights, bans, batch, length, compute_device(model))
     own.check_bans(override)
     running = ForwardPass(
-        mixture.context,
+        mixture,
         batch,
         length,
         carried=own.expert_routing,
@@ -142,7 +142,7 @@ def _begin(
 def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     """Whether router losses are computed: to learn from, or because the caller asked for them."""
     config = mixture.config
-    if own.expert_routing is not None or mixture.context.trained_router_parameter() is None:
+    if own.expert_routing is not None or mixture.trained_router_parameter() is None:
         return False
     if own.expert_targets is not None or own.output_expert_routing:
         return True

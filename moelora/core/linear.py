@@ -55,6 +55,7 @@ class Site(nn.Module):
     """
 
     lora_A: LoraA
+    context: MixtureContext
 
     def __init__(
         self,
@@ -66,7 +67,8 @@ class Site(nn.Module):
     ):
         super().__init__()
         config = context.config
-        self.context = context
+        # Past nn.Module.__setattr__: the mixture is not a part of its parts.
+        object.__setattr__(self, "context", context)
         self.names = list(names)
         # Where it is in the model, which is also how its keys in a state dict begin.
         self.path = ""

@@ -55,7 +55,7 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     ) -> None:
         """As the base's; a layer that is computed again sees the pass that it belongs to."""
         function = gradient_checkpointing_func or checkpoint
-        routed = RoutedCheckpoint(self.moelora.context, function)
+        routed = RoutedCheckpoint(self.moelora, function)
         super()._set_gradient_checkpointing(enable, routed, **kwargs)
 
     @classmethod

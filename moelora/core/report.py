@@ -76,7 +76,7 @@ class RoutingReport:
         by_sequence /= len(routing)
         if not isinstance(probabilities, Tensor):
             probabilities = by_sequence
-        routers = list(mixture.context.router_names)
+        routers = list(mixture.router_names)
         return cls(names, routers, torch.stack(by_router), by_sequence, probabilities, routing)
 
 

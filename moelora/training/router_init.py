@@ -64,7 +64,7 @@ def initialise(
             _describe(model, inputs, fit=True)
             return
         rows = [discriminants(list(classes.values())) for classes in inputs]
-    for router, own in zip(model.moelora.context.router_list, rows, strict=True):
+    for router, own in zip(model.moelora.router_list, rows, strict=True):
         router.get_parameter("weight").copy_(own)
 
 
@@ -103,7 +103,7 @@ def _check_router(model: MixtureModel, how: str) -> None:
             "router_init='arrow' needs router_scope='site' or 'projection', not "
             f"{config.router_scope!r}: its vectors are of linears' inputs. Use 'prototype'."
         )
-    router = model.moelora.context.router_list[0]
+    router = model.moelora.router_list[0]
     if how == "arrow":
         wanted = "'arrow'"
         fits = isinstance(router, ArrowRouter)
@@ -118,7 +118,7 @@ def _check_router(model: MixtureModel, how: str) -> None:
 
 def _has_descriptors(model: MixtureModel) -> bool:
     # All routers of a mixture are of one class.
-    return isinstance(model.moelora.context.router_list[0], DescriptorRouter)
+    return isinstance(model.moelora.router_list[0], DescriptorRouter)
 
 
 def _arrows(model: MixtureModel) -> list[Tensor]:
@@ -128,7 +128,7 @@ def _arrows(model: MixtureModel) -> list[Tensor]:
     singular vectors.
     """
     mixture = model.moelora
-    sites = sorted(mixture.site_list(), key=lambda site: site.router_index)
+    sites = sorted(mixture.sites.values(), key=lambda site: site.router_index)
     rows = [torch.zeros(mixture.num_experts, site.in_features) for site in sites]
     for expert in range(mixture.num_experts):
         factors = mixture.expert(expert)
@@ -162,7 +162,7 @@ def _texts_of_all(
 def _describe(
     model: MixtureModel, inputs: list[dict[int, Tensor]], fit: bool | None = None
 ) -> None:
-    for router, own in zip(model.moelora.context.router_list, inputs, strict=True):
+    for router, own in zip(model.moelora.router_list, inputs, strict=True):
         assert isinstance(router, DescriptorRouter)
         router.describe(own, fit)
 
@@ -173,7 +173,7 @@ def _router_inputs(
     """For each router, by a choice's number, what it would read of the choice's texts with it at
     work, `[tokens, d]` fp32.
     """
-    context = model.moelora.context
+    context = model.moelora
     names = model.moelora_config.choice_names
     inputs: list[dict[int, Tensor]] = [{} for _ in context.router_list]
     for choice, own in texts.items():
