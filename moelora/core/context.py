@@ -19,13 +19,11 @@ class Entered:
     """A `use_experts` that was entered.
 
     Args:
-        owner: the key of the mixture that it overrides.
         override: what it decides.
-        key: its own key, by which copies made inside of it are overridden too.
+        key: by which the mixture, and copies of it that are made inside, know it.
         is_open: whether it has not been left; some leave in another order than they entered.
     """
 
-    owner: str
     override: Any
     key: str = field(default_factory=lambda: uuid4().hex)
     is_open: bool = True
@@ -50,7 +48,8 @@ class MixtureContext(nn.Module):
         tiles: the tuned tiles of this machine's GPU, by name; "" are the defaults.
         loss_scale: d(backward)/d(loss) where no loss passes through the model (see
             `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
-        overrides_entered: how many `use_experts` are entered now, in any thread.
+        overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
+            copy those that it was made inside of.
         num_experts, by_token, total_rank, fills_every_slot: kept at hand, since they are read for
             every site of every token that is generated, and a configuration answers slowly.
     """
@@ -61,8 +60,6 @@ class MixtureContext(nn.Module):
     def __init__(self, config: MoeLoraConfig):
         super().__init__()
         self.config = config
-        # Its own first; after it those of the `use_experts` that it was copied inside of.
-        self.keys: tuple[str, ...] = (uuid4().hex,)
         # Past nn.Module.__setattr__: the routers are submodules of their owners.
         object.__setattr__(self, "routers", nn.ModuleDict())
         self.router_names: list[str] = []
@@ -70,7 +67,8 @@ class MixtureContext(nn.Module):
         self._backend: str | None = None
         self.tiles = ""
         self.loss_scale: float | None = None
-        self.overrides_entered = 0
+        # A list, whose changes are atomic.
+        self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts
         self.by_token = config.routing_level == "token"
         self.total_rank = 0
@@ -79,17 +77,12 @@ class MixtureContext(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be a copy: a mixture of its own, overridden like the original that it is made of."""
         super().__setstate__(state)
-        inside = [entered.key for entered in self.entered()]
-        self.keys = (uuid4().hex, *inside)
-        self.overrides_entered = len(inside)
+        self.overrides_entered = [entered.key for entered in self.entered()]
 
     def entered(self) -> list[Entered]:
         """The `use_experts` of this mixture that this thread or task is in, innermost last."""
-        return [
-            entered
-            for entered in ENTERED.get()
-            if entered.is_open and not {entered.owner, entered.key}.isdisjoint(self.keys)
-        ]
+        keys = self.overrides_entered
+        return [entered for entered in ENTERED.get() if entered.is_open and entered.key in keys]
 
     @property
     def backend(self) -> str | None:

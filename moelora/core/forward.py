@@ -67,7 +67,7 @@ def run_forward(
         mixture.check_resident("train")
     losses = running.losses if learning else None
     if losses is not None:
-        losses.load.begin_forward(mixture.trained_router_parameter())
+        mixture.load.begin_forward(mixture.trained_router_parameter())
     try:
         outputs = running.run(lambda: base_forward(model, **kwargs))
     except RoutingDone:
@@ -77,7 +77,7 @@ def run_forward(
     if running.routing_only:
         return RoutingOutput(expert_routing=running.kept_routings())
     if losses is not None:
-        losses.load.end_forward(losses.counts)
+        mixture.load.end_forward(losses.counts)
     if not (mixture.by_token or running.forced):
         note_on_cache(outputs, running.kept_routings())
     return _extended(outputs, running, learning, kwargs.get("labels") is not None)
@@ -104,7 +104,6 @@ def _begin(
     running = ForwardPass(
         mixture,
         batch,
-        length,
         carried=own.expert_routing,
         override=override,
         keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
@@ -123,11 +122,9 @@ def _begin(
                 kwargs["labels"] = labels
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
         running.losses = RouterLosses(
-            config,
-            mixture.load,
-            num_routers=len(mixture.routers),
-            batch=batch,
-            length=length,
+            mixture,
+            batch,
+            length,
             scale=_loss_scale(model, mixture, kwargs, learning),
             token_mask=tokens,
             targets=own.expert_targets,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,27 +52,33 @@ class Override:
             ValueError: x is not made of the tokens or sequences that the weights were given for.
         """
         assert self.expert_ids is not None and self.expert_weights is not None
-        num_tokens = x.shape[:-1].numel()
-        rows = len(self.expert_weights)
         ids = self.expert_ids.to(x.device)
         weights = self.expert_weights.to(x.device)
-        each = 1
-        if rows == 1:
+        if len(weights) == 1:
+            num_tokens = x.shape[:-1].numel()
             ids = ids.expand(num_tokens, -1)
             weights = weights.expand(num_tokens, -1)
-        elif rows == batch and num_tokens % batch == 0:
-            each = num_tokens // batch
-        elif rows != num_tokens:
-            raise ValueError(
-                f"expert_weights has {rows} rows of weights ({batch} sequences), but an adapted "
-                f"linear reads an input of shape {tuple(x.shape)}, which is not made of these: "
-                f"give one row for each sequence [{batch}, E] or one for all [E], or leave that "
-                "linear out of target_modules."
-            )
+        each = tokens_per_row("expert_weights", len(weights), x, batch)
         return Routing(x.new_zeros(len(ids), 0), ids, weights), each
 
 
-_COUNTING = threading.Lock()
+def tokens_per_row(what: str, rows: int, x: Tensor, batch: int) -> int:
+    """How many tokens of x `[…, d]` each of `rows` given rows stands for: a sequence's, or one.
+
+    Raises:
+        ValueError: x is not made of the tokens or sequences that the rows were given for.
+    """
+    num_tokens = x.shape[:-1].numel()
+    if rows == num_tokens:
+        return 1
+    if rows == batch and num_tokens % batch == 0:
+        return num_tokens // batch
+    raise ValueError(
+        f"{what} has {rows} rows ({batch} sequences), but an adapted linear reads an input of "
+        f"shape {tuple(x.shape)}, which is not made of these: give one row for each sequence of "
+        f"this very batch [{batch}, E] (or weights for all [E]), or leave that linear out of "
+        "target_modules."
+    )
 
 
 def entered_override(context: MixtureContext) -> Override | None:
@@ -101,25 +106,16 @@ def overriding(
     if experts is not None:
         override = _of_names(override, experts, context.config, device)
     override = with_bans(override, ban, context.config, device)
-    entered = Entered(context.keys[0], override)
-    ENTERED.set((*_open(), entered))
-    _count(context, 1)
+    entered = Entered(override)
+    context.overrides_entered.append(entered.key)
+    ENTERED.set((*ENTERED.get(), entered))
     try:
         yield
     finally:
         # Not by a token: a generator may leave later than one that it entered before, or elsewhere.
         entered.is_open = False
-        _count(context, -1)
-        ENTERED.set(_open())
-
-
-def _open() -> tuple[Entered, ...]:
-    return tuple(entered for entered in ENTERED.get() if entered.is_open)
-
-
-def _count(context: MixtureContext, change: int) -> None:
-    with _COUNTING:
-        context.overrides_entered += change
+        context.overrides_entered.remove(entered.key)
+        ENTERED.set(tuple(other for other in ENTERED.get() if other.is_open))
 
 
 def override_of(
@@ -206,10 +202,8 @@ def _of_names(
     override: Override, experts: Experts, config: MoeLoraConfig, device: torch.device
 ) -> Override:
     """`override` by names of experts, with weights or with 1 each."""
-    if isinstance(experts, Mapping):
-        weights = {name: experts[name] for name in _names("use_experts", experts)}
-    else:
-        weights = dict.fromkeys(_names("use_experts", experts), 1.0)
+    given = experts if isinstance(experts, Mapping) else {}
+    weights = {name: given.get(name, 1.0) for name in _names("use_experts", experts)}
     if not weights:
         raise ValueError(
             "use_experts names nothing; for the base alone write {name: 0.0}. The experts are: "
