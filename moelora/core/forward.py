@@ -19,7 +19,7 @@ from .inputs import OwnInputs, batch_shape, token_mask
 from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
 from .mixture import Mixture
 from .overrides import override_of
-from .prompts import Prompt, carried_by_cache, note_on_cache, read_prompt
+from .prompts import carried_by_cache, note_on_cache, read_prompt
 
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
@@ -71,7 +71,7 @@ def run_forward(
     try:
         outputs = running.run(lambda: base_forward(model, **kwargs))
     except RoutingDone:
-        return RoutingOutput(expert_routing=running.kept_routings())
+        outputs = None
     finally:
         running.close()
     if running.routing_only:
@@ -93,14 +93,12 @@ def _begin(
     """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
     config = mixture.config
     batch, length = batch_shape(kwargs)
-    own.check(config, batch, length)
     tokens = token_mask(kwargs.get("attention_mask"), batch, length)
     learning = model.training and torch.is_grad_enabled()
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
     weights = own.expert_weights
     bans = own.banned_experts
     override = override_of(mixture, weights, bans, batch, length, compute_device(model))
-    own.check_bans(override)
     running = ForwardPass(
         mixture,
         batch,
@@ -109,15 +107,16 @@ def _begin(
         keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
         routing_only=own.routing_only,
     )
-    if not running.forced:
-        own.check_routing(config, len(mixture.routers), batch, length)
+    banned = None if override is None else override.banned
+    own.check(mixture, batch, length, running.forced, banned)
     if not (mixture.by_token or running.forced):
         running.carried = own.expert_routing or carried_by_cache(kwargs, batch, own.router_mask)
         if running.carried is None:
             # Where nothing but the routing is asked for, no label can leak into a prompt.
             answers = learning and not own.routing_only
-            prompt = Prompt(batch, length, tokens, own.router_mask, is_classifier, answers)
-            running.prompt_mask, labels = read_prompt(prompt, kwargs, config.router_prefix_tokens)
+            running.prompt_mask, labels = read_prompt(
+                kwargs, own.router_mask, config.router_prefix_tokens, is_classifier, answers
+            )
             if labels is not None:
                 kwargs["labels"] = labels
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):

@@ -15,6 +15,7 @@ from ..config import MoeLoraConfig
 from ..routers import Routing
 from ..validation import check_number
 from .context import ENTERED, Entered, MixtureContext
+from .inputs import check_expert_weights
 
 Experts = str | Iterable[str] | Mapping[str, float]
 
@@ -133,35 +134,6 @@ def override_of(
     if weights is None and ban is None:
         return override
     return with_bans(override or Override(), ban, context.config, device)
-
-
-def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
-    """Raise unless `weights` is finite and `[E]`, `[batch, E]` or `[batch, length, E]`."""
-    if not isinstance(weights, Tensor) or weights.is_complex() or weights.dtype == torch.bool:
-        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(
-            f"expert_weights is a {kind}; expected a tensor of real numbers, one an expert."
-        )
-    allowed = [(num_experts,), (batch, num_experts), (batch, length, num_experts)]
-    if tuple(weights.shape) not in allowed:
-        raise ValueError(
-            f"expert_weights has shape {tuple(weights.shape)}; expected one of {allowed} for "
-            f"{num_experts} experts and a batch of {batch} sequences of {length} tokens (padding "
-            "included)."
-        )
-    if not bool(weights.isfinite().all()):
-        raise ValueError(
-            "expert_weights contains NaN or Inf; expected finite numbers, 0 for an unused expert."
-        )
-
-
-def step_weights(weights: Tensor, first: int, num_tokens: int) -> Tensor:
-    """Of a prompt's weights `[batch, S, E]` those of `num_tokens` tokens from number `first` on.
-
-    New tokens have the weights of the prompt's last one.
-    """
-    positions = torch.arange(first, first + num_tokens, device=weights.device)
-    return weights[:, positions.clamp(max=weights.shape[1] - 1)]
 
 
 def _of_weights(override: Override, weights: Tensor) -> Override:
