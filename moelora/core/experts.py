@@ -33,11 +33,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Where each expert's rows begin, `[E + 1]`: the running sum of the ranks."""
-    return tuple(accumulate(ranks, initial=0))
-
-
 class Factor(nn.Module):
     """A stacked low-rank factor `[Σ blocks, width]`: a block of rows for each (linear and) expert.
 
@@ -70,7 +65,9 @@ class Factor(nn.Module):
         rows = torch.zeros(sum(self.blocks), width, **factory)
         self.register_parameter(TRAINED, nn.Parameter(rows))
         self.register_parameter(FROZEN, None)
-        self.layout = Layout([rank_offsets(own) for own in ranks], scaling, rows.device)
+        # Where each expert's rows begin, `[E + 1]`.
+        offsets = [tuple(accumulate(own, initial=0)) for own in ranks]
+        self.layout = Layout(offsets, scaling, rows.device)
 
     def layout_on(self, device: torch.device) -> Layout:
         """The layout with its tables on `device`; remembered, as the factor hardly ever moves."""

@@ -31,22 +31,13 @@ class RoutingOutput(ModelOutput):
     expert_routing: tuple[Routing, ...] | None = None
 
 
-def run_forward(
-    model: PreTrainedModel,
-    mixture: Mixture,
-    base_forward: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    is_classifier: bool,
-) -> Any:
+def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call `base_forward` as one forward pass of the mixture; returns the base's output, extended.
 
     Args:
-        model: the model that is called.
-        mixture: inside of it.
+        model: the `MixtureModel` that is called.
         base_forward: its base's forward, a plain function.
         args, kwargs: of the call.
-        is_classifier: labels are one a sequence.
 
     Raises:
         ValueError, TypeError: inputs that do not fit the batch or the routing level.
@@ -58,11 +49,14 @@ def run_forward(
             "Start one process a GPU instead (torchrun or accelerate launch, with "
             "DistributedDataParallel), or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    mixture: Mixture = model.moelora
     own = OwnInputs.taken_from(kwargs)
     if args:
-        kwargs.update(_by_name(base_forward, model, args))
-    running = _begin(model, mixture, own, kwargs, is_classifier)
+        # Positional arguments by their names.
+        bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
+        kwargs.update(list(bound.items())[1:])
     learning = model.training and torch.is_grad_enabled()
+    running = _begin(model, own, kwargs, learning)
     if learning:
         mixture.check_resident("train")
     losses = running.losses if learning else None
@@ -83,18 +77,10 @@ def run_forward(
     return _extended(outputs, running, learning, kwargs.get("labels") is not None)
 
 
-def _begin(
-    model: PreTrainedModel,
-    mixture: Mixture,
-    own: OwnInputs,
-    kwargs: dict[str, Any],
-    is_classifier: bool,
-) -> ForwardPass:
+def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -> ForwardPass:
     """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
-    config = mixture.config
+    mixture: Mixture = model.moelora
     batch, length = batch_shape(kwargs)
-    tokens = token_mask(kwargs.get("attention_mask"), batch, length)
-    learning = model.training and torch.is_grad_enabled()
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
     weights = own.expert_weights
     bans = own.banned_experts
@@ -114,23 +100,24 @@ def _begin(
         if running.carried is None:
             # Where nothing but the routing is asked for, no label can leak into a prompt.
             answers = learning and not own.routing_only
+            prefix = mixture.config.router_prefix_tokens
             running.prompt_mask, labels = read_prompt(
-                kwargs, own.router_mask, config.router_prefix_tokens, is_classifier, answers
+                kwargs, own.router_mask, prefix, model.is_classifier, answers
             )
             if labels is not None:
                 kwargs["labels"] = labels
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
+        has_labels = kwargs.get("labels") is not None
         running.losses = RouterLosses(
             mixture,
             batch,
             length,
-            scale=_loss_scale(model, mixture, kwargs, learning),
-            token_mask=tokens,
+            scale=_loss_scale(model, has_labels, learning),
+            token_mask=token_mask(kwargs.get("attention_mask"), batch, length),
             targets=own.expert_targets,
             num_items=kwargs.get("num_items_in_batch"),
-            sequences_are_items=is_classifier,
-            has_loss=learning
-            and (kwargs.get("labels") is not None or own.expert_targets is not None),
+            sequences_are_items=model.is_classifier,
+            has_loss=learning and (has_labels or own.expert_targets is not None),
         )
     return running
 
@@ -146,40 +133,32 @@ def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     return learning and any(rates)
 
 
-def _loss_scale(
-    model: PreTrainedModel, mixture: Mixture, kwargs: dict[str, Any], learning: bool
-) -> LossScale:
+def _loss_scale(model: Any, has_labels: bool, learning: bool) -> LossScale:
     """The scale to begin with: what is right where the loop computes the loss from the logits.
 
     Raises:
         ValueError: it does, and how it scales that loss cannot be known.
     """
-    scale = mixture.loss_scale
+    scale = model.moelora.loss_scale
+    device = compute_device(model)
     unknown = ""
     if scale is None and learning:
-        device = compute_device(model).type
-        half = torch.is_autocast_enabled(device)
-        half = half and torch.get_autocast_dtype(device) == torch.float16
+        half = torch.is_autocast_enabled(device.type)
+        half = half and torch.get_autocast_dtype(device.type) == torch.float16
         if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             unknown = UNKNOWN_SCALE
-    if unknown and kwargs.get("labels") is None:
+    if unknown and not has_labels:
         raise ValueError(unknown)
     if scale is None:
         # In a compiled graph, where nothing can be raised, NaN says it.
         scale = float("nan") if unknown else 1.0
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    return LossScale(torch.full((), scale, dtype=dtype, device=compute_device(model)), unknown)
+    return LossScale(torch.full((), scale, dtype=dtype, device=device), unknown)
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:
     """The model's device; of an offloaded one, whose weights are nowhere, the CPU."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
-def _by_name(base_forward: Callable, model: PreTrainedModel, args: tuple) -> dict[str, Any]:
-    """Positional arguments of the base's forward by their names."""
-    bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
-    return dict(list(bound.items())[1:])
 
 
 def _extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bool) -> Any:

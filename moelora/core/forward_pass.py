@@ -79,7 +79,7 @@ class ForwardPass:
         is_part: not the model was called but a part of it, which knows of no batch and no prompt;
         only `use_experts` is known.
         routings: what each router decided, by its number.
-        shared: the routing and plan of the layer's (or model's) router, for the sites that follow.
+        shared: the plan of the layer's (or model's) router, for the sites that follow.
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
         plan.
         closed: the model has returned; whatever runs now recomputes.
@@ -97,7 +97,7 @@ class ForwardPass:
     is_part: bool = False
 
     routings: dict[int, Routing] = field(default_factory=dict)
-    shared: tuple[Routing, Plan] | None = None
+    shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     closed: bool = False
     outer: ForwardPass | None = None
@@ -135,7 +135,7 @@ class ForwardPass:
             RuntimeError: the layer's or model's router has not run: a part of the model was called.
         """
         if router is not None:
-            return self._decode_plan(index, router, x) or self.route(index, router, x)[1]
+            return self._decode_plan(index, router, x) or self.route(index, router, x)
         if self.override is not None and self.override.learns:
             # Where layers are checkpointed, weights that take gradients must come into each as its
             # own input.
@@ -145,7 +145,7 @@ class ForwardPass:
                 f"With router_scope={self.context.config.router_scope!r} a decoder layer's router "
                 "runs before its linears: call the model itself, not one of its parts."
             )
-        return self.shared[1]
+        return self.shared
 
     def share(self, router_index: int, router: Router, hidden: Tensor) -> None:
         """Route `hidden` `[batch, length, d]` and keep the plan for the sites that follow."""
@@ -153,7 +153,7 @@ class ForwardPass:
         if self.routing_only and self.context.config.router_scope == "model":
             raise RoutingDone
 
-    def route(self, index: int, router: Router, x: Tensor) -> tuple[Routing, Plan]:
+    def route(self, index: int, router: Router, x: Tensor) -> Plan:
         """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
         routing, tokens_per_row = self._choose(index, router, x)
         if self.losses is not None:
@@ -161,7 +161,7 @@ class ForwardPass:
         if self.keep_routings and not self.closed:
             detached = Routing(*(t.detach() for t in routing))
             self.routings[index] = routing if self.routing_only else detached
-        return routing, self._plan(routing, tokens_per_row, x.dtype)
+        return self._plan(routing, tokens_per_row, x.dtype)
 
     def kept_routings(self) -> tuple[Routing, ...]:
         """One `Routing` a router, in their order."""

@@ -36,7 +36,7 @@ class RoutedCheckpoint:
             # them off.
             return function(*args)
         shared = running.shared
-        weights = None if shared is None else shared[1].weights
+        weights = None if shared is None else shared.weights
         override = running.override
         forced = override.expert_weights if override is not None and override.learns else None
         device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
@@ -45,7 +45,7 @@ class RoutedCheckpoint:
         anchor = torch.zeros((), device=device, requires_grad=True)
 
         def run(anchor: Tensor, weights: Any, forced: Any, *args: Any) -> Any:
-            given = None if shared is None else (shared[0], replace(shared[1], weights=weights))
+            given = None if shared is None else replace(shared, weights=weights)
             layer = replace(running, shared=given, shrunk={})
             if override is not None and forced is not None:
                 layer.override = replace(override, expert_weights=forced)
