@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -99,11 +99,11 @@ class Factor(nn.Module):
 
     def merge(self, trained: Tensor | None, frozen: Tensor | None) -> Tensor:
         """The rows of both parameters in block order, `[Σ blocks, width]`."""
-        sources = {
-            rows: iter(() if tensor is None else tensor.split(self._sizes(rows)))
-            for rows, tensor in ((TRAINED, trained), (FROZEN, frozen))
-        }
-        return torch.cat([next(sources[self._holder(e)]) for e in self.experts])
+        blocks: dict[str, Iterator[Tensor]] = {}
+        for name, rows in ((TRAINED, trained), (FROZEN, frozen)):
+            own = [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
+            blocks[name] = iter(() if rows is None else rows.split(own))
+        return torch.cat([next(blocks[self._holder(expert)]) for expert in self.experts])
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """`whole` `[Σ blocks, width]` as the parameters that there are, by name."""
@@ -164,9 +164,6 @@ class Factor(nn.Module):
 
     def _holder(self, expert: int) -> str:
         return FROZEN if expert in self.frozen_experts else TRAINED
-
-    def _sizes(self, name: str) -> list[int]:
-        return [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
 
     def merged_state(self, state: dict[str, Tensor], prefix: str) -> None:
         """In `state`, put one tensor of all rows by the name of those that train."""

@@ -105,7 +105,7 @@ class ForwardPass:
     @property
     def forced(self) -> bool:
         """Whether the routers are not asked at all."""
-        return self.override is not None and self.override.chooses
+        return self.override is not None and self.override.expert_weights is not None
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` with this as the pass of the thread; afterwards the one before is that again."""
@@ -170,7 +170,7 @@ class ForwardPass:
     def _choose(self, index: int, router: Router, x: Tensor) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""
         override = self.override
-        if override is not None and override.chooses:
+        if override is not None and override.expert_weights is not None:
             return override.routing(x, self.batch)
         banned = None
         if override is not None and override.banned is not None:

@@ -139,8 +139,7 @@ def _prompt(input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> Tensor:
     mask = model_kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.bool()
-    tokens = model_kwargs.get("inputs_embeds")
-    if tokens is None or (input_ids is not None and input_ids.shape[1] > 0):
-        tokens = input_ids
-    assert tokens is not None
+    embedded = model_kwargs.get("inputs_embeds")
+    has_ids = input_ids is not None and input_ids.shape[1] > 0
+    tokens: Any = input_ids if has_ids or embedded is None else embedded
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -51,35 +51,25 @@ class RoutedCheckpoint:
                 layer.override = replace(override, expert_weights=forced)
             outputs = layer.run(lambda: function(*args))
             if layer.shared is not given and not running.closed:
-                self._check_learns()
+                # Some versions of transformers checkpoint a layer with its hooks, so its router
+                # runs inside of it.
+                if self.context.config.router_scope == "model" and not torch.is_grad_enabled():
+                    raise ValueError(
+                        "router_scope='model' does not learn under reentrant gradient "
+                        "checkpointing with this version of transformers: pass "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}, or upgrade "
+                        "transformers."
+                    )
                 running.shared = layer.shared
             return outputs
 
         return self.checkpoint(run, anchor, weights, forced, *args, **kwargs)
 
-    def _check_learns(self) -> None:
-        """Raise ValueError where a router that runs inside of a checkpointed layer, as in some
-        versions of transformers, could not learn from the layers that follow.
-        """
-        if self.context.config.router_scope == "model" and not torch.is_grad_enabled():
-            raise ValueError(
-                "router_scope='model' does not learn under reentrant gradient checkpointing with "
-                "this version of transformers: pass gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}, or upgrade transformers."
-            )
 
-
-def wrap(model: nn.Module, context: MixtureContext) -> None:
-    """Wrap the checkpoint functions that `model` and its layers hold already."""
+def wrap(model: nn.Module, context: MixtureContext | None) -> None:
+    """Wrap the checkpoint functions that `model` and its layers hold already; None unwraps them."""
     for module in checkpoint_functions(model):
         function = getattr(module, CHECKPOINT_FUNCTION)
-        if not isinstance(function, RoutedCheckpoint):
-            setattr(module, CHECKPOINT_FUNCTION, RoutedCheckpoint(context, function))
-
-
-def unwrap(model: nn.Module) -> None:
-    """Give `model` and its layers their own checkpoint functions back."""
-    for module in checkpoint_functions(model):
-        function = getattr(module, CHECKPOINT_FUNCTION)
-        if isinstance(function, RoutedCheckpoint):
-            setattr(module, CHECKPOINT_FUNCTION, function.checkpoint)
+        own = function.checkpoint if isinstance(function, RoutedCheckpoint) else function
+        wrapped = own if context is None else RoutedCheckpoint(context, own)
+        setattr(module, CHECKPOINT_FUNCTION, wrapped)

@@ -18,7 +18,7 @@ from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors
-from .forward_pass import ForwardPass, current_pass
+from .forward_pass import current_pass
 
 
 class LoraA(Factor):
@@ -136,17 +136,10 @@ class Site(nn.Module):
             index: the linear's number in this site.
             inplace: whether `output` may be written into.
         """
-        # Not self.lora_B[index], whose detour is felt at every token.
-        h, plan = self._rank_space(current_pass(self.context), x, index)
-        return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
-
-    def _rank_space(self, running: ForwardPass, x: Tensor, index: int) -> tuple[Tensor, Plan]:
-        """h of linear number `index`, and the plan.
-
-        When the first linear asks, x is routed, and shrunk for all of them.
-        """
+        running = current_pass(self.context)
         shrunk = running.shrunk.pop(self, None)
         if shrunk is None or shrunk[0] is not x or index not in shrunk[1]:
+            # The first linear that asks: x is routed, and shrunk for all of them.
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
             shrunk = (x, dict(enumerate(self.lora_A(inputs, plan))), plan)
@@ -155,7 +148,8 @@ class Site(nn.Module):
         h = hs.pop(index)
         if hs:
             running.shrunk[self] = shrunk
-        return h, plan
+        # Not self.lora_B[index], whose detour is felt at every token.
+        return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
 
 
 class ExpertHook:

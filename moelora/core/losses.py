@@ -181,10 +181,9 @@ class RouterLosses:
         """
         if rows not in (self.batch, self.batch * self.length):
             return torch.ones(rows, device=device)
-        if self.token_mask is None:
-            mask = torch.ones(self.batch, self.length, device=device)
-        else:
-            mask = self.token_mask.to(device=device, dtype=torch.float32)
+        mask = torch.ones(self.batch, self.length, device=device)
+        if self.token_mask is not None:
+            mask = self.token_mask.to(mask)
         if self.sequences_are_items:
             mask = mask / mask.sum(1, keepdim=True).clamp(min=1)
         return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)

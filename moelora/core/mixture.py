@@ -154,9 +154,9 @@ class Mixture(MixtureContext):
         """
         merged = dict(state)
         for site in self.sites.values():
-            site.lora_A.merged_state(merged, f"{site.path}.lora_A.")
-            for i, lora_B in enumerate(site.lora_B):
-                lora_B.merged_state(merged, f"{site.path}.lora_B.{i}.")  # type: ignore[operator]
+            for name, part in site.named_modules():
+                if isinstance(part, Factor):
+                    part.merged_state(merged, f"{site.path}.{name}.")
         return merged
 
     @torch.no_grad()

@@ -37,11 +37,6 @@ class Override:
     complete: bool = False
 
     @property
-    def chooses(self) -> bool:
-        """Whether the routers are not asked at all."""
-        return self.expert_weights is not None
-
-    @property
     def learns(self) -> bool:
         """Whether the given weights take a gradient."""
         return self.expert_weights is not None and self.expert_weights.requires_grad
@@ -199,9 +194,9 @@ def with_bans(
     names = config.expert_names or []
     banned = torch.zeros(config.num_experts, dtype=torch.bool)
     if override.banned is not None:
-        banned = override.banned.cpu().clone()
-    for name in () if ban is None else _names("banned_experts", ban):
-        banned[config.expert_index(name)] = True
+        banned |= override.banned.cpu()
+    if ban is not None:
+        banned[[config.expert_index(name) for name in _names("banned_experts", ban)]] = True
     if not bool(banned.any()):
         return override
     if bool(banned.all()):

@@ -45,7 +45,7 @@ def put_into(
 def unload(model: MixtureModel) -> PreTrainedModel:
     """Take the mixture out, in place: the base is as it was, with its own class."""
     trained = set(model.moelora.trained_before)
-    gradient_checkpointing.unwrap(model)
+    gradient_checkpointing.wrap(model, None)
     for module in model.modules():
         for hook in hooks_of(module):
             if isinstance(hook, (ExpertHook, LayerRoutingHook)):
