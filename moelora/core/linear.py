@@ -165,15 +165,13 @@ class ExpertHook:
         self.handle = linear.register_forward_hook(self)
 
     def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        inplace = not torch.compiler.is_compiling() and self._may_write(output)
-        return self.site(args[0], output, self.index, inplace)
-
-    def _may_write(self, output: Tensor) -> bool:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
         # writing into it would cost the backward pass a copy.
-        hooks = self.handle.hooks_dict_ref() or ()
-        alone = len(hooks) == 1 and not GLOBAL_FORWARD_HOOKS
-        return alone and not (torch.is_grad_enabled() and is_view(output))
+        inplace = False
+        if not torch.compiler.is_compiling():
+            alone = len(self.handle.hooks_dict_ref() or ()) == 1 and not GLOBAL_FORWARD_HOOKS
+            inplace = alone and not (torch.is_grad_enabled() and is_view(output))
+        return self.site(args[0], output, self.index, inplace)
 
 
 class LayerRoutingHook:

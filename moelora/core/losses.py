@@ -59,23 +59,6 @@ class LossScale:
     unknown: str = ""
     seen: bool = False
 
-    def at_backward(self, like: Tensor) -> Tensor:
-        """The scale as a gradient for `like`.
-
-        Raises:
-            RuntimeError: the loss did not come from the model, and its scale cannot be known.
-        """
-        if self.unknown and not torch.compiler.is_compiling() and not self.seen:
-            raise RuntimeError(self.unknown)
-        # A copy: the next backward pass through the same graph may write another scale.
-        return self.value.to(device=like.device, dtype=like.dtype, copy=True)
-
-    def show(self, gradient: Tensor) -> None:
-        """Note the gradient that the loss got."""
-        self.value.copy_(gradient.detach())
-        if not torch.compiler.is_compiling():
-            self.seen = True
-
 
 UNKNOWN_SCALE = (
     "The loss is computed outside of the model (label smoothing or compute_loss_func) under fp16 "
@@ -212,7 +195,10 @@ class RouterLosses:
 
 
 class _AttachLoss(torch.autograd.Function):
-    """`weights` unchanged; in the backward pass `loss` gets the scale as its gradient."""
+    """`weights` unchanged; in the backward pass `loss` gets the scale as its gradient.
+
+    A RuntimeError there: the loss did not come from the model, and its scale cannot be known.
+    """
 
     @staticmethod
     def forward(ctx, weights, loss, scale, load):
@@ -224,9 +210,13 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        scale = ctx.scale
         if not torch.compiler.is_compiling():
             ctx.load.learned = True
-        return grads[0], ctx.scale.at_backward(ctx.like), None, None
+            if scale.unknown and not scale.seen:
+                raise RuntimeError(scale.unknown)
+        # A copy: the next backward pass through the same graph may write another scale.
+        return grads[0], scale.value.to(ctx.like, copy=True), None, None
 
 
 class _ProbeLoss(torch.autograd.Function):
@@ -246,5 +236,7 @@ class _ProbeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.scale.show(grads[0])
+        ctx.scale.value.copy_(grads[0].detach())
+        if not torch.compiler.is_compiling():
+            ctx.scale.seen = True
         return grads[0], None, *[grads[0]] * ctx.riding
