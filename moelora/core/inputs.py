@@ -77,12 +77,11 @@ OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
 
 def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
     """(batch, length) of the tokens of this forward pass."""
-    for name, axes in (("input_ids", 2), ("inputs_embeds", 3)):
+    for name, axes in (("input_ids", "[batch, length]"), ("inputs_embeds", "[batch, length, d]")):
         tensor = kwargs.get(name)
         if isinstance(tensor, Tensor):
-            if tensor.dim() != axes:
-                expected = "[batch, length]" if axes == 2 else "[batch, length, d]"
-                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}.")
+            if tensor.dim() != axes.count(",") + 1:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {axes}.")
             return tensor.shape[0], tensor.shape[1]
     raise ValueError("Neither input_ids nor inputs_embeds was given.")
 

@@ -152,12 +152,8 @@ def _of_weights(override: Override, weights: Tensor) -> Override:
 
 def _names(what: str, names: Any) -> list[str]:
     """The names meant by a string or several of them; TypeError for anything else."""
-    if isinstance(names, str):
-        return [names]
-    try:
-        listed = list(names)
-    except TypeError:
-        listed = [names]
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    listed = list(names) if several else [names]
     if wrong := [name for name in listed if not isinstance(name, str)]:
         raise TypeError(
             f"{what} names {wrong[0]!r}, a {type(wrong[0]).__name__}; expected names of experts."

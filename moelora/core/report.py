@@ -61,21 +61,17 @@ class RoutingReport:
         names = mixture.config.choice_names
         mask = inputs.get("attention_mask")
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
-        by_router = []
-        by_sequence = torch.zeros(batch, len(names))
-        probabilities = 0.0
-        for router in routing:
-            per_sequence = _by_sequence(_slots(router, mixture.config), present)
-            by_router.append(_shares(per_sequence.sum(0)))
-            by_sequence += _shares(per_sequence)
-            if router.logits.shape[-1] == len(names):
-                probable = _by_sequence(router.logits.detach().cpu().softmax(-1), present)
-                probabilities += _shares(probable) / len(routing)
-        by_sequence /= len(routing)
-        if not isinstance(probabilities, Tensor):
-            probabilities = by_sequence
+        counts = [_by_sequence(_slots(own, mixture.config), present) for own in routing]
+        by_router = torch.stack([_shares(own.sum(0)) for own in counts])
+        zero = torch.zeros(())
+        by_sequence = sum((_shares(own) for own in counts), zero) / len(routing)
+        probabilities = by_sequence
+        asked = [own.logits.detach().cpu() for own in routing if own.logits.shape[-1] == len(names)]
+        if asked:
+            probable = [_by_sequence(logits.softmax(-1), present) for logits in asked]
+            probabilities = sum((_shares(own) / len(routing) for own in probable), zero)
         routers = list(mixture.router_names)
-        return cls(names, routers, torch.stack(by_router), by_sequence, probabilities, routing)
+        return cls(names, routers, by_router, by_sequence, probabilities, routing)
 
 
 def _slots(routing: Routing, config: MoeLoraConfig) -> Tensor:
