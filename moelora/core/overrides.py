@@ -152,8 +152,8 @@ def _of_weights(override: Override, weights: Tensor) -> Override:
 
 def _names(what: str, names: Any) -> list[str]:
     """The names meant by a string or several of them; TypeError for anything else."""
-    several = isinstance(names, Iterable) and not isinstance(names, str)
-    listed = list(names) if several else [names]
+    is_one = isinstance(names, str) or not isinstance(names, Iterable)
+    listed: list[Any] = [names] if is_one else list(names)
     if wrong := [name for name in listed if not isinstance(name, str)]:
         raise TypeError(
             f"{what} names {wrong[0]!r}, a {type(wrong[0]).__name__}; expected names of experts."
