@@ -35,7 +35,6 @@ from transformers import (
 )
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.core.report import plot_routing_heatmap
 
 EXPERTS = 8
 RANK = 8
@@ -148,11 +147,13 @@ def show_routing(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
 
     picture = folder / "routing.png"
     details = folder / "routing_by_router.png"
-    plot_routing_heatmap(share, domains, experts, picture, "Share of choices, all routers")
+    reporting.plot_routing_heatmap(
+        share, domains, experts, picture, "Share of choices, all routers"
+    )
     # Routers number their experts as they like; one row a router shows what their mean hides.
     columns = [f"{domain}, {expert}" for domain in domains for expert in experts]
     rows = routing.transpose(0, 1).flatten(1)
-    plot_routing_heatmap(rows, reports[0].router_names, columns, details)
+    reporting.plot_routing_heatmap(rows, reports[0].router_names, columns, details)
     reporting.line(f"heatmaps: {picture} (all routers), {details} (router by router)")
 
 

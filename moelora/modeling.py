@@ -165,7 +165,7 @@ class MoeLoraModel(MixtureModel):
             ValueError, TypeError: an unknown name, no expert left, an expert that is both used and
                 banned, weights that are not finite, or neither experts nor ban.
         """
-        with overriding(self.moelora.context, experts, ban, compute_device(self)):
+        with overriding(self.moelora, experts, ban, compute_device(self)):
             yield self
 
     def describe_experts(

@@ -27,7 +27,7 @@ from benchmarks.routing.gates import MAIN
 from benchmarks.routing.parts import Results
 from benchmarks.routing.replay import SHARES
 from benchmarks.routing.settings import Settings
-from moelora.core.report import plot_routing_heatmap
+from examples.reporting import plot_routing_heatmap
 
 
 def write(

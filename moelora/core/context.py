@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +19,11 @@ class Entered:
     """A `use_experts` that was entered.
 
     Args:
-        owner: the key of the mixture that it overrides.
         override: what it decides.
-        key: its own key, by which copies made inside of it are overridden too.
+        key: by which the mixture, and copies of it that are made inside, know it.
         is_open: whether it has not been left; some leave in another order than they entered.
     """
 
-    owner: str
     override: Any
     key: str = field(default_factory=lambda: uuid4().hex)
     is_open: bool = True
@@ -37,38 +34,41 @@ class Entered:
 ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("entered", default=())
 
 
-class MixtureContext:
-    """What sites, hooks and forward passes read, and by which a pass knows whose it is.
+class MixtureContext(nn.Module):
+    """What sites, hooks and forward passes read of a mixture, by which a pass knows whose it is.
 
     Args:
         config: the mixture's configuration.
 
     Attributes:
-        load: how many tokens each expert got.
+        load: how many tokens each expert got; there once all routers are.
         routers: the routers by what they route, a site's first linear or a decoder layer, with
             - for the dots of its name; the decoder layers own them.
         router_names: what they route, by its full name.
-        backend: the one of `moelora_kernels.BACKENDS` that computes, or None: its table chooses.
-        tiles: the tuned tiles of this machine's GPU, by name.
-        loss_scale: d(backward)/d(loss) where no loss passes through the model, or None.
-        overrides_entered: how many `use_experts` are entered now, in any thread.
+        tiles: the tuned tiles of this machine's GPU, by name; "" are the defaults.
+        loss_scale: d(backward)/d(loss) where no loss passes through the model (see
+            `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
+        overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
+            copy those that it was made inside of.
         num_experts, by_token, total_rank, fills_every_slot: kept at hand, since they are read for
             every site of every token that is generated, and a configuration answers slowly.
     """
 
     load: LoadWindow
+    routers: nn.ModuleDict
 
     def __init__(self, config: MoeLoraConfig):
+        super().__init__()
         self.config = config
-        # Its own first; after it those of the `use_experts` that it was copied inside of.
-        self.keys: tuple[str, ...] = (uuid4().hex,)
-        self.routers = nn.ModuleDict()
+        # Past nn.Module.__setattr__: the routers are submodules of their owners.
+        object.__setattr__(self, "routers", nn.ModuleDict())
         self.router_names: list[str] = []
         self.router_list: tuple[Router, ...] = ()
-        self.backend: str | None = None
+        self._backend: str | None = None
         self.tiles = ""
         self.loss_scale: float | None = None
-        self.overrides_entered = 0
+        # A list, whose changes are atomic.
+        self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts
         self.by_token = config.routing_level == "token"
         self.total_rank = 0
@@ -76,29 +76,28 @@ class MixtureContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be a copy: a mixture of its own, overridden like the original that it is made of."""
-        self.__dict__.update(state)
-        inside = [entered.key for entered in self.entered()]
-        self.keys = (uuid4().hex, *inside)
-        self.overrides_entered = len(inside)
+        super().__setstate__(state)
+        self.overrides_entered = [entered.key for entered in self.entered()]
 
     def entered(self) -> list[Entered]:
         """The `use_experts` of this mixture that this thread or task is in, innermost last."""
-        return [
-            entered
-            for entered in ENTERED.get()
-            if entered.is_open and not {entered.owner, entered.key}.isdisjoint(self.keys)
-        ]
+        keys = self.overrides_entered
+        return [entered for entered in ENTERED.get() if entered.is_open and entered.key in keys]
 
-    def refresh(self, ranks: Iterable[int]) -> None:
-        """Read again what is kept at hand, after experts or routers changed.
+    @property
+    def backend(self) -> str | None:
+        """The one of `moelora_kernels.BACKENDS` that computes, or None: its table chooses.
 
-        Args:
-            ranks: R of every linear.
+        This and `tiles` belong to the process, not to the model, and are not saved.
         """
-        self.num_experts = self.config.num_experts
-        self.total_rank = max(ranks)
-        self.router_list = tuple(self.routers.values())  # type: ignore[arg-type]
-        self.fills_every_slot = all(router.fills_every_slot for router in self.router_list)
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        """Set it here and in every router."""
+        self._backend = name
+        for router in self.router_list:
+            router.backend = name
 
     def trained_router_parameter(self) -> nn.Parameter | None:
         """A trainable parameter of a router, or None where all are frozen."""

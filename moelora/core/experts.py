@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -31,11 +31,6 @@ class LoraFactors:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has a part of `tensor` alone (FSDP2's DTensor)."""
     return hasattr(tensor, "full_tensor")
-
-
-def rank_offsets(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Where each expert's rows begin, `[E + 1]`: the running sum of the ranks."""
-    return tuple(accumulate(ranks, initial=0))
 
 
 class Factor(nn.Module):
@@ -70,7 +65,9 @@ class Factor(nn.Module):
         rows = torch.zeros(sum(self.blocks), width, **factory)
         self.register_parameter(TRAINED, nn.Parameter(rows))
         self.register_parameter(FROZEN, None)
-        self.layout = Layout([rank_offsets(own) for own in ranks], scaling, rows.device)
+        # Where each expert's rows begin, `[E + 1]`.
+        offsets = [tuple(accumulate(own, initial=0)) for own in ranks]
+        self.layout = Layout(offsets, scaling, rows.device)
 
     def layout_on(self, device: torch.device) -> Layout:
         """The layout with its tables on `device`; remembered, as the factor hardly ever moves."""
@@ -102,11 +99,11 @@ class Factor(nn.Module):
 
     def merge(self, trained: Tensor | None, frozen: Tensor | None) -> Tensor:
         """The rows of both parameters in block order, `[Σ blocks, width]`."""
-        sources = {
-            rows: iter(() if tensor is None else tensor.split(self._sizes(rows)))
-            for rows, tensor in ((TRAINED, trained), (FROZEN, frozen))
-        }
-        return torch.cat([next(sources[self._holder(e)]) for e in self.experts])
+        blocks: dict[str, Iterator[Tensor]] = {}
+        for name, rows in ((TRAINED, trained), (FROZEN, frozen)):
+            own = [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
+            blocks[name] = iter(() if rows is None else rows.split(own))
+        return torch.cat([next(blocks[self._holder(expert)]) for expert in self.experts])
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """`whole` `[Σ blocks, width]` as the parameters that there are, by name."""
@@ -167,9 +164,6 @@ class Factor(nn.Module):
 
     def _holder(self, expert: int) -> str:
         return FROZEN if expert in self.frozen_experts else TRAINED
-
-    def _sizes(self, name: str) -> list[int]:
-        return [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
 
     def merged_state(self, state: dict[str, Tensor], prefix: str) -> None:
         """In `state`, put one tensor of all rows by the name of those that train."""

@@ -19,7 +19,7 @@ from .inputs import OwnInputs, batch_shape, token_mask
 from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
 from .mixture import Mixture
 from .overrides import override_of
-from .prompts import Prompt, carried_by_cache, note_on_cache, read_prompt
+from .prompts import carried_by_cache, note_on_cache, read_prompt
 
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
@@ -31,22 +31,13 @@ class RoutingOutput(ModelOutput):
     expert_routing: tuple[Routing, ...] | None = None
 
 
-def run_forward(
-    model: PreTrainedModel,
-    mixture: Mixture,
-    base_forward: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    is_classifier: bool,
-) -> Any:
+def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call `base_forward` as one forward pass of the mixture; returns the base's output, extended.
 
     Args:
-        model: the model that is called.
-        mixture: inside of it.
+        model: the `MixtureModel` that is called.
         base_forward: its base's forward, a plain function.
         args, kwargs: of the call.
-        is_classifier: labels are one a sequence.
 
     Raises:
         ValueError, TypeError: inputs that do not fit the batch or the routing level.
@@ -58,83 +49,75 @@ def run_forward(
             "Start one process a GPU instead (torchrun or accelerate launch, with "
             "DistributedDataParallel), or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    mixture: Mixture = model.moelora
     own = OwnInputs.taken_from(kwargs)
     if args:
-        kwargs.update(_by_name(base_forward, model, args))
-    running = _begin(model, mixture, own, kwargs, is_classifier)
+        # Positional arguments by their names.
+        bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
+        kwargs.update(list(bound.items())[1:])
     learning = model.training and torch.is_grad_enabled()
+    running = _begin(model, own, kwargs, learning)
     if learning:
         mixture.check_resident("train")
     losses = running.losses if learning else None
     if losses is not None:
-        losses.load.begin_forward(mixture.context.trained_router_parameter())
+        mixture.load.begin_forward(mixture.trained_router_parameter())
     try:
         outputs = running.run(lambda: base_forward(model, **kwargs))
     except RoutingDone:
-        return RoutingOutput(expert_routing=running.kept_routings())
+        outputs = None
     finally:
         running.close()
     if running.routing_only:
         return RoutingOutput(expert_routing=running.kept_routings())
     if losses is not None:
-        losses.load.end_forward(losses.counts)
+        mixture.load.end_forward(losses.counts)
     if not (mixture.by_token or running.forced):
         note_on_cache(outputs, running.kept_routings())
     return _extended(outputs, running, learning, kwargs.get("labels") is not None)
 
 
-def _begin(
-    model: PreTrainedModel,
-    mixture: Mixture,
-    own: OwnInputs,
-    kwargs: dict[str, Any],
-    is_classifier: bool,
-) -> ForwardPass:
+def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -> ForwardPass:
     """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
-    config = mixture.config
+    mixture: Mixture = model.moelora
     batch, length = batch_shape(kwargs)
-    own.check(config, batch, length)
-    tokens = token_mask(kwargs.get("attention_mask"), batch, length)
-    learning = model.training and torch.is_grad_enabled()
     # Once, not where it is read: the backward pass may recompute after `use_experts` has ended.
     weights = own.expert_weights
     bans = own.banned_experts
-    override = override_of(mixture.context, weights, bans, batch, length, compute_device(model))
-    own.check_bans(override)
+    override = override_of(mixture, weights, bans, batch, length, compute_device(model))
     running = ForwardPass(
-        mixture.context,
+        mixture,
         batch,
-        length,
         carried=own.expert_routing,
         override=override,
         keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
         routing_only=own.routing_only,
     )
-    if not running.forced:
-        own.check_routing(config, len(mixture.routers), batch, length)
+    banned = None if override is None else override.banned
+    own.check(mixture, batch, length, running.forced, banned)
     if not (mixture.by_token or running.forced):
         running.carried = own.expert_routing or carried_by_cache(kwargs, batch, own.router_mask)
         if running.carried is None:
             # Where nothing but the routing is asked for, no label can leak into a prompt.
             answers = learning and not own.routing_only
-            prompt = Prompt(batch, length, tokens, own.router_mask, is_classifier, answers)
-            running.prompt_mask, labels = read_prompt(prompt, kwargs, config.router_prefix_tokens)
+            prefix = mixture.config.router_prefix_tokens
+            running.prompt_mask, labels = read_prompt(
+                kwargs, own.router_mask, prefix, model.is_classifier, answers
+            )
             if labels is not None:
                 kwargs["labels"] = labels
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
+        has_labels = kwargs.get("labels") is not None
         running.losses = RouterLosses(
-            config,
-            mixture.load,
-            num_routers=len(mixture.routers),
-            batch=batch,
-            length=length,
-            scale=_loss_scale(model, mixture, kwargs, learning),
-            token_mask=tokens,
+            mixture,
+            batch,
+            length,
+            scale=_loss_scale(model, has_labels, learning),
+            token_mask=token_mask(kwargs.get("attention_mask"), batch, length),
             targets=own.expert_targets,
             num_items=kwargs.get("num_items_in_batch"),
-            sequences_are_items=is_classifier,
-            has_loss=learning
-            and (kwargs.get("labels") is not None or own.expert_targets is not None),
+            sequences_are_items=model.is_classifier,
+            has_loss=learning and (has_labels or own.expert_targets is not None),
         )
     return running
 
@@ -142,7 +125,7 @@ def _begin(
 def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     """Whether router losses are computed: to learn from, or because the caller asked for them."""
     config = mixture.config
-    if own.expert_routing is not None or mixture.context.trained_router_parameter() is None:
+    if own.expert_routing is not None or mixture.trained_router_parameter() is None:
         return False
     if own.expert_targets is not None or own.output_expert_routing:
         return True
@@ -150,40 +133,32 @@ def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     return learning and any(rates)
 
 
-def _loss_scale(
-    model: PreTrainedModel, mixture: Mixture, kwargs: dict[str, Any], learning: bool
-) -> LossScale:
+def _loss_scale(model: Any, has_labels: bool, learning: bool) -> LossScale:
     """The scale to begin with: what is right where the loop computes the loss from the logits.
 
     Raises:
         ValueError: it does, and how it scales that loss cannot be known.
     """
-    scale = mixture.loss_scale
+    scale = model.moelora.loss_scale
+    device = compute_device(model)
     unknown = ""
     if scale is None and learning:
-        device = compute_device(model).type
-        half = torch.is_autocast_enabled(device)
-        half = half and torch.get_autocast_dtype(device) == torch.float16
+        half = torch.is_autocast_enabled(device.type)
+        half = half and torch.get_autocast_dtype(device.type) == torch.float16
         if half or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             unknown = UNKNOWN_SCALE
-    if unknown and kwargs.get("labels") is None:
+    if unknown and not has_labels:
         raise ValueError(unknown)
     if scale is None:
         # In a compiled graph, where nothing can be raised, NaN says it.
         scale = float("nan") if unknown else 1.0
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    return LossScale(torch.full((), scale, dtype=dtype, device=compute_device(model)), unknown)
+    return LossScale(torch.full((), scale, dtype=dtype, device=device), unknown)
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:
     """The model's device; of an offloaded one, whose weights are nowhere, the CPU."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
-def _by_name(base_forward: Callable, model: PreTrainedModel, args: tuple) -> dict[str, Any]:
-    """Positional arguments of the base's forward by their names."""
-    bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
-    return dict(list(bound.items())[1:])
 
 
 def _extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bool) -> Any:

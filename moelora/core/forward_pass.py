@@ -7,10 +7,9 @@ here and not on the model, so threads, nested calls and errors do not meet.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..host_internals import inside_backward
 from ..routers import Router, Routing, TopKRouter
 from .context import MixtureContext
 from .losses import RouterLosses
-from .overrides import Override, entered_override
+from .overrides import Override, entered_override, tokens_per_row
 
 
 class RoutingDone(Exception):
@@ -60,16 +59,16 @@ def current_pass(context: MixtureContext) -> ForwardPass:
             "does not know of, so its router losses and sequence routing would be lost: use "
             "model.gradient_checkpointing_enable() (Trainer's gradient_checkpointing=True)."
         )
-    return ForwardPass.of_a_part(context)
+    return ForwardPass(context, 1, override=entered_override(context), is_part=True)
 
 
 @dataclass
 class ForwardPass:
-    """One forward pass over `batch` sequences of `length` tokens.
+    """One forward pass over `batch` sequences.
 
     Args:
         context: of the mixture that it goes through.
-        batch, length: of the input.
+        batch: of the input.
         prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
         carried: one `Routing` a router, decided before: by an earlier step, or by the caller.
         override: what the routers may not decide.
@@ -77,9 +76,10 @@ class ForwardPass:
         keep_routings: keep each router's routing for the output.
         routing_only: the pass stops once the last router has routed, and its routings take
         gradients.
-        is_part: not the model was called but a part of it, which knows of no batch and no prompt.
+        is_part: not the model was called but a part of it, which knows of no batch and no prompt;
+        only `use_experts` is known.
         routings: what each router decided, by its number.
-        shared: the routing and plan of the layer's (or model's) router, for the sites that follow.
+        shared: the plan of the layer's (or model's) router, for the sites that follow.
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
         plan.
         closed: the model has returned; whatever runs now recomputes.
@@ -88,7 +88,6 @@ class ForwardPass:
 
     context: MixtureContext
     batch: int
-    length: int
     prompt_mask: Tensor | None = None
     carried: tuple[Routing, ...] | None = None
     override: Override | None = None
@@ -98,20 +97,15 @@ class ForwardPass:
     is_part: bool = False
 
     routings: dict[int, Routing] = field(default_factory=dict)
-    shared: tuple[Routing, Plan] | None = None
+    shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     closed: bool = False
     outer: ForwardPass | None = None
 
-    @classmethod
-    def of_a_part(cls, context: MixtureContext) -> ForwardPass:
-        """The pass of a call of a part of the model: only `use_experts` is known."""
-        return cls(context, 1, 0, override=entered_override(context), is_part=True)
-
     @property
     def forced(self) -> bool:
         """Whether the routers are not asked at all."""
-        return self.override is not None and self.override.chooses
+        return self.override is not None and self.override.expert_weights is not None
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` with this as the pass of the thread; afterwards the one before is that again."""
@@ -129,25 +123,6 @@ class ForwardPass:
         self.closed = True
         self.shared = None
 
-    def again(
-        self, shared: tuple[Routing, Plan] | None, weights: Tensor | None, forced: Tensor | None
-    ) -> ForwardPass:
-        """This pass for one checkpointed layer, which is given what takes gradients as inputs.
-
-        Args:
-            shared: what was shared when the layer was called first.
-            weights: its plan's weights.
-            forced: the weights of an override that learns.
-        """
-        layer = copy.copy(self)
-        layer.shrunk = {}
-        layer.shared = shared
-        if shared is not None and weights is not None:
-            layer.shared = (shared[0], replace(shared[1], weights=weights))
-        if forced is not None and self.override is not None:
-            layer.override = replace(self.override, expert_weights=forced)
-        return layer
-
     def plan_for(self, index: int, router: Router | None, x: Tensor) -> Plan:
         """The plan of a site for its input x `[…, d_in]`: its own router's, or its layer's.
 
@@ -160,24 +135,25 @@ class ForwardPass:
             RuntimeError: the layer's or model's router has not run: a part of the model was called.
         """
         if router is not None:
-            return self._decode_plan(index, router, x) or self.route(index, router, x)[1]
+            return self._decode_plan(index, router, x) or self.route(index, router, x)
         if self.override is not None and self.override.learns:
             # Where layers are checkpointed, weights that take gradients must come into each as its
             # own input.
             return self._plan(*self.override.routing(x, self.batch), x.dtype)
         if self.shared is None:
-            raise RuntimeError(self._call_the_model())
-        return self.shared[1]
+            raise RuntimeError(
+                f"With router_scope={self.context.config.router_scope!r} a decoder layer's router "
+                "runs before its linears: call the model itself, not one of its parts."
+            )
+        return self.shared
 
     def share(self, router_index: int, router: Router, hidden: Tensor) -> None:
         """Route `hidden` `[batch, length, d]` and keep the plan for the sites that follow."""
-        if self.is_part:
-            raise RuntimeError(self._call_the_model())
         self.shared = self.route(router_index, router, hidden)
         if self.routing_only and self.context.config.router_scope == "model":
             raise RoutingDone
 
-    def route(self, index: int, router: Router, x: Tensor) -> tuple[Routing, Plan]:
+    def route(self, index: int, router: Router, x: Tensor) -> Plan:
         """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
         routing, tokens_per_row = self._choose(index, router, x)
         if self.losses is not None:
@@ -185,13 +161,7 @@ class ForwardPass:
         if self.keep_routings and not self.closed:
             detached = Routing(*(t.detach() for t in routing))
             self.routings[index] = routing if self.routing_only else detached
-        return routing, self._plan(routing, tokens_per_row, x.dtype)
-
-    def _call_the_model(self) -> str:
-        return (
-            f"With router_scope={self.context.config.router_scope!r} a decoder layer's router runs "
-            "before its linears: call the model itself, not one of its parts."
-        )
+        return self._plan(routing, tokens_per_row, x.dtype)
 
     def kept_routings(self) -> tuple[Routing, ...]:
         """One `Routing` a router, in their order."""
@@ -199,15 +169,17 @@ class ForwardPass:
 
     def _choose(self, index: int, router: Router, x: Tensor) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""
-        num_tokens = x.shape[:-1].numel()
         override = self.override
-        if override is not None and override.chooses:
+        if override is not None and override.expert_weights is not None:
             return override.routing(x, self.batch)
         banned = None
         if override is not None and override.banned is not None:
             banned = override.banned.to(x.device)
         if self.carried is not None:
-            return self._carried(index, x, banned)
+            routing = Routing(*(t.to(x.device) for t in self.carried[index]))
+            each = tokens_per_row("expert_routing", len(routing.expert_ids), x, self.batch)
+            return routing if banned is None else routing.without(banned), each
+        num_tokens = x.shape[:-1].numel()
         load = self.context.load
         bias = load(index) if load.update_rate else None
         # Custom routers that know of no ban need not take one where there is none.
@@ -228,19 +200,6 @@ class ForwardPass:
         mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
         prompts = x.reshape(self.batch, length, -1)
         return router(prompts, bias, *bans, prompt_mask=mask), length
-
-    def _carried(self, index: int, x: Tensor, banned: Tensor | None) -> tuple[Routing, int]:
-        """The routing that was decided before, and how many tokens each of its rows stands for."""
-        assert self.carried is not None
-        routing = Routing(*(t.to(x.device) for t in self.carried[index]))
-        num_tokens = x.shape[:-1].numel()
-        rows = len(routing.expert_ids)
-        if rows == 0 or num_tokens % rows:
-            raise ValueError(
-                f"expert_routing has {rows} rows, but an adapted linear reads an input of shape "
-                f"{tuple(x.shape)}: pass the routing of this very batch."
-            )
-        return routing if banned is None else routing.without(banned), num_tokens // rows
 
     def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
         """The plan of a routing, for activations of `dtype`."""
@@ -265,14 +224,13 @@ class ForwardPass:
     def _decode_plan(self, index: int, router: Router, x: Tensor) -> Plan | None:
         """The plan of a few tokens that the kernels route themselves; None where that cannot be."""
         context = self.context
-        if context.backend is None and x.device.type == "cpu":
-            # The table has nothing but eager for it; asked at once, as it is for every token.
+        # The table has nothing but eager for it; asked at once, as it is for every token.
+        is_eager = context.backend is None and x.device.type == "cpu"
+        if is_eager or torch.is_grad_enabled() or not context.by_token or router.training:
             return None
-        if torch.is_grad_enabled() or not context.by_token or type(router) is not TopKRouter:
+        if self.keep_routings or self.override is not None or self.carried is not None:
             return None
-        if router.training or self.keep_routings:
-            return None
-        if self.override is not None or self.carried is not None:
+        if type(router) is not TopKRouter:
             return None
         tokens = x.shape[:-1].numel()
         slots = router.num_experts_per_tok
@@ -282,9 +240,9 @@ class ForwardPass:
             return None
         weight = router.get_parameter("weight")
         # An engine that keeps the weight elsewhere brings it to the router's own forward alone.
-        if torch.is_autocast_enabled(x.device.type) or weight.device != x.device:
-            return None
-        if weight.shape != (router.num_choices, router.in_features):
+        is_here = weight.shape == (router.num_choices, router.in_features)
+        is_here = is_here and weight.device == x.device
+        if not is_here or torch.is_autocast_enabled(x.device.type):
             return None
         bias = context.load(index)
         flags = (router.norm_topk_prob, router.null_expert, router.input_norm)

@@ -14,17 +14,12 @@ import torch
 from torch import Tensor
 
 from ..routers import Routing
+from .inputs import OWN_INPUTS, check_expert_weights
 from .mixture import Mixture
-from .overrides import check_expert_weights, step_weights
 from .prompts import carried_by_cache
 
-CARRIED = (
-    "router_mask",
-    "expert_routing",
-    "output_expert_routing",
-    "expert_weights",
-    "banned_experts",
-)
+# Nothing is learned while generating.
+CARRIED = [name for name in OWN_INPUTS if name != "expert_targets"]
 
 
 class Generating:
@@ -44,7 +39,7 @@ class Generating:
         if weights is not None and weights.dim() == 3:
             tokens = inputs.get("input_ids")
             tokens = inputs["inputs_embeds"] if tokens is None else tokens
-            own["expert_weights"] = step_weights(weights, _cached(weights, kwargs), tokens.shape[1])
+            own["expert_weights"] = _step_weights(weights, kwargs, tokens.shape[1])
         return {**inputs, **{name: value for name, value in own.items() if value is not None}}
 
     def _expand_inputs_for_generation(
@@ -123,15 +118,20 @@ def _reads_prompts(mixture: Mixture, model_kwargs: dict[str, Any]) -> bool:
     return not mixture.by_token and model_kwargs.get("expert_weights") is None
 
 
-def _cached(weights: Tensor, kwargs: dict[str, Any]) -> int:
-    """How many tokens lie before this step's; the prompt's have the weights `[batch, S, E]`."""
+def _step_weights(weights: Tensor, kwargs: dict[str, Any], num_tokens: int) -> Tensor:
+    """Of a prompt's weights `[batch, S, E]` those of this step's tokens.
+
+    New tokens have the weights of the prompt's last one.
+    """
     cache = kwargs.get("past_key_values")
+    first = 0
     if cache is not None:
-        return int(cache.get_seq_length())
-    if kwargs.get("cache_params") is None or kwargs.get("is_first_iteration"):
-        return 0
-    # Caches of state space models count no tokens; after the first step there are new ones alone.
-    return weights.shape[1]
+        first = int(cache.get_seq_length())
+    elif kwargs.get("cache_params") is not None and not kwargs.get("is_first_iteration"):
+        # Caches of state space models count no tokens; after the first step all are new.
+        first = weights.shape[1]
+    positions = torch.arange(first, first + num_tokens, device=weights.device)
+    return weights[:, positions.clamp(max=weights.shape[1] - 1)]
 
 
 def _prompt(input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> Tensor:
@@ -139,8 +139,7 @@ def _prompt(input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> Tensor:
     mask = model_kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.bool()
-    tokens = model_kwargs.get("inputs_embeds")
-    if tokens is None or (input_ids is not None and input_ids.shape[1] > 0):
-        tokens = input_ids
-    assert tokens is not None
+    embedded = model_kwargs.get("inputs_embeds")
+    has_ids = input_ids is not None and input_ids.shape[1] > 0
+    tokens: Any = input_ids if has_ids or embedded is None else embedded
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..host_internals import CHECKPOINT_FUNCTION, checkpoint_functions
-from ..routers import Routing
 from .context import MixtureContext
-from .forward_pass import ForwardPass, running_pass
+from .forward_pass import running_pass
 
 
 class RoutedCheckpoint:
@@ -35,56 +35,41 @@ class RoutedCheckpoint:
             # Its results are routings, not outputs of the layer: a reentrant checkpoint would cut
             # them off.
             return function(*args)
-        weights = None if running.shared is None else running.shared[1].weights
+        shared = running.shared
+        weights = None if shared is None else shared.weights
         override = running.override
         forced = override.expert_weights if override is not None and override.learns else None
         device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
         # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first
         # one's over a frozen embedding: its experts would silently not train.
         anchor = torch.zeros((), device=device, requires_grad=True)
-        shared = running.shared
 
-        def run(anchor: Tensor, weights: Tensor | None, forced: Tensor | None, *args: Any) -> Any:
-            layer = running.again(shared, weights, forced)
+        def run(anchor: Tensor, weights: Any, forced: Any, *args: Any) -> Any:
+            given = None if shared is None else replace(shared, weights=weights)
+            layer = replace(running, shared=given, shrunk={})
+            if override is not None and forced is not None:
+                layer.override = replace(override, expert_weights=forced)
             outputs = layer.run(lambda: function(*args))
-            if not running.closed:
-                self._take_over(layer, running)
+            if layer.shared is not given and not running.closed:
+                # Some versions of transformers checkpoint a layer with its hooks, so its router
+                # runs inside of it.
+                if self.context.config.router_scope == "model" and not torch.is_grad_enabled():
+                    raise ValueError(
+                        "router_scope='model' does not learn under reentrant gradient "
+                        "checkpointing with this version of transformers: pass "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}, or upgrade "
+                        "transformers."
+                    )
+                running.shared = layer.shared
             return outputs
 
         return self.checkpoint(run, anchor, weights, forced, *args, **kwargs)
 
-    def _take_over(self, layer: ForwardPass, running: ForwardPass) -> None:
-        """Where transformers checkpoints a layer with its hooks, the routing is made inside of it.
 
-        Raises:
-            ValueError: its router could not learn from the layers that follow.
-        """
-        if layer.shared is None or layer.shared[0] is _routing(running):
-            return
-        if self.context.config.router_scope == "model" and not torch.is_grad_enabled():
-            raise ValueError(
-                "router_scope='model' does not learn under reentrant gradient checkpointing with "
-                "this version of transformers: pass gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}, or upgrade transformers."
-            )
-        running.shared = layer.shared
-
-
-def _routing(running: ForwardPass) -> Routing | None:
-    return None if running.shared is None else running.shared[0]
-
-
-def wrap(model: nn.Module, context: MixtureContext) -> None:
-    """Wrap the checkpoint functions that `model` and its layers hold already."""
+def wrap(model: nn.Module, context: MixtureContext | None) -> None:
+    """Wrap the checkpoint functions that `model` and its layers hold already; None unwraps them."""
     for module in checkpoint_functions(model):
         function = getattr(module, CHECKPOINT_FUNCTION)
-        if not isinstance(function, RoutedCheckpoint):
-            setattr(module, CHECKPOINT_FUNCTION, RoutedCheckpoint(context, function))
-
-
-def unwrap(model: nn.Module) -> None:
-    """Give `model` and its layers their own checkpoint functions back."""
-    for module in checkpoint_functions(model):
-        function = getattr(module, CHECKPOINT_FUNCTION)
-        if isinstance(function, RoutedCheckpoint):
-            setattr(module, CHECKPOINT_FUNCTION, function.checkpoint)
+        own = function.checkpoint if isinstance(function, RoutedCheckpoint) else function
+        wrapped = own if context is None else RoutedCheckpoint(context, own)
+        setattr(module, CHECKPOINT_FUNCTION, wrapped)

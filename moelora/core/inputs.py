@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import MoeLoraConfig
+from .context import MixtureContext
 from .losses import IGNORE
-from .overrides import Override
 
 # A value of output_expert_routing: nothing but the routing is wanted.
 ROUTING_ONLY = "only"
@@ -37,8 +37,16 @@ class OwnInputs:
         """Whether the routing and nothing else is asked for."""
         return self.output_expert_routing == ROUTING_ONLY
 
-    def check(self, config: MoeLoraConfig, batch: int, length: int) -> None:
+    def check(
+        self, context: MixtureContext, batch: int, length: int, forced: bool, banned: Tensor | None
+    ) -> None:
         """Raise where an input does not fit a batch of `batch` sequences of `length` tokens.
+
+        Args:
+            context: the mixture.
+            batch, length: of the tokens.
+            forced: the routers are not asked.
+            banned: `[E]` bool, the experts that may not be chosen, or None.
 
         Raises:
             ValueError, TypeError: with what came, what was expected, and the remedy.
@@ -49,7 +57,7 @@ class OwnInputs:
                 f"output_expert_routing={asked!r}; expected True, False, or {ROUTING_ONLY!r} for "
                 "the routing and nothing else."
             )
-        if self.router_mask is not None and config.routing_level == "token":
+        if self.router_mask is not None and context.by_token:
             raise ValueError(
                 "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
             )
@@ -59,27 +67,9 @@ class OwnInputs:
                     f"expert_weights leaves the routers nothing to do: drop it or {other}."
                 )
         if self.expert_targets is not None:
-            _check_targets(self.expert_targets, config, batch, length)
-
-    def check_routing(
-        self, config: MoeLoraConfig, num_routers: int, batch: int, length: int
-    ) -> None:
-        """Raise ValueError or TypeError unless `expert_routing` fits the routers and the batch."""
-        if self.expert_routing is not None:
-            _check_routing(self.expert_routing, config, num_routers, batch, length)
-
-    def check_bans(self, override: Override | None) -> None:
-        """Raise ValueError where a target asks for an expert that is banned."""
-        if self.expert_targets is None or override is None or override.banned is None:
-            return
-        targets = self.expert_targets[self.expert_targets != IGNORE]
-        # A target beyond the experts is the null expert, which cannot be banned.
-        banned = torch.nn.functional.pad(override.banned.to(targets.device), (0, 1))[targets]
-        if bool(banned.any()):
-            raise ValueError(
-                f"expert_targets asks for expert {int(targets[banned][0])}, which is banned: set "
-                "such targets to −100, or lift the ban."
-            )
+            _check_targets(self.expert_targets, context.config, batch, length, banned)
+        if self.expert_routing is not None and not forced:
+            _check_routing(self.expert_routing, context, batch, length)
 
 
 OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
@@ -87,12 +77,11 @@ OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
 
 def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
     """(batch, length) of the tokens of this forward pass."""
-    for name, axes in (("input_ids", 2), ("inputs_embeds", 3)):
+    for name, axes in (("input_ids", "[batch, length]"), ("inputs_embeds", "[batch, length, d]")):
         tensor = kwargs.get(name)
         if isinstance(tensor, Tensor):
-            if tensor.dim() != axes:
-                expected = "[batch, length]" if axes == 2 else "[batch, length, d]"
-                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}.")
+            if tensor.dim() != axes.count(",") + 1:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {axes}.")
             return tensor.shape[0], tensor.shape[1]
     raise ValueError("Neither input_ids nor inputs_embeds was given.")
 
@@ -107,22 +96,40 @@ def token_mask(mask: Any, batch: int, length: int) -> Tensor | None:
     return mask[:, mask.shape[1] - length :].bool()
 
 
-def _check_targets(targets: Any, config: MoeLoraConfig, batch: int, length: int) -> None:
-    """Raise where `targets` are not numbers of choices `[batch]`, or `[batch, length]`."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(
-            f"expert_targets is a {type(targets).__name__}; expected a tensor of expert numbers."
+def _check_tensor(name: str, value: Any, what: str, shapes: list[tuple[int, ...]]) -> None:
+    """Raise unless `value` is a tensor of one of these shapes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of {what}.")
+    if tuple(value.shape) not in shapes:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; expected {what}, one of {shapes} for this "
+            "batch (padding included)."
         )
+
+
+def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
+    """Raise unless `weights` is finite and `[E]`, `[batch, E]` or `[batch, length, E]`."""
+    shapes = [(num_experts,), (batch, num_experts), (batch, length, num_experts)]
+    _check_tensor("expert_weights", weights, f"a weight for each of {num_experts} experts", shapes)
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"expert_weights is a {weights.dtype}; expected real numbers.")
+    if not bool(weights.isfinite().all()):
+        raise ValueError(
+            "expert_weights contains NaN or Inf; expected finite numbers, 0 for an unused expert."
+        )
+
+
+def _check_targets(
+    targets: Any, config: MoeLoraConfig, batch: int, length: int, banned: Tensor | None
+) -> None:
+    """Raise where `targets` are not numbers of choices `[batch]`, or `[batch, length]`."""
+    level = config.routing_level
+    shapes = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
+    what = f"expert numbers at routing_level={level!r}"
+    _check_tensor("expert_targets", targets, what, shapes)
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
             f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
-        )
-    level = config.routing_level
-    allowed = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
-    if tuple(targets.shape) not in allowed:
-        raise ValueError(
-            f"expert_targets has shape {tuple(targets.shape)}; expected one of {allowed} for this "
-            f"batch at routing_level={level!r}."
         )
     counted = targets[targets != IGNORE]
     outside = counted[(counted < 0) | (counted >= config.num_choices)]
@@ -131,29 +138,34 @@ def _check_targets(targets: Any, config: MoeLoraConfig, batch: int, length: int)
             f"expert_targets contains {sorted(set(outside.tolist()))[:5]}; expected 0 … "
             f"{config.num_choices - 1}, or −100 to leave a row out."
         )
+    if banned is None:
+        return
+    # A target beyond the experts is the null expert, which cannot be banned.
+    refused = counted[torch.nn.functional.pad(banned.to(counted.device), (0, 1))[counted]]
+    if refused.numel():
+        raise ValueError(
+            f"expert_targets asks for expert {int(refused[0])}, which is banned: set such targets "
+            "to −100, or lift the ban."
+        )
 
 
-def _check_routing(
-    routing: Any, config: MoeLoraConfig, num_routers: int, batch: int, length: int
-) -> None:
+def _check_routing(routing: Any, context: MixtureContext, batch: int, length: int) -> None:
     """Raise where `routing` is not one `Routing` a router for this batch."""
     if not isinstance(routing, (tuple, list)) or not all(len(own) == 3 for own in routing):
         raise TypeError(
             f"expert_routing is a {type(routing).__name__}; expected outputs.expert_routing of an "
             "earlier forward, one Routing a router."
         )
+    num_routers = len(context.router_list)
     if len(routing) != num_routers:
         raise ValueError(
             f"expert_routing is of {len(routing)} routers; this mixture has {num_routers}."
         )
     rows = len(routing[0][1])
-    if config.routing_level == "sequence" and rows != batch:
+    expected = batch * length if context.by_token else batch
+    if rows != expected:
+        size = f"{batch} × {length} tokens" if context.by_token else f"a batch of {batch}"
         raise ValueError(
-            f"expert_routing has {rows} rows for a batch of {batch}; pass the routing of their "
-            "prompts."
-        )
-    if config.routing_level == "token" and rows != batch * length:
-        raise ValueError(
-            f"expert_routing has {rows} rows for {batch} × {length} tokens; at token level pass "
-            "the routing of these very tokens."
+            f"expert_routing has {rows} rows for {size}: pass the routing of these very tokens, or "
+            "at routing_level='sequence' of their prompts."
         )

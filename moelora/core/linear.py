@@ -18,7 +18,7 @@ from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
 from .experts import Factor, LoraFactors
-from .forward_pass import ForwardPass, current_pass
+from .forward_pass import current_pass
 
 
 class LoraA(Factor):
@@ -55,6 +55,7 @@ class Site(nn.Module):
     """
 
     lora_A: LoraA
+    context: MixtureContext
 
     def __init__(
         self,
@@ -66,7 +67,8 @@ class Site(nn.Module):
     ):
         super().__init__()
         config = context.config
-        self.context = context
+        # Past nn.Module.__setattr__: the mixture is not a part of its parts.
+        object.__setattr__(self, "context", context)
         self.names = list(names)
         # Where it is in the model, which is also how its keys in a state dict begin.
         self.path = ""
@@ -134,17 +136,10 @@ class Site(nn.Module):
             index: the linear's number in this site.
             inplace: whether `output` may be written into.
         """
-        # Not self.lora_B[index], whose detour is felt at every token.
-        h, plan = self._rank_space(current_pass(self.context), x, index)
-        return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
-
-    def _rank_space(self, running: ForwardPass, x: Tensor, index: int) -> tuple[Tensor, Plan]:
-        """h of linear number `index`, and the plan.
-
-        When the first linear asks, x is routed, and shrunk for all of them.
-        """
+        running = current_pass(self.context)
         shrunk = running.shrunk.pop(self, None)
         if shrunk is None or shrunk[0] is not x or index not in shrunk[1]:
+            # The first linear that asks: x is routed, and shrunk for all of them.
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
             shrunk = (x, dict(enumerate(self.lora_A(inputs, plan))), plan)
@@ -153,7 +148,8 @@ class Site(nn.Module):
         h = hs.pop(index)
         if hs:
             running.shrunk[self] = shrunk
-        return h, plan
+        # Not self.lora_B[index], whose detour is felt at every token.
+        return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
 
 
 class ExpertHook:
@@ -169,15 +165,13 @@ class ExpertHook:
         self.handle = linear.register_forward_hook(self)
 
     def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        inplace = not torch.compiler.is_compiling() and self._may_write(output)
-        return self.site(args[0], output, self.index, inplace)
-
-    def _may_write(self, output: Tensor) -> bool:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
         # writing into it would cost the backward pass a copy.
-        hooks = self.handle.hooks_dict_ref() or ()
-        alone = len(hooks) == 1 and not GLOBAL_FORWARD_HOOKS
-        return alone and not (torch.is_grad_enabled() and is_view(output))
+        inplace = False
+        if not torch.compiler.is_compiling():
+            alone = len(self.handle.hooks_dict_ref() or ()) == 1 and not GLOBAL_FORWARD_HOOKS
+            inplace = alone and not (torch.is_grad_enabled() and is_view(output))
+        return self.site(args[0], output, self.index, inplace)
 
 
 class LayerRoutingHook:

@@ -74,26 +74,22 @@ class LoadWindow(nn.Module):
             return
         sharded = is_sharded(parameter)
         values = parameter.full_tensor() if sharded else parameter  # type: ignore[operator]
-        unknown = self.last_seen.shape != values.shape
         cleared = parameter.grad is None and self.learned and not sharded
-        if unknown or cleared:
-            self._roll(torch.ones((), dtype=torch.bool, device=self.current.device))
+        if cleared or self.last_seen.shape != values.shape:
+            stepped = torch.ones((), dtype=torch.bool, device=self.current.device)
         else:
             # Not by the tensor's version, which fused optimizers leave as it is; and without asking
             # the device.
-            self._roll((values != self.last_seen).any().to(self.current.device))
-        if parameter.grad is None:
-            self.learned = False
-        self.last_seen = values.detach().clone()
-
-    def _roll(self, stepped: Tensor) -> None:
-        """Close the window where `stepped` (0-dim) is true."""
+            stepped = (values != self.last_seen).any().to(self.current.device)
         self.previous.copy_(torch.where(stepped, self.current, self.previous))
         self.current.masked_fill_(stepped, 0)
         if self.update_rate:
             counts = self.previous.to(self.bias.dtype)
             step = self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
             self.bias += torch.where(stepped, step, 0.0)
+        if parameter.grad is None:
+            self.learned = False
+        self.last_seen = values.detach().clone()
 
     def end_forward(self, counts: dict[int, Tensor]) -> None:
         """Add one forward pass's counts `[C]` by router, summed over all processes."""

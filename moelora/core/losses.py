@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..config import MoeLoraConfig
 from ..routers import Routing
-from .load_window import LoadWindow, as_fractions
+from .context import MixtureContext
+from .load_window import as_fractions
 
 IGNORE = -100
 
@@ -59,23 +59,6 @@ class LossScale:
     unknown: str = ""
     seen: bool = False
 
-    def at_backward(self, like: Tensor) -> Tensor:
-        """The scale as a gradient for `like`.
-
-        Raises:
-            RuntimeError: the loss did not come from the model, and its scale cannot be known.
-        """
-        if self.unknown and not torch.compiler.is_compiling() and not self.seen:
-            raise RuntimeError(self.unknown)
-        # A copy: the next backward pass through the same graph may write another scale.
-        return self.value.to(device=like.device, dtype=like.dtype, copy=True)
-
-    def show(self, gradient: Tensor) -> None:
-        """Note the gradient that the loss got."""
-        self.value.copy_(gradient.detach())
-        if not torch.compiler.is_compiling():
-            self.seen = True
-
 
 UNKNOWN_SCALE = (
     "The loss is computed outside of the model (label smoothing or compute_loss_func) under fp16 "
@@ -90,9 +73,8 @@ class RouterLosses:
     """The router losses of one forward pass over `batch` sequences of `length` tokens.
 
     Args:
-        config: the coefficients.
-        load: whose fractions the balancing loss takes, and who counts.
-        num_routers: the losses are the mean over so many.
+        context: the mixture, with the coefficients, the routers (the losses are the mean over them)
+            and the load, whose fractions the balancing loss takes and which counts.
         batch, length: of the pass.
         scale: what the gradients are multiplied with.
         token_mask: `[batch, length]` bool, the tokens that are not padding; None where all are.
@@ -106,9 +88,7 @@ class RouterLosses:
         counts: how many rows chose each expert, by router.
     """
 
-    config: MoeLoraConfig
-    load: LoadWindow
-    num_routers: int
+    context: MixtureContext
     batch: int
     length: int
     scale: LossScale
@@ -129,19 +109,21 @@ class RouterLosses:
             routing: what it decided for N rows.
             record: keep value and counts; False where a checkpointed layer is computed again.
         """
-        config = self.config
+        config = self.context.config
+        load = self.context.load
         logits = routing.logits
         weights = self.row_weights(len(logits), logits.device)
-        counts = self.load.count(routing.expert_ids, weights)
+        counts = load.count(routing.expert_ids, weights)
         own = config.router_aux_loss_window == "micro_batch"
-        fractions = as_fractions(counts) if own else self.load.fractions(index).to(logits.device)
+        fractions = as_fractions(counts) if own else load.fractions(index).to(logits.device)
         loss = config.router_aux_loss_coef * load_balancing_loss(logits, fractions)
         loss = loss + config.router_z_loss_coef * z_loss(logits)
         targets = self.targets_of(len(logits))
         if targets is not None:
             of_target = expert_target_loss(logits, targets.to(logits.device))
             loss = loss + config.expert_target_loss_coef * of_target
-        loss = (loss * weights).sum() / (self.denominator(weights) * self.num_routers)
+        num_routers = len(self.context.router_list)
+        loss = (loss * weights).sum() / (self.denominator(weights) * num_routers)
         if record:
             self.values[index] = loss.detach()
             self.counts[index] = counts
@@ -150,12 +132,12 @@ class RouterLosses:
         if self.has_loss and torch.compiler.is_compiling():
             self.riding.append(loss)
             return routing
-        tied = _AttachLoss.apply(routing.expert_weights, loss, self.scale, self.load)
+        tied = _AttachLoss.apply(routing.expert_weights, loss, self.scale, load)
         return routing._replace(expert_weights=tied)
 
     def probe(self, loss: Tensor) -> Tensor:
         """`loss` unchanged; a backward pass through it shows by how much the loop scales it."""
-        return self._ride(_ProbeLoss.apply(loss, self.scale))
+        return _ProbeLoss.apply(loss, self.scale, *(own.to(loss) for own in self.riding))  # type: ignore[return-value]
 
     def alone(self, logits: Tensor) -> Tensor:
         """The router losses as a loss of their own, 0-dim: backward reaches what is tied alone.
@@ -163,17 +145,15 @@ class RouterLosses:
         It does so by a gradient of 0 for `logits`, through whatever lies between (checkpointed
         layers too).
         """
-        return self._ride(_RoutersAlone.apply(logits, self.total(), self.scale))
+        everything = torch.ones((), dtype=torch.bool, device=logits.device)
+        zero = logits.masked_fill(everything, 0).sum()
+        total = self.total()
+        return self.probe(total + zero.to(total))
 
     def total(self) -> Tensor:
         """What all of them came to, 0-dim fp32."""
         values = [value.float() for value in self.values.values()]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
-
-    def _ride(self, loss: Tensor) -> Tensor:
-        for router_loss in self.riding:
-            loss = _Ride.apply(loss, router_loss.to(loss))
-        return loss
 
     def row_weights(self, rows: int, device: torch.device) -> Tensor:
         """What each of `rows` routed rows counts for in a loss, `[rows]` fp32.
@@ -184,10 +164,9 @@ class RouterLosses:
         """
         if rows not in (self.batch, self.batch * self.length):
             return torch.ones(rows, device=device)
-        if self.token_mask is None:
-            mask = torch.ones(self.batch, self.length, device=device)
-        else:
-            mask = self.token_mask.to(device=device, dtype=torch.float32)
+        mask = torch.ones(self.batch, self.length, device=device)
+        if self.token_mask is not None:
+            mask = self.token_mask.to(mask)
         if self.sequences_are_items:
             mask = mask / mask.sum(1, keepdim=True).clamp(min=1)
         return mask.reshape(-1) if rows == mask.numel() else mask.sum(1)
@@ -216,7 +195,10 @@ class RouterLosses:
 
 
 class _AttachLoss(torch.autograd.Function):
-    """`weights` unchanged; in the backward pass `loss` gets the scale as its gradient."""
+    """`weights` unchanged; in the backward pass `loss` gets the scale as its gradient.
+
+    A RuntimeError there: the loss did not come from the model, and its scale cannot be known.
+    """
 
     @staticmethod
     def forward(ctx, weights, loss, scale, load):
@@ -228,53 +210,33 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        scale = ctx.scale
         if not torch.compiler.is_compiling():
             ctx.load.learned = True
-        return grads[0], ctx.scale.at_backward(ctx.like), None, None
+            if scale.unknown and not scale.seen:
+                raise RuntimeError(scale.unknown)
+        # A copy: the next backward pass through the same graph may write another scale.
+        return grads[0], scale.value.to(ctx.like, copy=True), None, None
 
 
 class _ProbeLoss(torch.autograd.Function):
-    """`loss` unchanged; in the backward pass its gradient is the scale."""
+    """`loss` unchanged; in the backward pass its gradient is the scale.
+
+    Under torch.compile, where a graph cannot pass the scale on to one before it, the router losses
+    ride along and get the same gradient. That needs the model's own loss to be used, and no
+    reentrant checkpointing, which is never compiled.
+    """
 
     @staticmethod
-    def forward(ctx, loss, scale):
+    def forward(ctx, loss, scale, *riding):
         ctx.scale = scale
+        ctx.riding = len(riding)
         # A copy, not a view: Trainer scales the loss in place, which autograd forbids on a view.
         return loss.clone()
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.scale.show(grads[0])
-        return grads[0], None
-
-
-class _Ride(torch.autograd.Function):
-    """`loss` unchanged; `router_loss` gets the same gradient.
-
-    Under torch.compile, where a graph cannot pass the scale on to one before it. It needs the
-    model's own loss to be used, and no reentrant checkpointing, which is never compiled.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, router_loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0], grads[0]
-
-
-class _RoutersAlone(torch.autograd.Function):
-    """`value` as a loss whose gradient is the scale; `logits` get a gradient of 0."""
-
-    @staticmethod
-    def forward(ctx, logits, value, scale):
-        ctx.scale = scale
-        ctx.save_for_backward(logits)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.scale.show(grads[0])
-        (logits,) = ctx.saved_tensors
-        return torch.zeros_like(logits), None, None
+        ctx.scale.value.copy_(grads[0].detach())
+        if not torch.compiler.is_compiling():
+            ctx.scale.seen = True
+        return grads[0], None, *[grads[0]] * ctx.riding

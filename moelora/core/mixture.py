@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class LayerExperts(nn.Module):
         self.router: Router | None = None
 
 
-class Mixture(nn.Module):
+class Mixture(MixtureContext):
     """All experts and routers of a model.
 
     The sites and routers themselves are submodules of their decoder layers; those of linears
@@ -35,19 +36,13 @@ class Mixture(nn.Module):
         config: the mixture's configuration.
 
     Attributes:
-        sites: the sites by the name of their first linear, with - for its dots.
+        sites: the sites in the order of the model, by the name of their first linear.
         unadapted: the linears that a shorthand like "all-linear" met and could not adapt, and why.
-        context: what its parts in the decoder layers share with it.
     """
 
-    sites: nn.ModuleDict
-    load: LoadWindow
-
     def __init__(self, config: MoeLoraConfig):
-        super().__init__()
-        self.context = MixtureContext(config)
-        # Past nn.Module.__setattr__: the sites are the decoder layers' submodules.
-        object.__setattr__(self, "sites", nn.ModuleDict())
+        super().__init__(config)
+        self.sites: dict[str, Site] = {}
         # Of each router: the site or layer that it is a submodule of.
         self.owners: list[Site | LayerExperts] = []
         self.outside = LayerExperts()
@@ -58,64 +53,9 @@ class Mixture(nn.Module):
         self.has_values = True
 
     @property
-    def config(self) -> MoeLoraConfig:
-        """The mixture's configuration."""
-        return self.context.config
-
-    @property
-    def routers(self) -> nn.ModuleDict:
-        """The routers by what they route: a first linear or a decoder layer, - for its dots."""
-        return self.context.routers
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.context.num_experts
-
-    @property
-    def by_token(self) -> bool:
-        """Whether each token has its own experts."""
-        return self.context.by_token
-
-    @property
-    def backend(self) -> str | None:
-        """The one of `moelora_kernels.BACKENDS` that computes, or None: its table chooses.
-
-        This and `tiles` belong to the process, not to the model, and are not saved.
-        """
-        return self.context.backend
-
-    @backend.setter
-    def backend(self, name: str | None) -> None:
-        """Set it here and in every router."""
-        self.context.backend = name
-        for router in self.context.router_list:
-            router.backend = name
-
-    @property
-    def tiles(self) -> str:
-        """The tuned tiles of this machine's GPU, by name; "" are the defaults."""
-        return self.context.tiles
-
-    @tiles.setter
-    def tiles(self, name: str) -> None:
-        """Set it."""
-        self.context.tiles = name
-
-    @property
-    def loss_scale(self) -> float | None:
-        """d(backward)/d(loss) where no loss passes through the model; see `MoeLoraCallback`."""
-        return self.context.loss_scale
-
-    @loss_scale.setter
-    def loss_scale(self, scale: float | None) -> None:
-        """Set it; None: the model sees the scale by itself, or it is 1."""
-        self.context.loss_scale = scale
-
-    @property
     def overridden(self) -> bool:
         """Whether this thread is inside `use_experts`."""
-        return entered_override(self.context) is not None
+        return entered_override(self) is not None
 
     def add_router(self, owner: Site | LayerExperts, name: str, in_features: int, **factory) -> int:
         """Make the router of what is called `name`, give it to its owner, and return its number."""
@@ -123,24 +63,12 @@ class Mixture(nn.Module):
         owner.router = router
         self.owners.append(owner)
         self.routers[name.replace(".", "-")] = router
-        self.context.router_names.append(name)
+        self.router_names.append(name)
         return len(self.routers) - 1
-
-    def add_site(self, site: Site) -> None:
-        """Take note of a site, which lies in its decoder layer."""
-        self.sites[site.names[0].replace(".", "-")] = site
-
-    def named_routers(self) -> dict[str, Router]:
-        """The routers by their keys in `routers`."""
-        return dict(zip(self.routers, self.context.router_list, strict=True))
-
-    def site_list(self) -> list[Site]:
-        """The sites in the order of the model."""
-        return list(self.sites.values())  # type: ignore[arg-type]
 
     def finish(self, device: torch.device) -> None:
         """Make the load's buffers, once all routers are there."""
-        self.load = self.context.load = LoadWindow(self.config, len(self.routers), device)
+        self.load = LoadWindow(self.config, len(self.routers), device)
         self.refresh()
 
     def put(
@@ -161,16 +89,19 @@ class Mixture(nn.Module):
         for key, owner, router in zip(list(self.routers), self.owners, routers, strict=True):
             owner.router = router
             self.routers[key] = router
-        for site, own in zip(self.site_list(), factors, strict=True):
+        for site, own in zip(self.sites.values(), factors, strict=True):
             site.put(*own)
-        self.load = self.context.load = load
-        self.context.config = config
+        self.load = load
+        self.config = config
         self.refresh()
 
     def refresh(self) -> None:
         """Read again what is kept at hand, after experts or routers changed."""
-        sites = self.site_list()
-        self.context.refresh(total for site in sites for total in site.lora_A.layout.totals)
+        totals = (site.lora_A.layout.totals for site in self.sites.values())
+        self.num_experts = self.config.num_experts
+        self.total_rank = max(chain.from_iterable(totals))
+        self.router_list = tuple(self.routers.values())  # type: ignore[arg-type]
+        self.fills_every_slot = all(router.fills_every_slot for router in self.router_list)
 
     def check_resident(self, what: str) -> None:
         """Raise ValueError where experts or routers are not in this process's memory as a whole.
@@ -179,7 +110,7 @@ class Mixture(nn.Module):
             what: what cannot be done with them then.
         """
         # Of each site one parameter, since this is asked at every forward pass that trains.
-        factors = [site.lora_A for site in self.site_list()]
+        factors = [site.lora_A for site in self.sites.values()]
         parameters = [
             own.weight if own.frozen_weight is None else own.frozen_weight for own in factors
         ]
@@ -197,17 +128,17 @@ class Mixture(nn.Module):
 
     def factors(self) -> Iterator[Factor]:
         """Every stacked factor of the mixture."""
-        return (factor for site in self.site_list() for factor in site.factors())
+        return (factor for site in self.sites.values() for factor in site.factors())
 
     def linears(self) -> list[str]:
         """The full names of all adapted linears."""
-        return [name for site in self.site_list() for name in site.names]
+        return [name for site in self.sites.values() for name in site.names]
 
     def expert(self, expert: int) -> dict[str, LoraFactors]:
         """Expert number `expert`'s factors by the linear's full name; rank 0 where it is absent."""
         self.check_resident("show or change single experts")
         factors: dict[str, LoraFactors] = {}
-        for site in self.site_list():
+        for site in self.sites.values():
             factors |= site.expert(expert, self.num_experts)
         return factors
 
@@ -222,20 +153,20 @@ class Mixture(nn.Module):
         The trained and the frozen rows of a factor are one tensor, expert after expert.
         """
         merged = dict(state)
-        for site in self.site_list():
-            site.lora_A.merged_state(merged, f"{site.path}.lora_A.")
-            for i, lora_B in enumerate(site.lora_B):
-                lora_B.merged_state(merged, f"{site.path}.lora_B.{i}.")  # type: ignore[operator]
+        for site in self.sites.values():
+            for name, part in site.named_modules():
+                if isinstance(part, Factor):
+                    part.merged_state(merged, f"{site.path}.{name}.")
         return merged
 
     @torch.no_grad()
     def redraw(self) -> None:
         """Give every part the values of a new mixture; those made on the meta device have none."""
-        for site in self.site_list():
+        for site in self.sites.values():
             site.lora_A.reset_kaiming()
             for lora_B in site.factors()[1:]:
                 nn.init.zeros_(lora_B.get_parameter("weight"))
-        for router in self.context.router_list:
+        for router in self.router_list:
             fresh = type(router)(self.config, router.in_features).state_dict()
             for name, tensor in router.state_dict().items():
                 tensor.copy_(fresh[name])

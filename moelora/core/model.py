@@ -55,7 +55,7 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
     ) -> None:
         """As the base's; a layer that is computed again sees the pass that it belongs to."""
         function = gradient_checkpointing_func or checkpoint
-        routed = RoutedCheckpoint(self.moelora.context, function)
+        routed = RoutedCheckpoint(self.moelora, function)
         super()._set_gradient_checkpointing(enable, routed, **kwargs)
 
     @classmethod
@@ -90,21 +90,20 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
     """
     make_output_classes(base.forward)
     signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
     ours = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_INPUTS
     ]
-    keywords = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    others = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    # Before the base's **kwargs, if it has any.
+    parameters = sorted([*signature.parameters.values(), *ours], key=lambda own: own.kind)
 
     def forward(self, *args, **kwargs):
         if "labels" in signature.parameters:
             # Always there: after a graph break torch.compile does not notice a key that is new.
             kwargs.setdefault("labels", None)
-        return run_forward(self, self.moelora, base.forward, args, kwargs, public.is_classifier)
+        return run_forward(self, base.forward, args, kwargs)
 
     forward.__doc__ = f"{base.forward.__doc__ or ''}\n{OWN_INPUTS_DOC}"
-    forward.__signature__ = signature.replace(parameters=others + ours + keywords)  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     namespace = {
         "forward": forward,
         "config_class": base.config_class,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from ..config import MoeLoraConfig
 from ..routers import Routing
 from ..validation import check_number
 from .context import ENTERED, Entered, MixtureContext
+from .inputs import check_expert_weights
 
 Experts = str | Iterable[str] | Mapping[str, float]
 
@@ -37,11 +37,6 @@ class Override:
     complete: bool = False
 
     @property
-    def chooses(self) -> bool:
-        """Whether the routers are not asked at all."""
-        return self.expert_weights is not None
-
-    @property
     def learns(self) -> bool:
         """Whether the given weights take a gradient."""
         return self.expert_weights is not None and self.expert_weights.requires_grad
@@ -53,27 +48,33 @@ class Override:
             ValueError: x is not made of the tokens or sequences that the weights were given for.
         """
         assert self.expert_ids is not None and self.expert_weights is not None
-        num_tokens = x.shape[:-1].numel()
-        rows = len(self.expert_weights)
         ids = self.expert_ids.to(x.device)
         weights = self.expert_weights.to(x.device)
-        each = 1
-        if rows == 1:
+        if len(weights) == 1:
+            num_tokens = x.shape[:-1].numel()
             ids = ids.expand(num_tokens, -1)
             weights = weights.expand(num_tokens, -1)
-        elif rows == batch and num_tokens % batch == 0:
-            each = num_tokens // batch
-        elif rows != num_tokens:
-            raise ValueError(
-                f"expert_weights has {rows} rows of weights ({batch} sequences), but an adapted "
-                f"linear reads an input of shape {tuple(x.shape)}, which is not made of these: "
-                f"give one row for each sequence [{batch}, E] or one for all [E], or leave that "
-                "linear out of target_modules."
-            )
+        each = tokens_per_row("expert_weights", len(weights), x, batch)
         return Routing(x.new_zeros(len(ids), 0), ids, weights), each
 
 
-_COUNTING = threading.Lock()
+def tokens_per_row(what: str, rows: int, x: Tensor, batch: int) -> int:
+    """How many tokens of x `[…, d]` each of `rows` given rows stands for: a sequence's, or one.
+
+    Raises:
+        ValueError: x is not made of the tokens or sequences that the rows were given for.
+    """
+    num_tokens = x.shape[:-1].numel()
+    if rows == num_tokens:
+        return 1
+    if rows == batch and num_tokens % batch == 0:
+        return num_tokens // batch
+    raise ValueError(
+        f"{what} has {rows} rows ({batch} sequences), but an adapted linear reads an input of "
+        f"shape {tuple(x.shape)}, which is not made of these: give one row for each sequence of "
+        f"this very batch [{batch}, E] (or weights for all [E]), or leave that linear out of "
+        "target_modules."
+    )
 
 
 def entered_override(context: MixtureContext) -> Override | None:
@@ -101,25 +102,16 @@ def overriding(
     if experts is not None:
         override = _of_names(override, experts, context.config, device)
     override = with_bans(override, ban, context.config, device)
-    entered = Entered(context.keys[0], override)
-    ENTERED.set((*_open(), entered))
-    _count(context, 1)
+    entered = Entered(override)
+    context.overrides_entered.append(entered.key)
+    ENTERED.set((*ENTERED.get(), entered))
     try:
         yield
     finally:
         # Not by a token: a generator may leave later than one that it entered before, or elsewhere.
         entered.is_open = False
-        _count(context, -1)
-        ENTERED.set(_open())
-
-
-def _open() -> tuple[Entered, ...]:
-    return tuple(entered for entered in ENTERED.get() if entered.is_open)
-
-
-def _count(context: MixtureContext, change: int) -> None:
-    with _COUNTING:
-        context.overrides_entered += change
+        context.overrides_entered.remove(entered.key)
+        ENTERED.set(tuple(other for other in ENTERED.get() if other.is_open))
 
 
 def override_of(
@@ -137,35 +129,6 @@ def override_of(
     if weights is None and ban is None:
         return override
     return with_bans(override or Override(), ban, context.config, device)
-
-
-def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int) -> None:
-    """Raise unless `weights` is finite and `[E]`, `[batch, E]` or `[batch, length, E]`."""
-    if not isinstance(weights, Tensor) or weights.is_complex() or weights.dtype == torch.bool:
-        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(
-            f"expert_weights is a {kind}; expected a tensor of real numbers, one an expert."
-        )
-    allowed = [(num_experts,), (batch, num_experts), (batch, length, num_experts)]
-    if tuple(weights.shape) not in allowed:
-        raise ValueError(
-            f"expert_weights has shape {tuple(weights.shape)}; expected one of {allowed} for "
-            f"{num_experts} experts and a batch of {batch} sequences of {length} tokens (padding "
-            "included)."
-        )
-    if not bool(weights.isfinite().all()):
-        raise ValueError(
-            "expert_weights contains NaN or Inf; expected finite numbers, 0 for an unused expert."
-        )
-
-
-def step_weights(weights: Tensor, first: int, num_tokens: int) -> Tensor:
-    """Of a prompt's weights `[batch, S, E]` those of `num_tokens` tokens from number `first` on.
-
-    New tokens have the weights of the prompt's last one.
-    """
-    positions = torch.arange(first, first + num_tokens, device=weights.device)
-    return weights[:, positions.clamp(max=weights.shape[1] - 1)]
 
 
 def _of_weights(override: Override, weights: Tensor) -> Override:
@@ -189,12 +152,8 @@ def _of_weights(override: Override, weights: Tensor) -> Override:
 
 def _names(what: str, names: Any) -> list[str]:
     """The names meant by a string or several of them; TypeError for anything else."""
-    if isinstance(names, str):
-        return [names]
-    try:
-        listed = list(names)
-    except TypeError:
-        listed = [names]
+    is_one = isinstance(names, str) or not isinstance(names, Iterable)
+    listed: list[Any] = [names] if is_one else list(names)
     if wrong := [name for name in listed if not isinstance(name, str)]:
         raise TypeError(
             f"{what} names {wrong[0]!r}, a {type(wrong[0]).__name__}; expected names of experts."
@@ -206,10 +165,8 @@ def _of_names(
     override: Override, experts: Experts, config: MoeLoraConfig, device: torch.device
 ) -> Override:
     """`override` by names of experts, with weights or with 1 each."""
-    if isinstance(experts, Mapping):
-        weights = {name: experts[name] for name in _names("use_experts", experts)}
-    else:
-        weights = dict.fromkeys(_names("use_experts", experts), 1.0)
+    given = experts if isinstance(experts, Mapping) else {}
+    weights = {name: given.get(name, 1.0) for name in _names("use_experts", experts)}
     if not weights:
         raise ValueError(
             "use_experts names nothing; for the base alone write {name: 0.0}. The experts are: "
@@ -233,9 +190,9 @@ def with_bans(
     names = config.expert_names or []
     banned = torch.zeros(config.num_experts, dtype=torch.bool)
     if override.banned is not None:
-        banned = override.banned.cpu().clone()
-    for name in () if ban is None else _names("banned_experts", ban):
-        banned[config.expert_index(name)] = True
+        banned |= override.banned.cpu()
+    if ban is not None:
+        banned[[config.expert_index(name) for name in _names("banned_experts", ban)]] = True
     if not bool(banned.any()):
         return override
     if bool(banned.all()):

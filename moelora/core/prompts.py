@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..routers import Routing
+from .inputs import batch_shape, token_mask
 from .losses import IGNORE
 
 CACHES = ("past_key_values", "cache_params")
@@ -17,28 +17,12 @@ CACHES = ("past_key_values", "cache_params")
 ON_CACHE = "moelora_expert_routing"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is known of a batch's prompts before they are read.
-
-    Args:
-        batch, length: of the input.
-        token_mask: `[batch, length]` bool, the tokens that are not padding; None where all are.
-        router_mask: `[batch, ≤ length]`, what the caller says the prompts are; or None.
-        is_classifier: labels are one a sequence, and everything is prompt.
-        answers: a loss is taken on what follows the prompts.
-    """
-
-    batch: int
-    length: int
-    token_mask: Tensor | None
-    router_mask: Tensor | None
-    is_classifier: bool
-    answers: bool
-
-
 def read_prompt(
-    prompt: Prompt, kwargs: dict[str, Any], prefix_tokens: int
+    kwargs: dict[str, Any],
+    router_mask: Tensor | None,
+    prefix_tokens: int,
+    is_classifier: bool,
+    answers: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The prompts' tokens `[batch, length]` bool (None: all), and labels to take instead, or None.
 
@@ -47,25 +31,35 @@ def read_prompt(
     −100; without labels all attended tokens.
 
     Args:
-        prompt: what is known of it.
-        kwargs: of the forward: labels, a cache, position_ids, num_items_in_batch.
+        kwargs: of the forward: tokens, attention_mask, labels, a cache, position_ids,
+            num_items_in_batch.
+        router_mask: `[batch, ≤ length]`, what the caller says the prompts are; or None.
         prefix_tokens: the length of the prompt of rows that have labels from their start.
+        is_classifier: labels are one a sequence, and everything is prompt.
+        answers: a loss is taken on what follows the prompts.
 
     Raises:
         ValueError, TypeError: the prompt cannot be known (labels taken out by the training loop, a
             filled cache without routing, packed sequences), or `router_mask` has the wrong shape or
             an empty row.
     """
-    _refuse_unknowable(prompt, kwargs)
-    if prompt.router_mask is not None:
-        return _checked(prompt.router_mask, prompt), None
     labels = kwargs.get("labels")
-    if prompt.is_classifier or labels is None:
-        return prompt.token_mask, None
-    attended = prompt.token_mask
+    batch, length = batch_shape(kwargs)
+    attended = token_mask(kwargs.get("attention_mask"), batch, length)
+    in_training = answers or "num_items_in_batch" in kwargs
+    if router_mask is None and labels is None and in_training and not is_classifier:
+        raise ValueError(
+            "routing_level='sequence' must know where the prompt ends, and this training loop "
+            "takes the labels out (label smoothing or compute_loss_func do): pass router_mask "
+            "[batch, length], True on prompt tokens."
+        )
+    _refuse_cached_and_packed(kwargs, in_training)
+    if router_mask is not None:
+        return _checked(router_mask, batch, length, attended), None
+    if is_classifier or labels is None:
+        return attended, None
     if attended is None:
-        shape = (prompt.batch, prompt.length)
-        attended = torch.ones(shape, dtype=torch.bool, device=labels.device)
+        attended = torch.ones(batch, length, dtype=torch.bool, device=labels.device)
     before_labels = (labels != IGNORE).cumsum(1) == 0
     tokens = attended & before_labels
     prefix = attended & (attended.cumsum(1) <= prefix_tokens)
@@ -111,15 +105,7 @@ def cached_tokens(kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
-    in_training = prompt.answers or "num_items_in_batch" in kwargs
-    unmarked = prompt.router_mask is None and kwargs.get("labels") is None
-    if unmarked and in_training and not prompt.is_classifier:
-        raise ValueError(
-            "routing_level='sequence' must know where the prompt ends, and this training loop "
-            "takes the labels out (label smoothing or compute_loss_func do): pass router_mask "
-            "[batch, length], True on prompt tokens."
-        )
+def _refuse_cached_and_packed(kwargs: dict[str, Any], in_training: bool) -> None:
     if cached_tokens(kwargs):
         raise ValueError(
             "routing_level='sequence' with a filled cache needs the prompt's routing: pass "
@@ -127,7 +113,9 @@ def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
             "by itself)."
         )
     positions = kwargs.get("position_ids")
-    restarted = in_training and isinstance(positions, Tensor) and _start_again(positions)
+    restarted = False
+    if in_training and isinstance(positions, Tensor):
+        restarted = bool(((positions[..., 1:] == 0) & (positions[..., :-1] > 0)).any())
     # Continuous batching and flattened batches mark their sequences by where they begin.
     if restarted or kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
@@ -137,27 +125,20 @@ def _refuse_unknowable(prompt: Prompt, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _start_again(positions: Tensor) -> bool:
-    """Whether position_ids `[…, length]` fall back to 0 inside a row."""
-    return bool(((positions[..., 1:] == 0) & (positions[..., :-1] > 0)).any())
-
-
-def _checked(router_mask: Any, prompt: Prompt) -> Tensor:
+def _checked(router_mask: Any, batch: int, length: int, attended: Tensor | None) -> Tensor:
     if not isinstance(router_mask, Tensor):
         raise TypeError(
             f"router_mask is a {type(router_mask).__name__}; expected a tensor [batch, length], "
             "True on prompt tokens."
         )
-    batch = prompt.batch
-    length = prompt.length
     if router_mask.dim() != 2 or len(router_mask) != batch or router_mask.shape[1] > length:
         raise ValueError(
             f"router_mask has shape {tuple(router_mask.shape)}; expected [{batch}, {length}] (or "
             "shorter: what follows does not belong to the prompt)."
         )
     mask = torch.nn.functional.pad(router_mask.bool(), (0, length - router_mask.shape[1]))
-    if prompt.token_mask is not None:
-        mask = mask & prompt.token_mask
+    if attended is not None:
+        mask = mask & attended
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(

@@ -1,10 +1,8 @@
-"""Seeing where tokens go: `RoutingReport`, and the heatmap of experts by domain (or layer)."""
+"""`RoutingReport`: which experts were chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,49 +61,17 @@ class RoutingReport:
         names = mixture.config.choice_names
         mask = inputs.get("attention_mask")
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
-        by_router = []
-        by_sequence = torch.zeros(batch, len(names))
-        probabilities = 0.0
-        for router in routing:
-            per_sequence = _by_sequence(_slots(router, mixture.config), present)
-            by_router.append(_shares(per_sequence.sum(0)))
-            by_sequence += _shares(per_sequence)
-            if router.logits.shape[-1] == len(names):
-                probable = _by_sequence(router.logits.detach().cpu().softmax(-1), present)
-                probabilities += _shares(probable) / len(routing)
-        by_sequence /= len(routing)
-        if not isinstance(probabilities, Tensor):
-            probabilities = by_sequence
-        routers = list(mixture.context.router_names)
-        return cls(names, routers, torch.stack(by_router), by_sequence, probabilities, routing)
-
-
-def plot_routing_heatmap(
-    shares: Tensor,
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    path: str | Path,
-    title: str = "Share of choices",
-) -> None:
-    """Write `shares` `[rows, E]` as a PNG heatmap with numbers in its cells; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    rows, columns = shares.shape
-    figure = Figure(figsize=(1.6 + 0.75 * columns, 1.4 + 0.45 * rows), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares.cpu().numpy(), cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(columns), labels=column_labels, rotation=45, ha="right")
-    axes.set_yticks(range(rows), labels=row_labels)
-    axes.set_title(title)
-    middle = float(shares.max()) / 2
-    if rows * columns <= 400:
-        for i in range(rows):
-            for j in range(columns):
-                value = float(shares[i, j])
-                color = "white" if value < middle else "black"
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
+        counts = [_by_sequence(_slots(own, mixture.config), present) for own in routing]
+        by_router = torch.stack([_shares(own.sum(0)) for own in counts])
+        zero = torch.zeros(())
+        by_sequence = sum((_shares(own) for own in counts), zero) / len(routing)
+        probabilities = by_sequence
+        asked = [own.logits.detach().cpu() for own in routing if own.logits.shape[-1] == len(names)]
+        if asked:
+            probable = [_by_sequence(logits.softmax(-1), present) for logits in asked]
+            probabilities = sum((_shares(own) / len(routing) for own in probable), zero)
+        routers = list(mixture.router_names)
+        return cls(names, routers, by_router, by_sequence, probabilities, routing)
 
 
 def _slots(routing: Routing, config: MoeLoraConfig) -> Tensor:

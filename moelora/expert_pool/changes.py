@@ -115,12 +115,12 @@ def _rebuild(
     load = copy.deepcopy(mixture.load)
     load.resize(keep)
     routers = []
-    for router in mixture.context.router_list:
+    for router in mixture.router_list:
         resized = _resized(router, [original if e is None else e for e in keep])
         change.replaced_router(router, resized, keep)
         routers.append(resized)
     factors = []
-    for site in mixture.site_list():
+    for site in mixture.sites.values():
         lora_A, lora_B = site.restacked(config, keep, fresh)
         for before, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
             change.replaced_rows(trained(before), trained(after), keep)

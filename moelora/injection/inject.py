@@ -46,7 +46,7 @@ def put_into(
 def unload(model: MixtureModel) -> PreTrainedModel:
     """Take the mixture out, in place: the base is as it was, with its own class."""
     trained = set(model.moelora.trained_before)
-    gradient_checkpointing.unwrap(model)
+    gradient_checkpointing.wrap(model, None)
     for module in model.modules():
         for hook in hooks_of(module):
             if isinstance(hook, (ExpertHook, LayerRoutingHook)):
@@ -90,7 +90,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     device = next(mixture.factors()).block(0).device
     mixture.finish(device)
     mixture.has_values = device.type != "meta"
-    gradient_checkpointing.wrap(model, mixture.context)
+    gradient_checkpointing.wrap(model, mixture)
     setattr(model, NAME, mixture)
 
 
@@ -110,7 +110,7 @@ def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[li
         hidden = model.config.get_text_config().hidden_size
         experts = _place(model, mixture, layer)
         index = mixture.add_router(experts, layer, hidden, device=device_of(modules[layer]))
-        LayerRoutingHook(mixture.context, index, modules[layer])
+        LayerRoutingHook(mixture, index, modules[layer])
 
 
 def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:
@@ -122,7 +122,7 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = device_of(linears[0])
     layer = decoder_layer(model, names[0])
-    site = Site(mixture.context, names, layer, sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
+    site = Site(mixture, names, layer, sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
     if mixture.config.router_scope in ("site", "projection"):
         site.router_index = mixture.add_router(site, names[0], site.in_features, device=device)
     # A module's name holds no dot.
@@ -130,7 +130,7 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     _place(model, mixture, layer).sites[key] = site
     where = f"{NAME}.outside" if layer is None else f"{layer}.{NAME}"
     site.path = f"{where}.sites.{key}"
-    mixture.add_site(site)
+    mixture.sites[names[0]] = site
     for index, linear in enumerate(linears):
         ExpertHook(site, index, linear)
 

@@ -86,7 +86,7 @@ def train_mixda(
             runs[name] = fit(model, rows, args, f"domains/{name}", collator, checkpoints)
     with ExitStack() as stack:
         stack.enter_context(only_training(model, task_expert, routers=True))
-        for router in model.moelora.context.router_list:
+        for router in model.moelora.router_list:
             stack.callback(setattr, router, "num_experts_per_tok", router.num_experts_per_tok)
             router.num_experts_per_tok = router.num_choices
         run = fit(model, last, args, f"task/{task_expert}", collator, checkpoints)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import NO_EXPERT
-from ..core.inputs import token_mask
 from ..core.losses import IGNORE
 from ..core.model import MixtureModel, evaluating
-from ..core.prompts import Prompt, read_prompt
+from ..core.prompts import read_prompt
 
 
 def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,11 +30,12 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     labels: Any = inputs.pop("labels")
     causal = isinstance(model, MixtureModel) and not model.is_classifier
     if causal and not model.moelora.by_token and labels.dim() == 2 and "router_mask" not in inputs:
-        batch_size, length = labels.shape
-        mask = token_mask(inputs.get("attention_mask"), batch_size, length)
-        prompt = Prompt(batch_size, length, mask, None, is_classifier=False, answers=True)
+        # Without positions: what is packed is refused in training alone.
+        known = {**inputs, "labels": labels, "position_ids": None}
         prefix = model.moelora_config.router_prefix_tokens
-        inputs["router_mask"], labels = read_prompt(prompt, {"labels": labels}, prefix)
+        inputs["router_mask"], labels = read_prompt(
+            known, None, prefix, is_classifier=False, answers=True
+        )
     logits = model(**inputs).logits.float()
     if logits.dim() == 3 and labels.dim() == 2:
         logits = logits[:, :-1]

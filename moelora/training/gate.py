@@ -128,7 +128,7 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
     """
     check_not_overridden(model)
     check_texts("texts", texts)
-    router = model.moelora.context.router_list[0]
+    router = model.moelora.router_list[0]
     read: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:

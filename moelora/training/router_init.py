@@ -54,7 +54,7 @@ def initialise(
     if how == "random":
         return
     _check_router(model, how)
-    routers = model.moelora.context.router_list
+    routers = model.moelora.router_list
     if how == "arrow":
         rows = _arrows(model)
     else:
@@ -84,7 +84,7 @@ def describe_experts(
     Later descriptions leave the projection as it is, trained or not.
     """
     names = model.moelora_config.choice_names
-    if not isinstance(model.moelora.context.router_list[0], DescriptorRouter):
+    if not isinstance(model.moelora.router_list[0], DescriptorRouter):
         raise ValueError(
             "describe_experts sets the descriptors of router='descriptor', and this mixture has "
             f"{model.moelora_config.router!r}: make one with MoeLoraConfig(router='descriptor')."
@@ -99,7 +99,7 @@ def describe_experts(
 def _check_router(model: MixtureModel, how: str) -> None:
     """Raise ValueError where this way cannot set the routers, which are all of one class."""
     config = model.moelora_config
-    router = model.moelora.context.router_list[0]
+    router = model.moelora.router_list[0]
     problem = ""
     if how == "prototype" and type(router) is not TopKRouter:
         if not isinstance(router, DescriptorRouter):
@@ -121,7 +121,7 @@ def _arrows(model: MixtureModel) -> list[Tensor]:
     singular vectors.
     """
     mixture = model.moelora
-    sites = sorted(mixture.site_list(), key=lambda site: site.router_index)
+    sites = sorted(mixture.sites.values(), key=lambda site: site.router_index)
     rows = [torch.zeros(mixture.num_experts, site.in_features) for site in sites]
     for expert in range(mixture.num_experts):
         factors = mixture.expert(expert)
@@ -139,7 +139,7 @@ def _arrows(model: MixtureModel) -> list[Tensor]:
 def _describe(
     model: MixtureModel, inputs: list[dict[int, Tensor]], fit: bool | None = None
 ) -> None:
-    for router, own in zip(model.moelora.context.router_list, inputs, strict=True):
+    for router, own in zip(model.moelora.router_list, inputs, strict=True):
         assert isinstance(router, DescriptorRouter)
         router.describe(own, fit)
 
@@ -150,7 +150,7 @@ def _router_inputs(
     """For each router, by a choice's number, what it would read of the choice's texts with it at
     work, `[tokens, d]` fp32.
     """
-    context = model.moelora.context
+    context = model.moelora
     names = model.moelora_config.choice_names
     ids = {name: token_ids(own, tokenizer, name) for name, own in texts.items()}
     inputs: list[dict[int, Tensor]] = [{} for _ in context.router_list]

@@ -241,7 +241,7 @@ def test_generations_of_different_sizes_leave_nothing_behind():
         assert torch.equal(model.generate(big, **GREEDY), expected[0])
         model.eval()(tokens(3, 6))
         assert torch.equal(model.generate(small, **GREEDY), expected[1])
-    assert running_pass(model.moelora.context) is None
+    assert running_pass(model.moelora) is None
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_behind():
@@ -256,7 +256,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_behind():
         handle = keys.register_forward_pre_hook(stop)
         model(tokens())
     handle.remove()
-    assert running_pass(model.moelora.context) is None
+    assert running_pass(model.moelora) is None
     assert torch.equal(model(tokens()).logits, expected)
 
 

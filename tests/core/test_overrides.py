@@ -324,4 +324,4 @@ def test_use_experts_refuses_and_leaves_nothing_behind():
     inside = (model.use_experts(ban="expert_1"), model.use_experts("expert_1"))
     with pytest.raises(ValueError, match="banned"), inside[0], inside[1]:
         pass
-    assert not model.moelora.overridden and not model.moelora.context.overrides_entered
+    assert not model.moelora.overridden and not model.moelora.overrides_entered

@@ -80,7 +80,7 @@ def _by_hand(model, name, read, mask):
     module, x = model.get_submodule(name), read[name]
     routed = {"layer": site.layer, "model": decoder_layer(model, next(iter(adapted(model))))}
     h = read[routed.get(config.router_scope, name)]
-    router = model.moelora.context.router_list[site.router_index]
+    router = model.moelora.router_list[site.router_index]
     if config.router_scope == "layer":
         router = model.moelora.routers[site.layer.replace(".", "-")]
     ab = [factors(model, e)[name] for e in range(config.num_experts)]
@@ -185,7 +185,7 @@ def test_routing_is_fp32_inside(autocast, level):
     base = causal_base() if autocast else causal_base().to(torch.bfloat16)
     model = into(base, routing_level=level)
     read = []
-    router = model.moelora.context.router_list[0]
+    router = model.moelora.router_list[0]
     router.register_forward_pre_hook(lambda m, a: read.append(a[0].float()))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
         routing = model(tokens(), output_expert_routing=True).expert_routing

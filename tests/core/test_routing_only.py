@@ -39,7 +39,7 @@ def test_on_every_base_it_leaves_nothing_behind(name):
     model = causal(name, router_scope="model", routing_level="sequence")
     before = model(tokens()).logits
     model.route(input_ids=tokens(seed=9))
-    assert running_pass(model.moelora.context) is None
+    assert running_pass(model.moelora) is None
     assert torch.equal(model(tokens()).logits, before)
     out = model(tokens(), output_hidden_states=True)
     assert len(out.hidden_states) == 3 and torch.equal(out.logits, before)

@@ -39,7 +39,7 @@ def test_threads_do_not_mix_their_routings(scope, level):
     with ThreadPoolExecutor(THREADS) as pool:
         for own, several in zip(expected, pool.map(work, range(THREADS))):
             assert all(torch.equal(logits, own) for logits in several)
-    assert running_pass(model.moelora.context) is None
+    assert running_pass(model.moelora) is None
 
 
 @pytest.mark.parametrize("level", LEVELS)
