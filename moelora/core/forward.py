@@ -19,7 +19,7 @@ from .inputs import OwnInputs, batch_shape, token_mask
 from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
 from .mixture import Mixture
 from .overrides import override_of
-from .prompts import carried_by_cache, note_on_cache, read_prompt
+from .prompts import carried_by_cache, note_on_cache, plans_on_cache, read_prompt
 
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
@@ -97,6 +97,7 @@ def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -
     own.check(mixture, batch, length, running.forced, banned)
     if not (mixture.by_token or running.forced):
         running.carried = own.expert_routing or carried_by_cache(kwargs, batch, own.router_mask)
+        running.plans = plans_on_cache(kwargs, running.carried)
         if running.carried is None:
             # Where nothing but the routing is asked for, no label can leak into a prompt.
             answers = learning and not own.routing_only

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..routers import Router, Routing, TopKRouter
 from .context import MixtureContext
 from .losses import RouterLosses
 from .overrides import Override, entered_override, tokens_per_row
+from .prompts import RequestPlans
 
 
 class RoutingDone(Exception):
@@ -71,6 +72,7 @@ class ForwardPass:
         batch: of the input.
         prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
         carried: one `Routing` a router, decided before: by an earlier step, or by the caller.
+        plans: those of `carried` that the request's earlier steps have made.
         override: what the routers may not decide.
         losses: the router losses of this pass, or None where nobody asks for them.
         keep_routings: keep each router's routing for the output.
@@ -79,6 +81,7 @@ class ForwardPass:
         is_part: not the model was called but a part of it, which knows of no batch and no prompt;
         only `use_experts` is known.
         routings: what each router decided, by its number.
+        kept: `carried`, or all of `routings`; by it a cache knows its plans again.
         shared: the plan of the layer's (or model's) router, for the sites that follow.
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
         plan.
@@ -90,6 +93,7 @@ class ForwardPass:
     batch: int
     prompt_mask: Tensor | None = None
     carried: tuple[Routing, ...] | None = None
+    plans: RequestPlans | None = None
     override: Override | None = None
     losses: RouterLosses | None = None
     keep_routings: bool = False
@@ -97,6 +101,7 @@ class ForwardPass:
     is_part: bool = False
 
     routings: dict[int, Routing] = field(default_factory=dict)
+    kept: tuple[Routing, ...] | None = None
     shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     closed: bool = False
@@ -155,6 +160,8 @@ class ForwardPass:
 
     def route(self, index: int, router: Router, x: Tensor) -> Plan:
         """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
+        if self.plans is not None and self.override is None and self.losses is None:
+            return self._plan_of_request(index, router, x)
         routing, tokens_per_row = self._choose(index, router, x)
         if self.losses is not None:
             routing = self.losses.attach(index, routing, record=not self.closed)
@@ -163,9 +170,23 @@ class ForwardPass:
             self.routings[index] = routing if self.routing_only else detached
         return self._plan(routing, tokens_per_row, x.dtype)
 
+    def _plan_of_request(self, index: int, router: Router, x: Tensor) -> Plan:
+        """The plan of a routing that the request carries: of single tokens made once for all."""
+        assert self.plans is not None
+        single = x.shape[:-1].numel() == self.batch
+        key = (index, x.dtype, x.device, self.context.backend)
+        plan = self.plans.get(key) if single else None
+        if plan is None:
+            plan = self._plan(*self._choose(index, router, x), x.dtype)
+            if single:
+                plan = self.plans[key] = replace(plan, kept=True)
+        return plan
+
     def kept_routings(self) -> tuple[Routing, ...]:
-        """One `Routing` a router, in their order."""
-        return self.carried or tuple(self.routings[i] for i in sorted(self.routings))
+        """One `Routing` a router, in their order; once the pass has ended, always the same tuple."""
+        if self.kept is None:
+            self.kept = self.carried or tuple(self.routings[i] for i in sorted(self.routings))
+        return self.kept
 
     def _choose(self, index: int, router: Router, x: Tensor) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""

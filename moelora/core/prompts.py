@@ -15,6 +15,19 @@ CACHES = ("past_key_values", "cache_params")
 # On a cache: the routing of the prompt whose keys and values it holds. It goes where the cache
 # goes, also where a caller hands on the cache alone (as an assistant, or under guidance_scale).
 ON_CACHE = "moelora_expert_routing"
+PLANS = "moelora_plans"
+
+
+class RequestPlans(dict):
+    """Beside a routing on a cache: the plans of single tokens, which all tokens of a request share,
+    with what they have gathered of the factors. A copy of the cache begins without any.
+    """
+
+    def __deepcopy__(self, memo: dict) -> RequestPlans:
+        return RequestPlans()
+
+    def __reduce__(self) -> tuple:
+        return RequestPlans, ()
 
 
 def read_prompt(
@@ -73,8 +86,22 @@ def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
     """Write the prompt's routing on the cache that the outputs hold, if any."""
     for name in CACHES:
         cache = outputs.get(name) if hasattr(outputs, "get") else None
-        if hasattr(cache, "__dict__"):
+        if hasattr(cache, "__dict__") and getattr(cache, ON_CACHE, None) is not routing:
             setattr(cache, ON_CACHE, routing)
+            setattr(cache, PLANS, RequestPlans())
+
+
+def plans_on_cache(
+    kwargs: dict[str, Any], routing: tuple[Routing, ...] | None
+) -> RequestPlans | None:
+    """The plans beside `routing` on a cache among the arguments, or None."""
+    if routing is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    for name in CACHES:
+        cache = kwargs.get(name)
+        if getattr(cache, ON_CACHE, None) is routing:
+            return getattr(cache, PLANS, None)
+    return None
 
 
 def carried_by_cache(

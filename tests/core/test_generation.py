@@ -4,12 +4,16 @@ levels.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from bases import CAUSAL, causal_base
 from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, into, left_padded, prompt_mask, tokens
+from moelora_kernels import inference
 
 from moelora.core.forward_pass import running_pass
+from moelora.core.prompts import ON_CACHE, PLANS
 
 PROMPT, NEW = 7, 5
 # One length for all, so that rows can be compared; the pad token is never asked for.
@@ -314,3 +318,38 @@ def test_going_on_with_a_cache_takes_the_prompt_s_routing():
     )
     assert torch.equal(went_on, model.generate(ids, router_mask=prompt_mask(ids, PROMPT), **GREEDY))
     assert torch.equal(carried, went_on), "the cache carries its prompt's routing"
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_request_gathers_its_experts_once(scope, monkeypatch):
+    """Sequence level, one row: not at every token; and what changes meanwhile is seen."""
+    model = causal(routing_level="sequence", router_scope=scope)
+    expected = model.generate(tokens(1, PROMPT), use_cache=False, **GREEDY, **WITH_LOGITS)
+    gathered = []
+    gather = inference._gather
+    monkeypatch.setattr(inference, "_gather", lambda f, *a: gathered.append(f) or gather(f, *a))
+    got = model.generate(tokens(1, PROMPT), **GREEDY, **WITH_LOGITS)
+    torch.testing.assert_close(torch.stack(got.logits, 1), torch.stack(expected.logits, 1), **CLOSE)
+    factors = [f for site in model.moelora.sites.values() for f in site.factors()]
+    assert len(gathered) == len({id(f) for f in gathered}) == len(set(factors))
+    cache = got.past_key_values
+    assert getattr(cache, PLANS) and not getattr(copy.deepcopy(cache), PLANS)
+    with torch.no_grad():
+        for factor in factors:
+            factor.weight.mul_(2)
+        step = model(got.sequences[:, -1:], past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(model(got.sequences[:, -1:], past_key_values=cache).logits, step)
+
+
+def test_plans_of_a_request_are_not_those_of_the_next():
+    model = causal(routing_level="sequence")
+    first = model.generate(tokens(1, PROMPT), **GREEDY, **WITH_LOGITS).past_key_values
+    second = model.generate(tokens(1, PROMPT, seed=9), **GREEDY, **WITH_LOGITS).past_key_values
+    assert getattr(first, PLANS) is not getattr(second, PLANS)
+    with torch.no_grad():
+        routing = getattr(second, ON_CACHE)
+        token = tokens(1, 1)
+        fresh = model(token, past_key_values=copy.deepcopy(first), expert_routing=routing).logits
+        assert torch.equal(
+            model(token, past_key_values=first, expert_routing=routing).logits, fresh
+        )
