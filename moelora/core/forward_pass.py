@@ -183,7 +183,7 @@ class ForwardPass:
         return plan
 
     def kept_routings(self) -> tuple[Routing, ...]:
-        """One `Routing` a router, in their order; once the pass has ended, always the same tuple."""
+        """One `Routing` a router, in their order: after the pass, always the same tuple."""
         if self.kept is None:
             self.kept = self.carried or tuple(self.routings[i] for i in sorted(self.routings))
         return self.kept
