@@ -166,7 +166,11 @@ def figures() -> Iterator[dict[tuple[Launch, str], Figures]]:
 def _compile(index: int) -> Figures:
     # Jitted functions do not travel between processes; a forked one has its own.
     launch, target = list(product(LAUNCHES, TARGETS))[index]
-    return compiled(launch, target)
+    try:
+        return compiled(launch, target)
+    except RuntimeError:
+        # Fails the test of its own kernel, and no other's.
+        return Figures(0, 0, spilled=-1, tensor_cores=True, tf32=False, dependent=False)
 
 
 @pytest.mark.parametrize("target", TARGETS)
