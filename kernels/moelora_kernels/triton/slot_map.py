@@ -45,7 +45,9 @@ def slot_map(expert_ids: Tensor, tokens_per_row: int, num_experts: int, block: i
     )
     ends = counts.cumsum(1)
     num_tokens = rows * tokens_per_row
-    capacity = torch.sym_min(num_tokens, num_tokens // block + groups_per_slot)
+    # Not min, which torch.compile before 2.13 cannot trace for what may be a symbol.
+    capacity = num_tokens // block + groups_per_slot
+    capacity = num_tokens if num_tokens < capacity else capacity
     tile = torch.arange(capacity, device=device).expand(slots, capacity).contiguous()
     expert = torch.searchsorted(ends, tile, right=True)
     there = expert < groups_per_slot
