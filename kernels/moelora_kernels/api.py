@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import eager, reference
+from .autocast import autocasts, without_autocast
 from .dispatch import HAS_TRITON, Shape, choose_backend, choose_path, routes_in_expand
 from .layout import Layout, Offsets, layout_of
 from .plan import Plan, TopK, build_decode_plan, build_plan, check_router
@@ -51,11 +52,9 @@ def shrink(
         _check_factor("lora_A", lora_A, layout, plan, x)
     _check_runs(module, x, plan.weights)
     x = x.reshape(plan.num_tokens, x.shape[-1])
-    if not _autocasts(x.device.type):
-        return module.shrink(x, lora_A, layout, plan)
-    if x.dtype != torch.float64:
+    if autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return module.shrink(x, lora_A, layout, plan)
 
 
@@ -92,9 +91,7 @@ def expand(
         _check_factor("lora_B", lora_B, layout, plan, h)
         if out is not None:
             _check_out(out, lora_B.shape[1], plan, h)
-    if not _autocasts(h.device.type):
-        return module.expand(h, lora_B, layout, plan, out, inplace=inplace, dtype=dtype)
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device.type):
         return module.expand(h, lora_B, layout, plan, out, inplace=inplace, dtype=dtype)
 
 
@@ -145,7 +142,7 @@ def lora_mixture(
         tiles=tiles,
     )
     dtype = x.dtype
-    if dtype != torch.float64 and _autocasts(x.device.type):
+    if dtype != torch.float64 and autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     layout = layout_of(tuple(rank_offsets), tuple(scaling), x.device)
     (h,) = shrink(x, lora_A, layout, plan)
@@ -233,12 +230,6 @@ def _backend(name: str) -> ModuleType:
     if module is None:
         raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
     return module
-
-
-def _autocasts(device_type: str) -> bool:
-    """Whether autocast is on; it is unknown to some devices, as meta."""
-    # Not torch.amp.is_autocast_available, which torch.compile could not trace before 2.13.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _check_runs(module: ModuleType, x: Tensor, weights: Tensor) -> None:

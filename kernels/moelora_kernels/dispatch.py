@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 
 PATHS = ("dense", "matmul", "grouped", "sequence")
+# Those that compute all experts, the ones not chosen with gate 0.
+MASKED = ("dense", "matmul")
 # What the kernels route by themselves; in a program that expands, so many choices.
 DECODE_TOKENS = 64
 DECODE_CHOICES = 64

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .layout import Layout, equal_bags
+from .layout import Layout
 from .paths import Sequence, products_of_bags
 from .plan import Plan
+from .rank_rows import equal_bags
 
 
 def applies(layout: Layout, plan: Plan) -> bool:

@@ -110,24 +110,6 @@ class Layout:
             self.firsts = self.blocks[:, :: self.alike] // self.alike
 
 
-def equal_bags(index: torch.Tensor, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of `bags` equal parts of an index begins [bags], and the part of each entry.
-
-    The same two at every token that is generated: kept by their sizes. Not for a tracer, nor for
-    tensors without values.
-    """
-    size = index.numel() // bags
-    if type(index) is not torch.Tensor or torch.compiler.is_compiling():
-        return _equal_bags.__wrapped__(bags, size, index.device)
-    return _equal_bags(bags, size, index.device)
-
-
-@lru_cache(maxsize=256)
-def _equal_bags(bags: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    firsts = torch.arange(0, bags * size, size, device=device)
-    return firsts, torch.arange(bags, device=device).repeat_interleave(size)
-
-
 @lru_cache(maxsize=256)
 def layout_of(
     rank_offsets: Offsets, scaling: tuple[float, ...] | None, device: torch.device

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .layout import Layout, equal_bags
+from .dispatch import MASKED
+from .layout import Layout
 from .plan import Plan
-from .rank_rows import rank_bags, slot_rows, token_rows
+from .rank_rows import equal_bags, rank_bags, slot_rows, token_rows
 
 
 class Dense:
@@ -194,7 +195,7 @@ PRODUCTS = {"dense": Dense, "matmul": Dense, "grouped": Grouped, "sequence": Seq
 def products_of_bags(
     x: Tensor, factor: Tensor, index: Tensor, firsts: Tensor, bags: Tensor
 ) -> Tensor:
-    """⟨x[bag], F[row]⟩ for each row of each bag: as index, which `layout.equal_bags` divides."""
+    """⟨x[bag], F[row]⟩ for each row of each bag: as index, which `equal_bags` divides."""
     # This is the gradient of a bag's weights: y = Σ w F[index] gives dw = ⟨dy, F[index]⟩.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), factor.contiguous(), index, firsts, bags, 0
@@ -203,7 +204,7 @@ def products_of_bags(
 
 def path_weights(plan: Plan) -> Tensor:
     """The weights in the form of the path: of all experts [rows, E], else [rows, K]."""
-    return plan.gate if PRODUCTS[plan.path] is Dense else plan.weights
+    return plan.gate if plan.path in MASKED else plan.weights
 
 
 def _scale(weights: Tensor, layout: Layout) -> Tensor | float:

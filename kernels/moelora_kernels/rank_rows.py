@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -78,3 +80,21 @@ def _linear_bags(
     weights[places] = h.reshape(len(order), h.shape[-1])[order]
     tokens[places] = (order // plan.num_slots)[:, None].expand_as(places)
     return tokens[:-1], weights[:-1], firsts
+
+
+def equal_bags(index: Tensor, bags: int) -> tuple[Tensor, Tensor]:
+    """Where each of `bags` equal parts of an index begins [bags], and the part of each entry.
+
+    The same two at every token that is generated: kept by their sizes. Not for a tracer, nor for
+    tensors without values.
+    """
+    size = index.numel() // bags
+    if type(index) is not Tensor or torch.compiler.is_compiling():
+        return _equal_bags.__wrapped__(bags, size, index.device)
+    return _equal_bags(bags, size, index.device)
+
+
+@lru_cache(maxsize=256)
+def _equal_bags(bags: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    firsts = torch.arange(0, bags * size, size, device=device)
+    return firsts, torch.arange(bags, device=device).repeat_interleave(size)

@@ -46,7 +46,7 @@ def training(
     ops.expand.run(own, clean, poison, weights, x, dtype, job)
     dh, gated, _ = ops.expand_backward.run(x, own, factor, weights, job)
     ops.weight_grad.run(gated if job.masked else gated.unsqueeze(2), x, dtype, job)  # of lora_B
-    h = h if poison is None else ops.poisoned.run(h, poison, dtype, job)
+    h = h if poison is None else ops.poisoned.run(h, poison, dtype)
     ops.weight_grad.run(h, x, dtype, job)  # of lora_A, from fp32
     ops.input_grad.run(h, clean, dtype, job)
     assert dh.shape == own.shape
@@ -57,7 +57,7 @@ def screened_here(factor: torch.Tensor, dtype: torch.dtype, tokens: int, job: Jo
     if job.path != "matmul":
         factor = in_dtype(factor, dtype, tokens, job)
         return factor, factor, None
-    _, clean, poison = ops.screened.run(factor, dtype, job)
+    _, clean, poison = ops.screened.run(factor, dtype)
     return clean, clean, poison
 
 

@@ -37,7 +37,7 @@ def screened(
     if job.path != "matmul":
         factor = in_dtype(factor, dtype, num_tokens, job)
         return factor, factor, None
-    plain, clean, poison = ops.screened(factor, dtype, job)
+    plain, clean, poison = ops.screened(factor, dtype)
     return factor if factor.dtype == dtype else plain, clean, poison
 
 
@@ -58,7 +58,7 @@ class Shrink(torch.autograd.Function):
         x, factor, poison = ctx.saved_tensors
         dx = dA = None
         if poison is not None:
-            dh = ops.poisoned(dh, poison, x.dtype, ctx.job)
+            dh = ops.poisoned(dh, poison, x.dtype)
         if ctx.needs_input_grad[0]:
             dx = ops.input_grad(dh, factor, x.dtype, ctx.job)
         if ctx.needs_input_grad[1]:

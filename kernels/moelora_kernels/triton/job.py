@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import MASKED
 from ..layout import Layout
 from ..plan import Plan
 from .slot_map import SlotMap, slot_map
@@ -42,7 +43,7 @@ class Job(NamedTuple):
     @property
     def masked(self) -> bool:
         """Whether h is that of all experts, [T, R], and not of the slots, [T, K, L, max rank]."""
-        return self.path in ("dense", "matmul")
+        return self.path in MASKED
 
     def h_shape(self, num_tokens: int) -> tuple[int, ...]:
         """The shape of h of all linears."""
@@ -92,7 +93,7 @@ def one_expert(factor: Tensor, num_tokens: int) -> Job:
 
 def _slots(plan: Plan, learns: bool) -> SlotMap | None:
     """The sorted slots where the path, or its backward pass, needs them; kept on the plan."""
-    if plan.path in ("dense", "matmul", "decode") or (plan.path == "sequence" and not learns):
+    if plan.path in (*MASKED, "decode") or (plan.path == "sequence" and not learns):
         return None
     slots = plan.memo.get("slot_map")
     if slots is None:

@@ -8,14 +8,12 @@ columns belong to one row of the factor (h = x Aᵀ, u = dy Bᵀ) take the facto
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .job import Job
 from .routing import gate_of_ranks
 from .tiles import ceil_div, fitting
@@ -140,7 +138,8 @@ def poisoned(dh: Tensor, poison: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, accumulated in fp32, in dtype."""
-    with without_autocast(a):
+    # The products of a backward pass that is called under autocast would be cast.
+    with without_autocast(a.device.type):
         if dtype == a.dtype:
             return torch.mm(a, b)
         if a.is_cuda and dtype == torch.float32 and torch.version.hip is None:
@@ -150,15 +149,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_product(a: Tensor, b: Tensor, out: Tensor | None, y: Tensor | None) -> Tensor:
     """out + a b, written into y where it is given; y may only be out itself."""
-    with without_autocast(a):
+    with without_autocast(a.device.type):
         if y is not None:
             return y.addmm_(a, b)
         return torch.mm(a, b) if out is None else torch.addmm(out, a, b)
-
-
-def without_autocast(tensor: Tensor) -> Any:
-    """Autocast would cast the products of a backward pass that was called under it."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

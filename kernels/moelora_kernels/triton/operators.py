@@ -118,25 +118,7 @@ def _expand(
     out: Tensor | None,
     dtype: torch.dtype,
     job: Job,
-) -> Tensor:
-    return _expand_into(h, lora_B, poison, weights, out, dtype, job, None)
-
-
-def _expand_inplace(
-    h: Tensor, lora_B: Tensor, poison: Tensor | None, weights: Tensor, out: Tensor, job: Job
-) -> None:
-    _expand_into(h, lora_B, poison, weights, out, out.dtype, job, out)
-
-
-def _expand_into(
-    h: Tensor,
-    lora_B: Tensor,
-    poison: Tensor | None,
-    weights: Tensor,
-    out: Tensor | None,
-    dtype: torch.dtype,
-    job: Job,
-    y: Tensor | None,
+    y: Tensor | None = None,
 ) -> Tensor:
     weights = weights.contiguous()
     if poison is not None:
@@ -144,6 +126,12 @@ def _expand_into(
     if out is not None and y is None:
         out = dense_rows(out)
     return run_expand(dense_rows(h), lora_B.contiguous(), out, weights, dtype, job, y)
+
+
+def _expand_inplace(
+    h: Tensor, lora_B: Tensor, poison: Tensor | None, weights: Tensor, out: Tensor, job: Job
+) -> None:
+    _expand(h, lora_B, poison, weights, out, out.dtype, job, out)
 
 
 def _expand_backward(
@@ -159,11 +147,7 @@ def _expand_backward(
     return gate_grad(planes, h, weights.contiguous(), dy.dtype, job)
 
 
-def _screened(factor: Tensor, dtype: torch.dtype, job: Job) -> tuple[Tensor, Tensor, Tensor]:
-    return run_screened(factor, dtype)
-
-
-def _fake_screened(factor, dtype, job):
+def _fake_screened(factor, dtype):
     rows = 0 if factor.dtype == dtype else factor.shape[0]
     return (
         factor.new_empty((rows, factor.shape[1]), dtype=dtype),
@@ -174,8 +158,8 @@ def _fake_screened(factor, dtype, job):
 
 screened = Operator(
     "screened",
-    "(Tensor factor, ScalarType dtype, {JOB}) -> (Tensor, Tensor, Tensor)",
-    _screened,
+    "(Tensor factor, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    run_screened,
     _fake_screened,
 )
 """For path "matmul": (factor in dtype, or nothing where it is; the same with 0 where it is not
@@ -184,9 +168,9 @@ finite; [R] fp32, NaN for the rows where).
 
 poisoned = Operator(
     "poisoned",
-    "(Tensor dh, Tensor poison, ScalarType dtype, {JOB}) -> Tensor",
-    lambda dh, poison, dtype, job: run_poisoned(dense_rows(dh), poison, dtype),
-    lambda dh, poison, dtype, job: dh.new_empty(dh.shape, dtype=dtype),
+    "(Tensor dh, Tensor poison, ScalarType dtype) -> Tensor",
+    lambda dh, poison, dtype: run_poisoned(dense_rows(dh), poison, dtype),
+    lambda dh, poison, dtype: dh.new_empty(dh.shape, dtype=dtype),
 )
 """For path "matmul": dh in dtype, NaN for the tokens that chose a row that is not finite."""
 
@@ -268,22 +252,9 @@ decode_shrink = Operator(
 """fp32 planes [splits, T, logits x Wᵀ, and from `logits_width` on h = x Aᵀ of all linears]."""
 
 
-def _decode_expand(
-    planes: Tensor,
-    lora_B: Tensor,
-    router: Tensor,
-    bias: Tensor | None,
-    norm: bool,
-    null_expert: bool,
-    input_norm: bool,
-    ids: Tensor,
-    weights: Tensor,
-    y: Tensor,
-    add: bool,
-    job: Job,
-) -> None:
-    spec = TopK(router, bias, norm, null_expert, input_norm)
-    run_decode_expand(planes, lora_B.contiguous(), spec, ids, weights, y, add, job)
+def _decode_expand(planes: Tensor, lora_B: Tensor, *router_and_rest: Any) -> None:
+    *router, ids, weights, y, add, job = router_and_rest
+    run_decode_expand(planes, lora_B.contiguous(), TopK(*router), ids, weights, y, add, job)
 
 
 decode_expand_ = Operator(
@@ -299,18 +270,6 @@ logits before is written to ids and weights [T, K]. Of the router itself only th
 """
 
 
-def _top_k(
-    x: Tensor,
-    router: Tensor,
-    bias: Tensor | None,
-    norm: bool,
-    null_expert: bool,
-    input_norm: bool,
-    num_slots: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return route(x, TopK(router, bias, norm, null_expert, input_norm), num_slots)
-
-
 def _fake_top_k(x, router, bias, norm, null_expert, input_norm, num_slots):
     ids = x.new_empty((x.shape[0], num_slots), dtype=torch.int64)
     experts = torch.empty_like(ids) if null_expert else ids.new_empty(0)
@@ -321,7 +280,7 @@ router_top_k = Operator(
     "router_top_k",
     "(Tensor x, Tensor router, Tensor? bias, bool norm, bool null_expert, bool input_norm,"
     " int num_slots) -> (Tensor, Tensor, Tensor)",
-    _top_k,
+    lambda x, *router_and_slots: route(x, TopK(*router_and_slots[:-1]), router_and_slots[-1]),
     _fake_top_k,
 )
 """(ids, weights, slot_experts) [T, K] of `router.route`."""

@@ -225,6 +225,7 @@ def power_splits(
     return splits, ceil_div(ceil_div(d, splits), block_d) * block_d
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """The device's multiprocessors; 4 stand in where there is no GPU, so that the interpreter
     splits sums as well.
