@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from training.processes import WORLD, in_two_processes, one_process
 from training.runs import LOSSES, assert_same
 
 from moelora import MoeLoraForCausalLM
 
-WORLD = 2
 STEPS = 2
 TOLERANCE = 2e-5
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -139,31 +137,20 @@ def _edit(name: str) -> dict[str, str]:
 
 def worker(rank: int, port: int, folder: str) -> None:
     """One of two processes: run all cases, and leave what came out in `folder`."""
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     where = Path(folder)
-    try:
+    with one_process(rank, where):
         found: dict[str, Any] = {name: _run(name, rank, where / name) for name in CASES}
         found["edits"] = {name: _edit(name) for name in EDITS}
         torch.save(found, where / f"{rank}.pt")
-    except BaseException:
-        (where / f"{rank}.error").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder, and what each of two processes found in every case."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
-    ranks = range(WORLD)
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in ranks]
+    return folder, in_two_processes(worker, folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ from here.
 from __future__ import annotations
 
 import os
+import socket
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +105,36 @@ def run_static_graph(rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """One of two processes: run all cases, and leave what came out in `folder`."""
+def in_two_processes(worker: Callable[[int, int, str], None], folder: Path) -> list[Any]:
+    """What each of two processes of `worker(rank, port, folder)` left in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@contextmanager
+def one_process(rank: int, where: Path) -> Iterator[None]:
+    """A worker's work: an error is also left in the folder, and the group is left."""
     torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
-    os.environ.update(
-        {name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1"
-    )
-    where = Path(folder)
     try:
-        found = {name: run_case(name, WORLD, where / f"run-{rank}") for name in CASES}
-        found["static_graph"] = run_static_graph(rank, WORLD)
-        torch.save(found, where / f"{rank}.pt")
+        yield
     except BaseException:
         (where / f"{rank}.error").write_text(traceback.format_exc())
         raise
     finally:
         dist.destroy_process_group()
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """One of two processes: run all cases, and leave what came out in `folder`."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    os.environ.update(
+        {name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1"
+    )
+    where = Path(folder)
+    with one_process(rank, where):
+        found = {name: run_case(name, WORLD, where / f"run-{rank}") for name in CASES}
+        found["static_graph"] = run_static_graph(rank, WORLD)
+        torch.save(found, where / f"{rank}.pt")

@@ -4,11 +4,9 @@ whole.
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-from training.processes import CASES, WORLD, run_case, run_static_graph, worker
+from training.processes import CASES, in_two_processes, run_case, run_static_graph, worker
 from training.runs import assert_same, only_routers
 
 # Two optimizer steps, the second on what the first left.
@@ -19,12 +17,7 @@ SAME = [n for n in CASES if "classifier" not in n and n != "no_callback"]
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes found in every case."""
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return in_two_processes(worker, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
