@@ -1,82 +1,30 @@
 """`MoeLoraConfig`: everything that defines a mixture, and the only place where its fields are
-validated.
+validated; the checks themselves are in `config_checks`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .backtracking import check_regex
-from .registry import router_class
-from .validation import (
-    MAX_EXPERTS,
-    MAX_RANK,
-    MAX_TOTAL_RANK,
-    check_by_linear,
-    check_choice,
-    check_depth,
-    check_flag,
-    check_integer,
-    check_names,
-    check_number,
-    check_type,
-    expert_name_problem,
-    shown,
-    string_list,
+from .config_checks import (
+    FIELD_CHECKS,
+    FORMAT_VERSION,
+    NO_EXPERT,
+    check_ranks,
+    checked_layers,
+    checked_names,
+    per_expert,
 )
+from .registry import router_class
+from .validation import check_depth, check_names, check_type, shown, string_list
 
-FORMAT_VERSION = 1
-ROUTING_LEVELS = ("token", "sequence")
-ROUTER_SCOPES = ("projection", "site", "layer", "model")
-ROUTER_POOLINGS = ("mean", "last", "attention")
-AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
-# What reports and label mappings call the null expert.
-NO_EXPERT = "(base)"
-
-
-def _check_optional(name: str, value: Any, kind: type = str, word: str = "string") -> None:
-    if not isinstance(value, (kind, type(None))):
-        raise TypeError(f"{name} is not a {word}, but {shown(value)}.")
-
-
-_check_share = partial(check_number, low=0.0, high=1.0, open_high=True)
-_check_coefficient = partial(check_number, low=0.0, high=math.inf)
-# The checks of single fields, as data; those that say more than this are methods.
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "num_experts": partial(check_integer, low=1, high=MAX_EXPERTS),
-    "num_experts_per_tok": partial(check_integer, low=1, high=MAX_EXPERTS),
-    "router_layer": partial(check_integer, low=0),
-    "router_prefix_tokens": partial(check_integer, low=1),
-    "format_version": partial(check_integer, low=0, high=FORMAT_VERSION),
-    "lora_dropout": _check_share,
-    "router_jitter_noise": _check_share,
-    "router_aux_loss_coef": _check_coefficient,
-    "router_z_loss_coef": _check_coefficient,
-    "router_bias_update_rate": _check_coefficient,
-    "expert_target_loss_coef": _check_coefficient,
-    "use_rslora": check_flag,
-    "norm_topk_prob": check_flag,
-    "router_input_norm": check_flag,
-    "null_expert": check_flag,
-    "routing_level": partial(check_choice, choices=ROUTING_LEVELS),
-    "router_scope": partial(check_choice, choices=ROUTER_SCOPES),
-    "router_pooling": partial(check_choice, choices=ROUTER_POOLINGS),
-    "router_aux_loss_window": partial(check_choice, choices=AUX_LOSS_WINDOWS),
-    "base_config": partial(_check_optional, kind=dict, word="dict"),
-    "base_architecture": _check_optional,
-    "base_model_name_or_path": _check_optional,
-    "base_revision": _check_optional,
-    "base_folder": _check_optional,
-    "base_subfolder": _check_optional,
-}
 # What PreTrainedConfig itself takes as extra keywords; everything else that is no field is a typo.
 _INHERITED_KEYWORDS = {
     *("name_or_path", "_name_or_path", "model_type", "num_labels", "torch_dtype", "_commit_hash"),
@@ -216,7 +164,7 @@ class MoeLoraConfig(PreTrainedConfig):
             # What transformers says of wrong types in its own fields, such as id2label or dtype.
             raise TypeError(f"A field of every configuration has a wrong type: {error}.") from error
         if self.expert_names is None:
-            _CHECKS["num_experts"]("num_experts", self.num_experts)
+            FIELD_CHECKS["num_experts"]("num_experts", self.num_experts)
             self.expert_names = [f"expert_{e}" for e in range(self.num_experts)]
         self.validate()
 
@@ -224,7 +172,7 @@ class MoeLoraConfig(PreTrainedConfig):
         """Check every field; called at construction and again after keywords changed a loaded
         config.
         """
-        for name, check in _CHECKS.items():
+        for name, check in FIELD_CHECKS.items():
             check(name, getattr(self, name))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
@@ -232,9 +180,9 @@ class MoeLoraConfig(PreTrainedConfig):
                 f"{self.num_experts}: a token cannot choose more experts than there are. Lower "
                 "num_experts_per_tok."
             )
-        self._check_ranks()
+        check_ranks(vars(self))
         self._check_router()
-        self._check_names()
+        self.expert_names = checked_names(self.expert_names, self.num_experts)
         self._check_targets()
 
     @classmethod
@@ -313,32 +261,7 @@ class MoeLoraConfig(PreTrainedConfig):
         return names.index(name)
 
     def _per_expert(self, name: str) -> Sequence:
-        value = getattr(self, name)
-        if not isinstance(value, (list, tuple)):
-            return [value] * self.num_experts
-        if len(value) != self.num_experts:
-            raise ValueError(
-                f"{name} lists {len(value)} values for num_experts={self.num_experts}: give one "
-                "number for all experts, or a list with one for each."
-            )
-        return value
-
-    def _check_ranks(self) -> None:
-        """Ranks and scaling, of all linears and of single ones."""
-        for rank in self._per_expert("r"):
-            check_integer("r", rank, 1, MAX_RANK)
-        for alpha in self._per_expert("lora_alpha"):
-            check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-        experts = self.num_experts
-        inf = math.inf
-        check_by_linear("expert_ranks", self.expert_ranks, experts, check_integer, 0, MAX_RANK)
-        check_by_linear("expert_scaling", self.expert_scaling, experts, check_number, -inf, inf)
-        for name, ranks in {"r": self.ranks, **(self.expert_ranks or {})}.items():
-            if sum(ranks) > MAX_TOTAL_RANK:
-                raise ValueError(
-                    f"The ranks of {name} add up to {sum(ranks)}; expected at most "
-                    f"{MAX_TOTAL_RANK}: lower r or num_experts."
-                )
+        return per_expert(name, getattr(self, name), self.num_experts)
 
     def _check_router(self) -> None:
         options = router_class(self.router).read_options(self.router_options)
@@ -350,27 +273,6 @@ class MoeLoraConfig(PreTrainedConfig):
                 "or use routing_level='sequence'."
             )
 
-    def _check_names(self) -> None:
-        names = string_list("expert_names", self.expert_names)
-        if len(names) != self.num_experts or len(set(names)) != len(names):
-            raise ValueError(
-                f"expert_names={shown(names)} must be {self.num_experts} different names "
-                f"(num_experts={self.num_experts})."
-            )
-        if NO_EXPERT in names:
-            raise ValueError(
-                f"expert_names contains {NO_EXPERT!r}, which stands for the null expert: rename it."
-            )
-        for problem in filter(None, map(expert_name_problem, names)):
-            raise ValueError(f"expert_names: {problem}.")
-        counts = Counter(map(str.casefold, names))
-        if alike := [repr(name) for name in names if counts[name.casefold()] > 1]:
-            raise ValueError(
-                f"expert_names contains {' and '.join(alike[:4])}, which differ in case alone, and "
-                "some file systems would hold them in one folder: rename them."
-            )
-        self.expert_names = names
-
     def _check_targets(self) -> None:
         """The fields that name modules; sets and tuples become lists, which JSON can hold."""
         if isinstance(self.target_modules, str):
@@ -380,15 +282,7 @@ class MoeLoraConfig(PreTrainedConfig):
         if self.modules_to_save is not None:
             own = string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
             self.modules_to_save = own
-        layers = self.layers_to_transform
-        if isinstance(layers, (list, tuple, set)):
-            for number in layers:
-                check_integer("layers_to_transform", number, 0)
-            if not layers:
-                raise ValueError("layers_to_transform is empty: give numbers, or None for all.")
-            self.layers_to_transform = sorted(layers)
-        elif layers is not None:
-            check_integer("layers_to_transform", layers, 0)
+        self.layers_to_transform = checked_layers(self.layers_to_transform)
         if self.sites is not None:
             is_list = isinstance(self.sites, list) and len(self.sites) > 0
             expected = "lists of module names; leave it to save_pretrained"

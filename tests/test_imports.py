@@ -16,6 +16,7 @@ PACKAGES = {"moelora": ROOT / "moelora", "moelora_kernels": ROOT / "kernels" / "
 ROOMS = (
     ("validation", "host_internals"),
     ("backtracking", "registry"),
+    ("config_checks",),
     ("config",),
     ("routers",),
     ("core",),

@@ -10,7 +10,7 @@ from checkpoint.stored import WEIGHTS, contents, load, logits, mixture_on, rewri
 from core.mixtures import own_parameters
 
 from moelora import MoeLoraForCausalLM
-from moelora.config import FORMAT_VERSION
+from moelora.config_checks import FORMAT_VERSION
 
 A_KEY = "model.layers.0.moelora.sites.mlp-down_proj.lora_A.weight"
 

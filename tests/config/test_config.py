@@ -11,7 +11,7 @@ from bases import causal_base
 from core.mixtures import causal, factors, tokens
 
 from moelora import ROUTERS, MoeLoraConfig
-from moelora.config import (
+from moelora.config_checks import (
     AUX_LOSS_WINDOWS,
     FORMAT_VERSION,
     ROUTER_POOLINGS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
-from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.config_checks import ROUTER_SCOPES, ROUTING_LEVELS
 from moelora.injection.inject import put_into
 
 SCOPES = ROUTER_SCOPES

@@ -12,7 +12,7 @@ from bases import VOCAB, causal_base
 from core.mixtures import causal, tokens
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.config import ROUTER_SCOPES, ROUTING_LEVELS
+from moelora.config_checks import ROUTER_SCOPES, ROUTING_LEVELS
 from moelora.routers.descriptor import (
     MAX_TEMPERATURE,
     SHRINKAGE,

@@ -11,7 +11,7 @@ from bases import causal_base
 from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal, prompt_mask, tokens
 
 from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
-from moelora.config import ROUTER_POOLINGS
+from moelora.config_checks import ROUTER_POOLINGS
 
 D = 16
 every_router = pytest.mark.parametrize("router", sorted(ROUTERS))

@@ -11,7 +11,7 @@ from core.mixtures import causal, left_padded, prompt_mask, tokens
 from torch import Tensor
 
 from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
-from moelora.config import ROUTER_POOLINGS
+from moelora.config_checks import ROUTER_POOLINGS
 
 GATE = dict(routing_level="sequence", router_scope="model", router_layer=0, num_experts_per_tok=1)
 
