@@ -67,6 +67,12 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
         raise ValueError("The base holds a mixture already; take it out with model.unload() first.")
     check_no_peft(model)
     name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder, whose encoder and decoder read different tokens: a "
+            "mixture routes the tokens of one stack. Use a decoder-only model, or an encoder with "
+            "a classification head."
+        )
     classifier = name in CLASSIFIERS.values() or name.endswith("ForSequenceClassification")
     if public.is_classifier and not classifier:
         raise TypeError(f"{name} is not a sequence classifier; use MoeLoraForCausalLM for it.")

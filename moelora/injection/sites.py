@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import peft
 import torch
@@ -29,9 +30,16 @@ from ..host_internals import (
     include_all_linear,
 )
 from .base import snapshot
+from .left_out import (
+    FUSED,
+    check_all_match,
+    fused_experts,
+    report_fused,
+    why_not_called,
+    with_ancestors,
+)
 
 ALL_LINEAR = "all-linear"
-NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 
 
 def find_sites(
@@ -42,11 +50,12 @@ def find_sites(
     `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
     """
     targets, named = find_targets(model, config, is_classifier)
-    inputs = probe_inputs(model, targets)
+    inputs = probe_inputs(model, with_ancestors(model, targets))
     groups: dict[tuple, list[str]] = {}
     for name in targets:
         layer = decoder_layer(model, name)
-        reason = NOT_CALLED if name not in inputs else _why_not_routed(layer, config)
+        called = name in inputs
+        reason = _why_not_routed(layer, config) if called else why_not_called(name, inputs)
         if reason is None:
             alone = name if config.router_scope == "projection" else None
             groups.setdefault((layer, id(inputs[name]), alone), []).append(name)
@@ -54,14 +63,18 @@ def find_sites(
             raise ValueError(f"target_modules names {name!r}, which cannot be adapted: {reason}.")
         else:
             unadapted[name] = reason
+    if not named:
+        fused = fused_experts(model)
+        unadapted |= dict.fromkeys(fused, FUSED)
+        report_fused(model, fused)
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
     return list(groups.values())
 
 
 def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The first input of each target that a forward pass of two tokens calls; the base stays as it
-    was.
+    """The first input of each of these modules that a forward pass of two tokens calls; the base
+    stays as it was.
 
     Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator
     without a fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the
@@ -101,9 +114,9 @@ def _forward_two_tokens(model: PreTrainedModel, targets: dict[str, nn.Module]) -
     return inputs
 
 
-def _record(inputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
+def _record(inputs: dict[str, Any], name: str, module: nn.Module, args: tuple) -> None:
     # Keeping the tensor keeps its id from being used again.
-    inputs.setdefault(name, args[0])
+    inputs.setdefault(name, args[0] if args else None)
 
 
 def _why_not_routed(layer: str | None, config: MoeLoraConfig) -> str | None:
@@ -171,6 +184,8 @@ def find_targets(
                 raise
     if not targeted:
         raise ValueError(_nothing_matched(model, config))
+    if isinstance(config.target_modules, list):
+        check_all_match(model, config.target_modules)
     return targeted, named
 
 

@@ -109,12 +109,12 @@ def _peft_adapts(base, **fields):
 
 WANTED = {
     "all-linear": {"target_modules": "all-linear"},
-    "one name": lambda ends: {"target_modules": ends[-1:]},
-    "two names": lambda ends: {"target_modules": ends[:2]},
-    "full name": lambda ends: {"target_modules": [f"0.{ends[0]}", ends[1]]},
-    "regex": lambda ends: {"target_modules": rf".*\.1\..*({'|'.join(ends[:2])})"},
-    "one layer": lambda ends: {"target_modules": ends[:2], "layers_to_transform": 1},
-    "list of layers": lambda ends: {"target_modules": ends, "layers_to_transform": [0]},
+    "one name": lambda ends, names: {"target_modules": ends[-1:]},
+    "two names": lambda ends, names: {"target_modules": ends[:2]},
+    "full name": lambda ends, names: {"target_modules": [names[0], ends[1]]},
+    "regex": lambda ends, names: {"target_modules": rf".*\.1\..*({'|'.join(ends[:2])})"},
+    "one layer": lambda ends, names: {"target_modules": ends[:2], "layers_to_transform": 1},
+    "list of layers": lambda ends, names: {"target_modules": ends, "layers_to_transform": [0]},
 }
 # PEFT's all-linear stops with an error at a module that PEFT refuses.
 REFUSED_BY_PEFT = {"mamba"}
@@ -126,10 +126,9 @@ REFUSED_BY_PEFT = {"mamba"}
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_targets_are_the_modules_that_peft_adapts(name, wanted):
-    ends = list(
-        dict.fromkeys(n.rpartition(".")[2] for site in _sites(causal_base(name))[0] for n in site)
-    )
-    fields = WANTED[wanted] if isinstance(WANTED[wanted], dict) else WANTED[wanted](ends)
+    names = [n for site in _sites(causal_base(name))[0] for n in site]
+    ends = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    fields = WANTED[wanted] if isinstance(WANTED[wanted], dict) else WANTED[wanted](ends, names)
     expected = _peft_adapts(causal_base(name), **fields)
     assert expected
     assert set(adapted(_probed(name, **fields))) == expected
