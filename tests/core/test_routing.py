@@ -170,7 +170,8 @@ def test_every_trainable_parameter_of_a_classifier_gets_a_gradient(name, scope, 
     )
 
 
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+# "soft" always uses all experts, "random" learns nothing.
+@pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"soft", "random"}))
 @pytest.mark.parametrize("norm", [True, False])
 def test_one_expert_a_token_still_teaches_the_router(router, norm):
     model = causal(num_experts_per_tok=1, norm_topk_prob=norm, router=router, **NO_ROUTER_LOSS)
@@ -218,7 +219,7 @@ class SparseRouter(Router):
     def score(self, x):
         return nn.functional.linear(nn.functional.normalize(x, dim=-1), self.directions.to(x.dtype))
 
-    def select(self, logits, selection_bias):
+    def select(self, x, logits, selection_bias):
         weights, ids = logits.sigmoid().topk(self.num_experts_per_tok, dim=-1)
         return Routing(logits, ids.masked_fill(weights < self.bar, -1), weights)
 
