@@ -172,9 +172,7 @@ def compose(
     router: Annotated[str | None, Option(help="Else top_k, or as --router-init needs.")] = None,
     router_option: Annotated[list[str] | None, Option(help="NAME=VALUE of its settings.")] = None,
     router_init: Annotated[str, Option(help="random, or arrow (from the weights).")] = "random",
-    top_k: Annotated[
-        int | None, Option("--top-k", "-k", help="Experts a token; else 2 or all.")
-    ] = None,
+    top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token.")] = None,
     routing_level: Annotated[str, Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, Option(help="projection, site, layer or model.")] = "site",
     allow_base_mismatch: Mismatch = False,

@@ -38,8 +38,9 @@ def initialise(
             vector of its s·BA over the linears of the site (arXiv:2405.11157). It needs
             router="arrow", whose logits have no sign, and a router for each site or linear.
             "prototype": the nearest mean hidden state, each expert's over its `texts` with itself
-            at work, in the metric of the tokens' covariance (linear discriminant analysis): the
-            rows of routers whose scores are linear. With router="descriptor" it sets the experts' descriptors and a projection for them.
+            at work, in the metric of the tokens' covariance (linear discriminant analysis). It sets
+            the rows of routers whose scores are linear; with router="descriptor" the experts'
+            descriptors and a projection for them.
         texts: for "prototype", texts of every expert ("(base)" too, with `null_expert`): a list of
             strings, the path of a file (a text a line), rows with a "text", or tensors of token
             ids.

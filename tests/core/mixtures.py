@@ -27,8 +27,8 @@ FIELDS = {
 }
 # The router losses off, so that what a router learns comes through its weights.
 NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
-# What a kind of router refuses (tests/routers/test_refusals.py), so that tests over all routers make
-# it without.
+# What a kind of router refuses (tests/routers/test_refusals.py), so tests over all routers make it
+# without that.
 REFUSED = {
     "soft": {"num_experts_per_tok"},
     "top_p": {"null_expert"},

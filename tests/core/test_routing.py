@@ -122,8 +122,16 @@ def test_every_linear_puts_out_what_a_loop_over_tokens_and_experts_does(name, sc
         {"num_experts_per_tok": 3, "norm_topk_prob": False},
         {"num_experts_per_tok": 4},
         {"num_experts": 40, "num_experts_per_tok": 2, "use_rslora": True},
+        # SMoRA (arXiv:2501.15103).
+        {"num_experts": 12, "r": 1, "lora_alpha": 1, "num_experts_per_tok": 4},
     ],
-    ids=["top-1", "top-3 not renormalised", "all experts", "many experts: the grouped path"],
+    ids=[
+        "top-1",
+        "top-3 not renormalised",
+        "all experts",
+        "many experts: the grouped path",
+        "each rank is an expert",
+    ],
 )
 def test_every_choice_of_experts_is_the_loop_too(fields, level):
     _assert_by_hand(into(causal_base(num_hidden_layers=1).double(), routing_level=level, **fields))
