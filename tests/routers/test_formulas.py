@@ -172,7 +172,7 @@ def test_the_weights_are_the_papers(case):
 
 @cases
 def test_every_parameters_gradient_is_the_slope_of_the_weights(case):
-    """By finite differences; rows whose choice they would change are left out by gradcheck's eps."""
+    """By finite differences."""
     router = made(case)
     x = inputs(4)
     names, parameters = zip(*router.named_parameters())
