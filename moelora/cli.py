@@ -172,7 +172,7 @@ def compose(
     router: Annotated[str | None, Option(help="Else top_k, or as --router-init needs.")] = None,
     router_option: Annotated[list[str] | None, Option(help="NAME=VALUE of its settings.")] = None,
     router_init: Annotated[str, Option(help="random, or arrow (from the weights).")] = "random",
-    top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token; else 2.")] = None,
+    top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token.")] = None,
     routing_level: Annotated[str, Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, Option(help="projection, site, layer or model.")] = "site",
     allow_base_mismatch: Mismatch = False,
@@ -186,7 +186,7 @@ def compose(
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
             num_experts=len(sources),
-            num_experts_per_tok=min(2, len(sources)) if top_k is None else top_k,
+            num_experts_per_tok=1 if top_k is None and len(sources) == 1 else top_k,
             router=router or ("arrow" if router_init == "arrow" else "top_k"),
             router_options=options,
             routing_level=routing_level,

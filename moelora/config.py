@@ -52,7 +52,8 @@ class MoeLoraConfig(PreTrainedConfig):
         modules_to_save: modules of the base that train and are saved too, as in PEFT.
         router: the kind of router, a name in `moelora.ROUTERS`.
         router_options: settings of this kind of router, by name; see its class's `Options`.
-        num_experts_per_tok: how many experts each token (or sequence) uses.
+        num_experts_per_tok: how many experts each token (or sequence) uses; by default 2. Of
+            routers that decide that themselves it is the most, by default all experts.
         routing_level: "token": each token its own experts; "sequence": one choice from the prompt.
         router_scope: where routers are: "projection": for each linear; "site": for the linears that
             read one tensor; "layer": for each decoder layer; "model": one, at `router_layer`.
@@ -105,7 +106,7 @@ class MoeLoraConfig(PreTrainedConfig):
 
     router: str = "top_k"
     router_options: dict[str, Any] | None = None
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int | None = None
     routing_level: str = "token"
     router_scope: str = "site"
     router_layer: int = 0
@@ -174,6 +175,9 @@ class MoeLoraConfig(PreTrainedConfig):
         """
         for name, check in FIELD_CHECKS.items():
             check(name, getattr(self, name))
+        if self.num_experts_per_tok is None:
+            decides = router_class(self.router).decides_how_many
+            self.num_experts_per_tok = self.num_routed_experts if decides else 2
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
@@ -229,6 +233,17 @@ class MoeLoraConfig(PreTrainedConfig):
         """How many outputs a router has: `num_experts`, and one more with `null_expert`."""
         return self.num_experts + int(self.null_expert)
 
+    @property
+    def num_routed_experts(self) -> int:
+        """How many experts a router chooses among, without the null expert."""
+        return self.num_choices - int(self.null_expert)
+
+    @property
+    def may_use_all_experts(self) -> bool:
+        """Whether the router decides how many experts a token uses, and may take all of them."""
+        decides = router_class(self.router).decides_how_many
+        return decides and self.num_experts_per_tok == self.num_routed_experts
+
     def ranks_of(self, linear: str) -> tuple[int, ...]:
         """The rank of each expert in one linear.
 
@@ -264,8 +279,9 @@ class MoeLoraConfig(PreTrainedConfig):
         return per_expert(name, getattr(self, name), self.num_experts)
 
     def _check_router(self) -> None:
-        options = router_class(self.router).read_options(self.router_options)
-        self.router_options = asdict(options)
+        cls = router_class(self.router)
+        self.router_options = asdict(cls.read_options(self.router_options))
+        cls.check_config(self)
         if self.router_pooling != "mean" and self.routing_level != "sequence":
             raise ValueError(
                 f"router_pooling={self.router_pooling!r} makes one vector of a prompt, and "

@@ -36,12 +36,17 @@ def _check_optional(name: str, value: Any, kind: type = str, word: str = "string
         raise TypeError(f"{name} is not a {word}, but {shown(value)}.")
 
 
+def _check_slots(name: str, value: Any) -> None:
+    if value is not None:
+        check_integer(name, value, low=1, high=MAX_EXPERTS)
+
+
 _check_share = partial(check_number, low=0.0, high=1.0, open_high=True)
 _check_coefficient = partial(check_number, low=0.0, high=math.inf)
 # The checks of single fields, as data; those that say more are functions.
 FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "num_experts": partial(check_integer, low=1, high=MAX_EXPERTS),
-    "num_experts_per_tok": partial(check_integer, low=1, high=MAX_EXPERTS),
+    "num_experts_per_tok": _check_slots,
     "router_layer": partial(check_integer, low=0),
     "router_prefix_tokens": partial(check_integer, low=1),
     "format_version": partial(check_integer, low=0, high=FORMAT_VERSION),

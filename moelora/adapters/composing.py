@@ -127,6 +127,9 @@ def set_experts(
     A linear where an expert's rank or scaling is not the one that `r` and `lora_alpha` say is
     listed in `expert_ranks` or `expert_scaling`.
     """
+    if config.may_use_all_experts:
+        # All of the new ones, which `validate` counts.
+        config.num_experts_per_tok = None
     config.num_experts = len(experts)
     config.expert_names = list(names)
     config.r = _one_or_list([expert.r for expert in experts])

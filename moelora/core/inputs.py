@@ -67,6 +67,11 @@ class OwnInputs:
                     f"expert_weights leaves the routers nothing to do: drop it or {other}."
                 )
         if self.expert_targets is not None:
+            if not any(True for _ in context.routers.parameters()):
+                raise ValueError(
+                    "expert_targets teach the routers which experts to choose, and those of "
+                    f"router={context.config.router!r} have no parameters: leave them out."
+                )
             _check_targets(self.expert_targets, context.config, batch, length, banned)
         if self.expert_routing is not None and not forced:
             _check_routing(self.expert_routing, context, batch, length)

@@ -52,7 +52,7 @@ def remove_expert(model: MixtureModel, name: str) -> PoolChange:
     """Remove an expert with its router rows; see `MoeLoraForCausalLM.remove_expert`."""
     config = model.moelora_config
     index = config.expert_index(name)
-    if config.num_experts <= config.num_experts_per_tok:
+    if config.num_experts <= config.num_experts_per_tok and not config.may_use_all_experts:
         raise ValueError(
             f"Expert {name!r} cannot be removed: {config.num_experts - 1} would remain, and every "
             f"token chooses num_experts_per_tok={config.num_experts_per_tok}. Load the checkpoint "

@@ -2,19 +2,30 @@
 
 from ..registry import ROUTERS, router_class
 from .base import Router, Routing, register_router
+from .cosine import CosineRouter
+from .deciding import SoftRouter, SparsegenRouter, ThresholdRouter, TopPRouter
 from .descriptor import DescriptorRouter
 from .mlp import MlpRouter
+from .noisy import NoisyTopKRouter
 from .options import changed_options
 from .top_k import ArrowRouter, TopKRouter
+from .uniform import RandomRouter
 
 __all__ = [
     "ROUTERS",
     "ArrowRouter",
+    "CosineRouter",
     "DescriptorRouter",
     "MlpRouter",
+    "NoisyTopKRouter",
+    "RandomRouter",
     "Router",
     "Routing",
+    "SoftRouter",
+    "SparsegenRouter",
+    "ThresholdRouter",
     "TopKRouter",
+    "TopPRouter",
     "changed_options",
     "register_router",
     "router_class",

@@ -77,8 +77,12 @@ class Router(nn.Module):
     moves their rows when experts come and go.
     shared_parameters: all other parameters and buffers, which `resize` leaves alone.
     fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, so plans
-    need not check. takes_any_dtype: `score` takes x in any dtype, and computes in fp32 all the
-    same.
+    need not check. takes_any_dtype: `score` and `select` take x in any dtype, and compute in fp32
+    all the same.
+    decides_how_many: it decides row by row how many experts act; `num_experts_per_tok` is the most
+    of them, by default all.
+    takes_selection_bias: `select` chooses by a selection_bias, so that router_bias_update_rate can
+    balance it. takes_null_expert: it can choose the null expert.
     backend: of `moelora_kernels`, as in `Mixture`.
     """
 
@@ -91,6 +95,9 @@ class Router(nn.Module):
     shared_parameters: ClassVar[frozenset[str]] = frozenset({"pool_query"})
     fills_every_slot = False
     takes_any_dtype = False
+    decides_how_many: ClassVar[bool] = False
+    takes_selection_bias: ClassVar[bool] = True
+    takes_null_expert: ClassVar[bool] = True
     backend: str | None = None
     options: Options
 
@@ -122,10 +129,38 @@ class Router(nn.Module):
         """
         return read_options(cls.Options, given, cls.__name__)
 
+    @classmethod
+    def check_config(cls, config: MoeLoraConfig) -> None:
+        """Raise where a configuration asks for what this kind of router cannot do.
+
+        Args:
+            config: the configuration, whose fields are valid each by itself.
+
+        Raises:
+            ValueError: a field that this kind of router cannot follow, with the remedy.
+        """
+        if config.router_bias_update_rate and not cls.takes_selection_bias:
+            raise ValueError(
+                f"router_bias_update_rate={config.router_bias_update_rate} shifts which experts "
+                f"are chosen, and router={config.router!r} does not choose by rank: leave it at 0 "
+                "and balance with router_aux_loss_coef, or use router='top_k'."
+            )
+        if config.null_expert and not cls.takes_null_expert:
+            raise ValueError(
+                f"null_expert is one more choice, and router={config.router!r} leaves slots empty "
+                "by itself, which could not be told from it: leave null_expert out, or use "
+                "router='top_k' or 'soft'."
+            )
+
     @property
     def num_choices(self) -> int:
         """The number of logits of a row."""
         return self.num_experts + int(self.null_expert)
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots a row of its routing has: one a choice where all experts may act."""
+        return self.num_choices if self._may_use_all() else self.num_experts_per_tok
 
     def normalised(self, x: Tensor) -> Tensor:
         """x in fp32 (float64 stays); with router_input_norm x / √mean(x²).
@@ -172,11 +207,12 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
-    def select(self, logits: Tensor, selection_bias: Tensor | None) -> Routing:
+    def select(self, x: Tensor, logits: Tensor, selection_bias: Tensor | None) -> Routing:
         """The `num_experts_per_tok` choices of the largest probability, with those probabilities as
         weights.
 
         Args:
+            x: the rows `[N, d]` that `score` read.
             logits: `[N, num_choices]` fp32.
             selection_bias: `[num_choices]`, shifts which are chosen, never their weights
                 (arXiv:2408.15664).
@@ -227,7 +263,7 @@ class Router(nn.Module):
             # In the bias too: a probability of 0 plus another expert's bias could still win.
             bias = logits.new_zeros(self.num_choices) if selection_bias is None else selection_bias
             selection_bias = bias.masked_fill(choices, -torch.inf)
-        routing = self.select(logits, selection_bias)
+        routing = self.select(x, logits, selection_bias)
         if self.null_expert:
             routing = routing._emptied(routing.expert_ids == self.num_experts)
         return routing if banned is None else routing.without(banned)
@@ -256,7 +292,10 @@ class Router(nn.Module):
                 resized = nn.Parameter(resized, requires_grad=tensor.requires_grad)
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, resized)
+        uses_all = self._may_use_all()
         self.num_experts = len(keep)
+        if uses_all:
+            self.num_experts_per_tok = self.num_choices - int(self.null_expert)
 
     def with_null(self, keep: Sequence[int | None]) -> list[int | None]:
         """`keep` for rows: with `null_expert` the null expert's row follows the experts'.
@@ -265,6 +304,11 @@ class Router(nn.Module):
             keep: as in `resize`.
         """
         return [*keep, *([self.num_experts] if self.null_expert else [])]
+
+    def _may_use_all(self) -> bool:
+        """Whether a row may use all experts, however many there will be."""
+        routed = self.num_choices - int(self.null_expert)
+        return self.decides_how_many and self.num_experts_per_tok >= routed
 
     def _tensors_with_expert_rows(self) -> dict[str, Tensor]:
         """The parameters and buffers in `expert_rows`; ValueError unless each is declared."""

@@ -36,10 +36,19 @@ class TopKRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """x Wᵀ: x `[N, d]` → `[N, num_choices]`."""
-        weight = self.weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if x.dtype == weight.dtype and x.device.type == "cpu":
-            return nn.functional.linear(x, weight)  # the same, with less around it
-        return router_logits(x, weight, backend=self.backend)
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x rowsᵀ in fp32 (float64 stays), exact also where x has 16 bits.
+
+        Args:
+            x: `[N, d]` of any dtype.
+            rows: `[m, d]`, as logits are made with.
+        """
+        rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if x.dtype == rows.dtype and x.device.type == "cpu":
+            return nn.functional.linear(x, rows)  # the same, with less around it
+        return router_logits(x, rows, backend=self.backend)
 
 
 @register_router("arrow")

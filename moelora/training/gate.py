@@ -155,6 +155,11 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     """All texts with expert_targets, of which at least one must count."""
     check_not_overridden(model)
     names = model.moelora_config.choice_names
+    if not any(True for _ in model.moelora.routers.parameters()):
+        raise ValueError(
+            f"router={model.moelora_config.router!r} has no parameters, so there is nothing to "
+            "train: make the mixture with another router."
+        )
     if isinstance(texts, Mapping):
         check_names(texts, names)
         for name, own in texts.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.model import MixtureModel, evaluating
-from ..routers import ArrowRouter, DescriptorRouter, Router, TopKRouter
+from ..routers import ROUTERS, ArrowRouter, DescriptorRouter, Router, TopKRouter
 from ..routers.descriptor import class_means, times_covariance_power
 from ..validation import check_choice, check_names
 from .evaluation import alone, check_not_overridden
@@ -38,8 +38,9 @@ def initialise(
             vector of its s·BA over the linears of the site (arXiv:2405.11157). It needs
             router="arrow", whose logits have no sign, and a router for each site or linear.
             "prototype": the nearest mean hidden state, each expert's over its `texts` with itself
-            at work, in the metric of the tokens' covariance (linear discriminant analysis). With
-            router="descriptor" it sets the experts' descriptors and a projection for them.
+            at work, in the metric of the tokens' covariance (linear discriminant analysis). It sets
+            the rows of routers whose scores are linear; with router="descriptor" the experts'
+            descriptors and a projection for them.
         texts: for "prototype", texts of every expert ("(base)" too, with `null_expert`): a list of
             strings, the path of a file (a text a line), rows with a "text", or tensors of token
             ids.
@@ -101,9 +102,11 @@ def _check_router(model: MixtureModel, how: str) -> None:
     config = model.moelora_config
     router = model.moelora.router_list[0]
     problem = ""
-    if how == "prototype" and type(router) is not TopKRouter:
-        if not isinstance(router, DescriptorRouter):
-            problem = f"sets the rows of router='top_k' or 'descriptor', not {config.router!r}"
+    if how == "prototype" and not isinstance(router, DescriptorRouter):
+        if type(router).score is not TopKRouter.score:
+            fit = [name for name, cls in ROUTERS.items() if cls.score is TopKRouter.score]
+            fit = ", ".join(sorted([*fit, "descriptor"]))
+            problem = f"sets routers with linear scores ({fit}), not {config.router!r}"
     elif how == "arrow" and config.null_expert:
         problem = "has no direction for null_expert: use 'prototype'"
     elif how == "arrow" and config.router_scope not in ("site", "projection"):

@@ -27,6 +27,21 @@ FIELDS = {
 }
 # The router losses off, so that what a router learns comes through its weights.
 NO_ROUTER_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+# What a kind of router refuses (tests/routers/test_refusals.py), so tests over all routers make it
+# without that.
+REFUSED = {
+    "soft": {"num_experts_per_tok"},
+    "top_p": {"null_expert"},
+    "threshold": {"null_expert"},
+    "sparsegen": {"null_expert"},
+    "random": {"router_pooling", "router_input_norm", "router_jitter_noise", "norm_topk_prob"},
+}
+
+
+def suited(**fields: Any) -> dict[str, Any]:
+    """These fields of a configuration without those that its router refuses."""
+    refused = REFUSED.get(fields.get("router", "top_k"), set())
+    return {name: value for name, value in fields.items() if name not in refused}
 
 
 # The probe is most of the time that making a tiny mixture takes, and answers the same for the same
@@ -43,7 +58,7 @@ def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fiel
     """
     classifier = type(base).__name__.endswith("ForSequenceClassification")
     public = MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
-    config = MoeLoraConfig(**{**FIELDS, **fields})
+    config = MoeLoraConfig(**{**suited(**FIELDS, router=fields.get("router", "top_k")), **fields})
     key = (public, base.config.to_json_string(), config.router_scope, config.router_layer)
     key += (str(config.target_modules), str(config.layers_to_transform))
     torch.manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from core.mixtures import NO_ROUTER_LOSS, causal
+from core.mixtures import NO_ROUTER_LOSS, causal, suited
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,8 @@ GATE = {
 
 def gate(**fields: Any) -> Any:
     """A tiny Llama with one gate on its embeddings among red, green and blue."""
-    return causal(**{**GATE, **fields})
+    router = fields.get("router", "top_k")
+    return causal(**{**suited(**GATE, router=router), **fields})
 
 
 @torch.no_grad()
