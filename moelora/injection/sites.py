@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import peft
 import torch
@@ -198,6 +199,15 @@ def decoder_layer(model: nn.Module, name: str) -> str | None:
 def layer_number(layer: str | None) -> int | None:
     """The number at the end of a decoder layer's path; None outside of any."""
     return None if layer is None else int(layer.rpartition(".")[2])
+
+
+def depth_of(model: nn.Module, layer: str | None) -> float:
+    """Where a decoder layer is: 0 the first, 1 the last; 1 outside of any."""
+    if layer is None:
+        return 1.0
+    around, _, number = layer.rpartition(".")
+    layers: Any = model.get_submodule(around)
+    return int(number) / max(len(layers) - 1, 1)
 
 
 def modules_to_save(

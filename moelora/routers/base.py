@@ -76,10 +76,14 @@ class Router(nn.Module):
     expert_rows: the parameters and buffers that have one row a choice, by their names; `resize`
     moves their rows when experts come and go.
     shared_parameters: all other parameters and buffers, which `resize` leaves alone.
+    reads: what it is given. "hidden_states": the rows below. "input_ids": token ids `[N]`, or of
+    prompts `[B, S]`. "context": `router_context` of the sequences, `[B, n]`.
+    reads_prompt: at token level too it must be told the prompt; see `HybridRouter`.
     fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, so plans
     need not check. takes_any_dtype: `score` takes x in any dtype, and computes in fp32 all the
     same.
     backend: of `moelora_kernels`, as in `Mixture`.
+    depth: of its decoder layer: 0 for the first, 1 for the last and outside of any.
     """
 
     @dataclass(frozen=True)
@@ -89,9 +93,12 @@ class Router(nn.Module):
     changeable_options: ClassVar[frozenset[str]] = frozenset()
     expert_rows: ClassVar[frozenset[str]] = frozenset()
     shared_parameters: ClassVar[frozenset[str]] = frozenset({"pool_query"})
+    reads: ClassVar[str] = "hidden_states"
+    reads_prompt: ClassVar[bool] = False
     fills_every_slot = False
     takes_any_dtype = False
     backend: str | None = None
+    depth = 0.0
     options: Options
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
@@ -126,6 +133,15 @@ class Router(nn.Module):
     def num_choices(self) -> int:
         """The number of logits of a row."""
         return self.num_experts + int(self.null_expert)
+
+    def blank_rows(self, count: int, device: torch.device | None = None) -> Tensor:
+        """Rows of zeros in the form that `score` takes.
+
+        Args:
+            count: how many.
+            device: where.
+        """
+        return torch.zeros(count, self.in_features, device=device)
 
     def normalised(self, x: Tensor) -> Tensor:
         """x in fp32 (float64 stays); with router_input_norm x / √mean(x²).
@@ -215,12 +231,21 @@ class Router(nn.Module):
             x = self.pool(x, prompt_mask)
         elif prompt_mask is not None:
             raise ValueError(f"prompt_mask is for prompts x [B, S, d]; x is {tuple(x.shape)}.")
+        return self._decided(self.score(self._prepared(x)), selection_bias, banned)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """x `[N, d]` as `score` takes it: in fp32, normalised and, in training, with noise."""
         jitters = self.training and self.jitter_noise > 0
         if jitters or self.input_norm or not self.takes_any_dtype:
             x = self.normalised(x)
         if jitters:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-        logits = self.score(x)
+        return x
+
+    def _decided(
+        self, logits: Tensor, selection_bias: Tensor | None, banned: Tensor | None
+    ) -> Routing:
+        """What is chosen by `logits` `[N, num_choices]`; the other arguments as in `forward`."""
         if banned is not None:
             choices = nn.functional.pad(banned, (0, int(self.null_expert)))
             logits = logits.masked_fill(choices, -torch.inf)
