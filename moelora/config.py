@@ -18,6 +18,7 @@ from .config_checks import (
     FORMAT_VERSION,
     NO_EXPERT,
     check_ranks,
+    check_reads,
     checked_layers,
     checked_names,
     per_expert,
@@ -278,11 +279,25 @@ class MoeLoraConfig(PreTrainedConfig):
     def _per_expert(self, name: str) -> Sequence:
         return per_expert(name, getattr(self, name), self.num_experts)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the routers must be told which tokens of a sequence are its prompt."""
+        router = router_class(self.router)
+        if router.reads == "context":
+            return False
+        return self.routing_level == "sequence" or router.reads_prompt
+
+    @property
+    def routes_tokens(self) -> bool:
+        """Whether each token has a routing of its own, not its sequence's."""
+        return self.routing_level == "token" and router_class(self.router).reads != "context"
+
     def _check_router(self) -> None:
-        cls = router_class(self.router)
-        self.router_options = asdict(cls.read_options(self.router_options))
-        cls.check_config(self)
-        if self.router_pooling != "mean" and self.routing_level != "sequence":
+        router = router_class(self.router)
+        self.router_options = asdict(router.read_options(self.router_options))
+        check_reads(router, vars(self))
+        router.check_config(self)
+        if self.router_pooling != "mean" and not self.reads_prompts:
             raise ValueError(
                 f"router_pooling={self.router_pooling!r} makes one vector of a prompt, and "
                 f"routing_level={self.routing_level!r} routes single tokens: leave it at 'mean', "

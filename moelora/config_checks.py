@@ -97,6 +97,35 @@ def check_ranks(values: Mapping[str, Any]) -> None:
             )
 
 
+def check_reads(router: Any, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for fields that do nothing with what this router reads.
+
+    Args:
+        router: the class of the routers.
+        values: of the fields router, routing_level, router_pooling, router_input_norm,
+            router_jitter_noise and router_bias_update_rate.
+    """
+    own = f"router={values['router']!r}"
+    if router.reads_prompt and values["routing_level"] != "token":
+        raise ValueError(
+            f"{own} blends the routing of tokens and of sequences already: use "
+            "routing_level='token', or router='top_k' for sequences alone."
+        )
+    if router.reads == "hidden_states":
+        return
+    what = {"input_ids": "the ids of tokens", "context": "router_context"}[router.reads]
+    unused = {"router_pooling": "mean"}
+    if router.reads == "input_ids":
+        unused |= {"router_input_norm": False}
+        unused |= {"router_jitter_noise": 0.0, "router_bias_update_rate": 0.0}
+    for name, default in unused.items():
+        if values[name] != default:
+            raise ValueError(
+                f"{name}={values[name]!r} does nothing with {own}, which reads {what} and no "
+                f"hidden states: leave it at {default!r}."
+            )
+
+
 def per_expert(name: str, value: Any, num_experts: int) -> Sequence:
     """The value of each expert of a field that is one for all or a list.
 

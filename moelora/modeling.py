@@ -379,9 +379,9 @@ class MoeLoraModel(MixtureModel):
 class MoeLoraForCausalLM(MoeLoraModel):
     """A causal language model with a mixture inside; also an instance of its base's class.
 
-    `forward` and `generate` take what the base's take, and six inputs of ours, which
+    `forward` and `generate` take what the base's take, and seven inputs of ours, which
     `help(model.forward)` describes with what the output gains: router_mask, expert_routing,
-    expert_targets, output_expert_routing, expert_weights and banned_experts.
+    expert_targets, output_expert_routing, expert_weights, banned_experts and router_context.
     """
 
     auto_class = AutoModelForCausalLM

@@ -50,8 +50,11 @@ class MixtureContext(nn.Module):
             `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
-        num_experts, by_token, total_rank, fills_every_slot: kept at hand, since they are read for
-            every site of every token that is generated, and a configuration answers slowly.
+        by_token: whether a routing has a row for each token, not for each sequence.
+        reads_prompts: whether routers must be told which tokens are the prompt.
+        routes_prompts: whether they do, and a routing has a row for each prompt.
+        num_experts, total_rank, fills_every_slot: as those three, kept at hand, since they are read
+            for every site of every token that is generated, and a configuration answers slowly.
     """
 
     load: LoadWindow
@@ -70,7 +73,9 @@ class MixtureContext(nn.Module):
         # A list, whose changes are atomic.
         self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts
-        self.by_token = config.routing_level == "token"
+        self.by_token = config.routes_tokens
+        self.reads_prompts = config.reads_prompts
+        self.routes_prompts = self.reads_prompts and not self.by_token
         self.total_rank = 0
         self.fills_every_slot = False
 
@@ -98,6 +103,11 @@ class MixtureContext(nn.Module):
         self._backend = name
         for router in self.router_list:
             router.backend = name
+
+    def reads_context(self, width: int) -> bool:
+        """Whether the routers read outside contexts of this width."""
+        router = self.router_list[0]
+        return router.reads == "context" and router.in_features == width
 
     def trained_router_parameter(self) -> nn.Parameter | None:
         """A trainable parameter of a router, or None where all are frozen."""

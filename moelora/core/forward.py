@@ -19,7 +19,14 @@ from .inputs import OwnInputs, batch_shape, token_mask
 from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
 from .mixture import Mixture
 from .overrides import override_of
-from .prompts import carried_by_cache, note_on_cache, plans_on_cache, read_prompt
+from .prompts import (
+    carried_by_cache,
+    context_on_cache,
+    note_context_on_cache,
+    note_on_cache,
+    plans_on_cache,
+    read_prompt,
+)
 
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 
@@ -72,8 +79,10 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
         return RoutingOutput(expert_routing=running.kept_routings())
     if losses is not None:
         mixture.load.end_forward(losses.counts)
-    if not (mixture.by_token or running.forced):
-        note_on_cache(outputs, running.kept_routings())
+    if mixture.reads_prompts and not running.forced and (kept := running.kept_prompts()):
+        note_on_cache(outputs, kept)
+    if running.router_context is not None:
+        note_context_on_cache(outputs, running.router_context)
     return _extended(outputs, running, learning, kwargs.get("labels") is not None)
 
 
@@ -90,23 +99,17 @@ def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -
         batch,
         carried=own.expert_routing,
         override=override,
-        keep_routings=bool(own.output_expert_routing) or not mixture.by_token,
+        keep_routings=bool(own.output_expert_routing) or mixture.routes_prompts,
         routing_only=own.routing_only,
+        token_ids=kwargs.get("input_ids"),
+        router_context=own.router_context,
     )
     banned = None if override is None else override.banned
     own.check(mixture, batch, length, running.forced, banned)
-    if not (mixture.by_token or running.forced):
-        running.carried = own.expert_routing or carried_by_cache(kwargs, batch, own.router_mask)
-        running.plans = plans_on_cache(kwargs, running.carried)
-        if running.carried is None:
-            # Where nothing but the routing is asked for, no label can leak into a prompt.
-            answers = learning and not own.routing_only
-            prefix = mixture.config.router_prefix_tokens
-            running.prompt_mask, labels = read_prompt(
-                kwargs, own.router_mask, prefix, model.is_classifier, answers
-            )
-            if labels is not None:
-                kwargs["labels"] = labels
+    if running.router_context is None:
+        running.router_context = context_on_cache(kwargs, batch)
+    if mixture.reads_prompts and not running.forced:
+        _begin_prompts(model, running, own, kwargs, learning)
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
         has_labels = kwargs.get("labels") is not None
         running.losses = RouterLosses(
@@ -121,6 +124,29 @@ def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -
             has_loss=learning and (has_labels or own.expert_targets is not None),
         )
     return running
+
+
+def _begin_prompts(
+    model: Any, running: ForwardPass, own: OwnInputs, kwargs: dict[str, Any], learning: bool
+) -> None:
+    """Let the pass know its prompts; labels inside of a prefix prompt are masked in `kwargs`."""
+    mixture: Mixture = model.moelora
+    noted = carried_by_cache(kwargs, running.batch, own.router_mask)
+    if mixture.routes_prompts:
+        running.carried = own.expert_routing or noted
+        running.plans = plans_on_cache(kwargs, running.carried)
+    else:
+        running.known_prompts = noted
+    if running.carried is not None or running.known_prompts is not None:
+        return
+    # Where nothing but the routing is asked for, no label can leak into a prompt.
+    answers = learning and not own.routing_only
+    prefix = mixture.config.router_prefix_tokens
+    running.prompt_mask, labels = read_prompt(
+        kwargs, own.router_mask, prefix, model.is_classifier, answers
+    )
+    if labels is not None:
+        kwargs["labels"] = labels
 
 
 def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:

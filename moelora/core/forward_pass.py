@@ -17,11 +17,20 @@ from moelora_kernels import Plan, Shape, TopK, build_plan, can_decode, choose_ba
 from torch import Tensor, nn
 
 from ..host_internals import inside_backward
-from ..routers import Router, Routing, TopKRouter
+from ..routers import PromptScores, Router, Routing, TopKRouter
 from .context import MixtureContext
 from .losses import RouterLosses
 from .overrides import Override, entered_override, tokens_per_row
 from .prompts import RequestPlans
+
+MISSING_CONTEXT = (
+    "router='context' reads router_context, which was not given: pass a tensor [batch, {width}] to "
+    "forward or generate, or choose yourself by expert_weights."
+)
+MISSING_IDS = (
+    "router={router!r} chooses by the ids of tokens, and this forward pass has inputs_embeds "
+    "alone: pass input_ids, or use a router that reads hidden states."
+)
 
 
 class RoutingDone(Exception):
@@ -74,6 +83,10 @@ class ForwardPass:
         carried: one `Routing` a router, decided before: by an earlier step, or by the caller.
         plans: those of `carried` that the request's earlier steps have made.
         override: what the routers may not decide.
+        token_ids: `[batch, length]`, for routers that read them.
+        router_context: `[batch, n]`, for routers that read what is outside.
+        known_prompts: what blending routers have made of the prompts in an earlier step, one a
+            router, as logits `[batch, choices]`; or None.
         losses: the router losses of this pass, or None where nobody asks for them.
         keep_routings: keep each router's routing for the output.
         routing_only: the pass stops once the last router has routed, and its routings take
@@ -81,6 +94,7 @@ class ForwardPass:
         is_part: not the model was called but a part of it, which knows of no batch and no prompt;
         only `use_experts` is known.
         routings: what each router decided, by its number.
+        prompts: what each blending router makes of the prompts, `[batch, choices]`, by its number.
         kept: `carried`, or all of `routings`; by it a cache knows its plans again.
         shared: the plan of the layer's (or model's) router, for the sites that follow.
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
@@ -95,12 +109,16 @@ class ForwardPass:
     carried: tuple[Routing, ...] | None = None
     plans: RequestPlans | None = None
     override: Override | None = None
+    token_ids: Tensor | None = None
+    router_context: Tensor | None = None
+    known_prompts: tuple[Routing, ...] | None = None
     losses: RouterLosses | None = None
     keep_routings: bool = False
     routing_only: bool = False
     is_part: bool = False
 
     routings: dict[int, Routing] = field(default_factory=dict)
+    prompts: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[Routing, ...] | None = None
     shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
@@ -188,6 +206,17 @@ class ForwardPass:
             self.kept = self.carried or tuple(self.routings[i] for i in sorted(self.routings))
         return self.kept
 
+    def kept_prompts(self) -> tuple[Routing, ...]:
+        """What a cache keeps of the prompts, one a router: their routings, or what blending routers
+        make of them, as logits without choices. Empty where no router has read.
+        """
+        if self.context.routes_prompts:
+            return self.kept_routings()
+        if self.known_prompts is not None:
+            return self.known_prompts
+        prompts = [self.prompts[index] for index in sorted(self.prompts)]
+        return tuple(Routing(p, p.new_zeros(len(p), 0).long(), p[:, :0]) for p in prompts)
+
     def _choose(self, index: int, router: Router, x: Tensor) -> tuple[Routing, int]:
         """The routing of x and how many tokens each of its rows stands for."""
         override = self.override
@@ -200,27 +229,69 @@ class ForwardPass:
             routing = Routing(*(t.to(x.device) for t in self.carried[index]))
             each = tokens_per_row("expert_routing", len(routing.expert_ids), x, self.batch)
             return routing if banned is None else routing.without(banned), each
-        num_tokens = x.shape[:-1].numel()
         load = self.context.load
         bias = load(index) if load.update_rate else None
         # Custom routers that know of no ban need not take one where there is none.
-        bans = () if banned is None else (banned,)
-        if self.context.by_token:
-            return router(x.reshape(num_tokens, -1), bias, *bans), 1
-        if self.is_part:
-            raise RuntimeError(
-                "routing_level='sequence' routes by the prompt, which only the whole model knows: "
-                "call the model itself, not one of its parts."
+        choosing = (bias,) if banned is None else (bias, banned)
+        if self.context.by_token and router.reads == "hidden_states" and not router.reads_prompt:
+            return router(x.reshape(-1, x.shape[-1]), *choosing), 1
+        length = self._length_of(x)
+        if router.reads == "input_ids":
+            return self._choose_by_ids(router, x, length, choosing)
+        if router.reads == "context":
+            if self.router_context is None:
+                raise ValueError(MISSING_CONTEXT.format(width=router.in_features))
+            return router(self.router_context.to(x.device), *choosing), length
+        mask = self.prompt_mask
+        mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
+        rows = x.reshape(self.batch, length, -1)
+        if not router.reads_prompt:
+            return router(rows, *choosing, prompt_mask=mask), length
+        known = self.known_prompts
+        prompt = PromptScores(mask, None if known is None else known[index].logits.to(x.device))
+        routing = router(rows, *choosing, prompt=prompt)
+        if not self.closed and prompt.logits is not None:
+            self.prompts[index] = prompt.logits.detach()
+        return routing, 1
+
+    def _choose_by_ids(
+        self, router: Router, x: Tensor, length: int, choosing: tuple[Tensor | None, ...]
+    ) -> tuple[Routing, int]:
+        """The routing of x, `length` rows a sequence, by a router that reads token ids."""
+        name = self.context.config.router
+        if self.token_ids is None:
+            raise ValueError(MISSING_IDS.format(router=name))
+        ids = self.token_ids.to(x.device)
+        if not self.context.by_token:
+            mask = None if self.prompt_mask is None else self.prompt_mask.to(x.device)
+            return router(ids, *choosing, prompt_mask=mask), length
+        if ids.shape[1] != length:
+            raise ValueError(
+                f"router={name!r} chooses by the ids of {tuple(ids.shape)} tokens, and an adapted "
+                f"linear reads an input of shape {tuple(x.shape)}, which is not one row for each: "
+                "leave that linear out of target_modules, or use routing_level='sequence'."
             )
+        return router(ids.reshape(-1), *choosing), 1
+
+    def _length_of(self, x: Tensor) -> int:
+        """How many rows of x `[…, d]` belong to each sequence.
+
+        Raises:
+            RuntimeError: a part of the model was called, or x is not made of the sequences.
+        """
+        if self.is_part:
+            config = self.context.config
+            raise RuntimeError(
+                f"router={config.router!r} at routing_level={config.routing_level!r} needs the "
+                "tokens, prompts or contexts that only the whole model knows: call the model "
+                "itself, not one of its parts."
+            )
+        num_tokens = x.shape[:-1].numel()
         if num_tokens % self.batch:
             raise RuntimeError(
                 f"An input of shape {tuple(x.shape)} cannot be split into {self.batch} sequences."
             )
-        length = num_tokens // self.batch
-        mask = self.prompt_mask
-        mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
-        prompts = x.reshape(self.batch, length, -1)
-        return router(prompts, bias, *bans, prompt_mask=mask), length
+        return num_tokens // self.batch
 
     def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
         """The plan of a routing, for activations of `dtype`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..routers import Routing
 from .inputs import OWN_INPUTS, check_expert_weights
 from .mixture import Mixture
-from .prompts import carried_by_cache
+from .prompts import carried_by_cache, on_cache
 
 # Nothing is learned while generating.
 CARRIED = [name for name in OWN_INPUTS if name != "expert_targets"]
@@ -54,7 +54,9 @@ class Generating:
             if weights.dim() == 1:
                 # Every tensor is taken for one with a batch dimension.
                 model_kwargs.pop("expert_weights")
-        carried = model_kwargs.get("expert_routing") or carried_by_cache(model_kwargs, len(prompt))
+        carried = carried_by_cache(model_kwargs, len(prompt))
+        if mixture.routes_prompts:
+            carried = model_kwargs.get("expert_routing") or carried
         if _reads_prompts(mixture, model_kwargs) and carried is None:
             model_kwargs.setdefault("router_mask", prompt)
         routing = model_kwargs.pop("expert_routing", None)
@@ -77,8 +79,13 @@ class Generating:
         """Keep the prompt's routing for all later steps."""
         update = super()._update_model_kwargs_for_generation  # type: ignore[misc]
         model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
-        if _reads_prompts(self.moelora, model_kwargs):
+        if not _reads_prompts(self.moelora, model_kwargs):
+            return model_kwargs
+        if self.moelora.routes_prompts:
             model_kwargs["expert_routing"] = outputs.expert_routing
+            model_kwargs.pop("router_mask", None)
+        elif on_cache(outputs):
+            # Without a cache each step reads the prompt again, among all tokens so far.
             model_kwargs.pop("router_mask", None)
         return model_kwargs
 
@@ -87,16 +94,20 @@ class Generating:
             self.moelora, model_kwargs
         ):
             raise ValueError(
-                "prefill_chunk_size cuts the prompt, which routing_level='sequence' must read as a "
-                "whole: drop it."
+                "prefill_chunk_size cuts the prompt, which routing_level='sequence' and "
+                "router='hybrid' must read as a whole: drop it."
             )
         prefill = super()._prefill  # type: ignore[misc]
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         # An assistant, also this model's own first layers, routes the prompt itself if it routes,
-        # and keeps that on its own cache.
+        # and keeps that on its own cache. What is outside it is told.
         others = {name: value for name, value in model_kwargs.items() if name not in CARRIED}
+        outside = model_kwargs.get("router_context")
+        helper = getattr(kwargs.get("assistant_model") or self, "moelora", None)
+        if outside is not None and helper is not None and helper.reads_context(outside.shape[-1]):
+            others["router_context"] = outside
         generator = super()._get_candidate_generator  # type: ignore[misc]
         return generator(*args, model_kwargs=others, **kwargs)
 
@@ -115,7 +126,7 @@ def step_signature(base: type) -> Callable:
 
 
 def _reads_prompts(mixture: Mixture, model_kwargs: dict[str, Any]) -> bool:
-    return not mixture.by_token and model_kwargs.get("expert_weights") is None
+    return mixture.reads_prompts and model_kwargs.get("expert_weights") is None
 
 
 def _step_weights(weights: Tensor, kwargs: dict[str, Any], num_tokens: int) -> Tensor:

@@ -19,8 +19,8 @@ class RoutedCheckpoint:
 
     Two things that a layer reads are not arguments of it: the forward pass, which has ended when
     the backward pass computes the layer again, and the routing that its layer or model shares. The
-    pass is kept here; the routing's weights (and those of an override that learns) become explicit
-    inputs, since reentrant checkpointing carries gradients to inputs alone.
+    pass is kept here; the routing's weights (and those of an override, or an outside context, that
+    learn) become explicit inputs, since reentrant checkpointing carries gradients to inputs alone.
     """
 
     def __init__(self, context: MixtureContext, checkpoint: Callable):
@@ -39,16 +39,20 @@ class RoutedCheckpoint:
         weights = None if shared is None else shared.weights
         override = running.override
         forced = override.expert_weights if override is not None and override.learns else None
+        outside = running.router_context
+        outside = outside if outside is not None and outside.requires_grad else None
         device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
         # Reentrant checkpointing drops a layer none of whose inputs needs a gradient, as the first
         # one's over a frozen embedding: its experts would silently not train.
         anchor = torch.zeros((), device=device, requires_grad=True)
 
-        def run(anchor: Tensor, weights: Any, forced: Any, *args: Any) -> Any:
+        def run(anchor: Tensor, weights: Any, forced: Any, outside: Any, *args: Any) -> Any:
             given = None if shared is None else replace(shared, weights=weights)
             layer = replace(running, shared=given, shrunk={})
             if override is not None and forced is not None:
                 layer.override = replace(override, expert_weights=forced)
+            if outside is not None:
+                layer.router_context = outside
             outputs = layer.run(lambda: function(*args))
             if layer.shared is not given and not running.closed:
                 # Some versions of transformers checkpoint a layer with its hooks, so its router
@@ -63,7 +67,7 @@ class RoutedCheckpoint:
                 running.shared = layer.shared
             return outputs
 
-        return self.checkpoint(run, anchor, weights, forced, *args, **kwargs)
+        return self.checkpoint(run, anchor, weights, forced, outside, *args, **kwargs)
 
 
 def wrap(model: nn.Module, context: MixtureContext | None) -> None:

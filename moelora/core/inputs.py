@@ -1,4 +1,4 @@
-"""Our six inputs of a forward pass: taken out of the base's, and checked against the batch."""
+"""Our seven inputs of a forward pass: taken out of the base's, and checked against the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import MoeLoraConfig
 from .context import MixtureContext
 from .losses import IGNORE
 
@@ -26,6 +25,7 @@ class OwnInputs:
     output_expert_routing: Any = None
     expert_weights: Any = None
     banned_experts: Any = None
+    router_context: Any = None
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> OwnInputs:
@@ -57,22 +57,19 @@ class OwnInputs:
                 f"output_expert_routing={asked!r}; expected True, False, or {ROUTING_ONLY!r} for "
                 "the routing and nothing else."
             )
-        if self.router_mask is not None and context.by_token:
+        if self.router_mask is not None and not context.reads_prompts:
             raise ValueError(
                 "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
             )
+        if self.router_context is not None:
+            _check_context(self.router_context, context, batch)
         for other in ("expert_routing", "expert_targets"):
             if self.expert_weights is not None and getattr(self, other) is not None:
                 raise ValueError(
                     f"expert_weights leaves the routers nothing to do: drop it or {other}."
                 )
         if self.expert_targets is not None:
-            if not any(True for _ in context.routers.parameters()):
-                raise ValueError(
-                    "expert_targets teach the routers which experts to choose, and those of "
-                    f"router={context.config.router!r} have no parameters: leave them out."
-                )
-            _check_targets(self.expert_targets, context.config, batch, length, banned)
+            _check_targets(self.expert_targets, context, batch, length, banned)
         if self.expert_routing is not None and not forced:
             _check_routing(self.expert_routing, context, batch, length)
 
@@ -124,13 +121,32 @@ def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int
         )
 
 
+def _check_context(given: Any, context: MixtureContext, batch: int) -> None:
+    """Raise unless `given` is a vector for each sequence, of the width that the routers read."""
+    router = context.router_list[0]
+    if router.reads != "context":
+        raise ValueError(
+            f"router_context is read by router='context', and this mixture has "
+            f"{context.config.router!r}: drop it."
+        )
+    what = "a vector for each sequence, as wide as router_options['context_size']"
+    _check_tensor("router_context", given, what, [(batch, router.in_features)])
+    if given.is_complex():
+        raise TypeError(f"router_context is a {given.dtype}; expected real numbers.")
+
+
 def _check_targets(
-    targets: Any, config: MoeLoraConfig, batch: int, length: int, banned: Tensor | None
+    targets: Any, context: MixtureContext, batch: int, length: int, banned: Tensor | None
 ) -> None:
     """Raise where `targets` are not numbers of choices `[batch]`, or `[batch, length]`."""
-    level = config.routing_level
-    shapes = [(batch,)] if level == "sequence" else [(batch,), (batch, length)]
-    what = f"expert numbers at routing_level={level!r}"
+    config = context.config
+    shapes = [(batch,), (batch, length)] if context.by_token else [(batch,)]
+    what = f"expert numbers at routing_level={config.routing_level!r}"
+    if not any(True for router in context.router_list for _ in router.parameters()):
+        raise ValueError(
+            f"expert_targets teach the routers, and router={config.router!r} has nothing to learn: "
+            "drop them."
+        )
     _check_tensor("expert_targets", targets, what, shapes)
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(

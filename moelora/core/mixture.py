@@ -57,9 +57,14 @@ class Mixture(MixtureContext):
         """Whether this thread is inside `use_experts`."""
         return entered_override(self) is not None
 
-    def add_router(self, owner: Site | LayerExperts, name: str, in_features: int, **factory) -> int:
-        """Make the router of what is called `name`, give it to its owner, and return its number."""
+    def add_router(
+        self, owner: Site | LayerExperts, name: str, in_features: int, depth: float, **factory
+    ) -> int:
+        """Make the router of what is called `name`, at this depth of the model (0 … 1), give it to
+        its owner, and return its number.
+        """
         router = ROUTERS[self.config.router](self.config, in_features).to(**factory)
+        router.depth = depth
         owner.router = router
         self.owners.append(owner)
         self.routers[name.replace(".", "-")] = router

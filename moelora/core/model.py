@@ -129,6 +129,7 @@ With a mixture of LoRA experts inside, forward (and generate) also take:
     expert_weights (`Tensor` [E], [batch, E] or [batch, length, E]): the weight of every expert, in
         the routers' place; 0 for one that is not used.
     banned_experts (`list[str]`): names of experts that the routers may not choose.
+    router_context (`Tensor` [batch, n]): what router="context" reads, a vector for each sequence.
 The output gains expert_aux_loss (0-dim: what the router losses come to; not part of loss) and
 expert_routing (one `Routing` a router).
 """

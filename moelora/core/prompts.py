@@ -12,9 +12,11 @@ from .inputs import batch_shape, token_mask
 from .losses import IGNORE
 
 CACHES = ("past_key_values", "cache_params")
-# On a cache: the routing of the prompt whose keys and values it holds. It goes where the cache
-# goes, also where a caller hands on the cache alone (as an assistant, or under guidance_scale).
+# On a cache: the routing of the prompt whose keys and values it holds (of blending routers the
+# prompt's part of it), or the outside context of its sequences. It goes where the cache goes, also
+# where a caller hands on the cache alone (as an assistant, or under guidance_scale).
 ON_CACHE = "moelora_expert_routing"
+CONTEXT_ON_CACHE = "moelora_router_context"
 PLANS = "moelora_plans"
 
 
@@ -89,6 +91,29 @@ def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
         if hasattr(cache, "__dict__") and getattr(cache, ON_CACHE, None) is not routing:
             setattr(cache, ON_CACHE, routing)
             setattr(cache, PLANS, RequestPlans())
+
+
+def on_cache(outputs: Any) -> bool:
+    """Whether a cache that the outputs hold carries what routers made of its prompt."""
+    caches = (outputs.get(name) for name in CACHES)
+    return any(getattr(cache, ON_CACHE, None) for cache in caches)
+
+
+def note_context_on_cache(outputs: Any, given: Tensor) -> None:
+    """Write the outside context `[batch, n]` on the cache that the outputs hold, if any."""
+    for name in CACHES:
+        cache = outputs.get(name) if hasattr(outputs, "get") else None
+        if hasattr(cache, "__dict__"):
+            setattr(cache, CONTEXT_ON_CACHE, given.detach())
+
+
+def context_on_cache(kwargs: dict[str, Any], batch: int) -> Tensor | None:
+    """The outside context that a filled cache among the arguments has for `batch` rows, or None."""
+    for name in CACHES:
+        noted = getattr(kwargs.get(name), CONTEXT_ON_CACHE, None)
+        if noted is not None and len(noted) == batch and cached_tokens(kwargs):
+            return noted
+    return None
 
 
 def plans_on_cache(

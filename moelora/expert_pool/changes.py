@@ -135,7 +135,7 @@ def _resized(router: Router, keep: Sequence[int | None]) -> Router:
     resized = copy.deepcopy(router)
     resized.resize(keep)
     weight = next(resized.parameters(), None)
-    x = torch.zeros(1, resized.in_features, device=None if weight is None else weight.device)
+    x = resized.blank_rows(1, None if weight is None else weight.device)
     try:
         with torch.no_grad():
             shape = tuple(resized.score(x).shape)

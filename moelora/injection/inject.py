@@ -17,7 +17,7 @@ from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
 from .base import snapshot
-from .sites import decoder_layer, device_of, features, find_sites, saved_modules
+from .sites import decoder_layer, depth_of, device_of, features, find_sites, saved_modules
 
 NAME = "moelora"
 
@@ -109,7 +109,8 @@ def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[li
             )
         hidden = model.config.get_text_config().hidden_size
         experts = _place(model, mixture, layer)
-        index = mixture.add_router(experts, layer, hidden, device=device_of(modules[layer]))
+        depth = depth_of(model, layer)
+        index = mixture.add_router(experts, layer, hidden, depth, device=device_of(modules[layer]))
         LayerRoutingHook(mixture, index, modules[layer])
 
 
@@ -124,7 +125,9 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> Non
     layer = decoder_layer(model, names[0])
     site = Site(mixture, names, layer, sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
     if mixture.config.router_scope in ("site", "projection"):
-        site.router_index = mixture.add_router(site, names[0], site.in_features, device=device)
+        depth = depth_of(model, layer)
+        index = mixture.add_router(site, names[0], site.in_features, depth, device=device)
+        site.router_index = index
     # A module's name holds no dot.
     key = names[0].removeprefix(f"{layer}.").replace(".", "-")
     _place(model, mixture, layer).sites[key] = site

@@ -215,6 +215,15 @@ def layer_number(layer: str | None) -> int | None:
     return None if layer is None else int(layer.rpartition(".")[2])
 
 
+def depth_of(model: nn.Module, layer: str | None) -> float:
+    """Where a decoder layer is: 0 the first, 1 the last; 1 outside of any."""
+    if layer is None:
+        return 1.0
+    around, _, number = layer.rpartition(".")
+    layers: Any = model.get_submodule(around)
+    return int(number) / max(len(layers) - 1, 1)
+
+
 def modules_to_save(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> list[str]:

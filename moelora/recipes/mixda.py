@@ -127,7 +127,7 @@ def _texts(config: MoeLoraConfig, name: str, data: Any) -> Texts:
         raise ValueError(f"{name} has no texts: give some, or leave it out.")
     longest = max(len(row["input_ids"]) for row in texts.rows)
     # What a sequence router reads of a text without a prompt, of which something must be left.
-    prefix = config.router_prefix_tokens if config.routing_level == "sequence" else 0
+    prefix = config.router_prefix_tokens if config.reads_prompts else 0
     if longest <= prefix and not any("router_mask" in row for row in texts.rows):
         raise ValueError(
             f"The texts of {name!r} have no prompt and {longest} tokens at most, which the router "

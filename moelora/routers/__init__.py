@@ -2,9 +2,12 @@
 
 from ..registry import ROUTERS, router_class
 from .base import Router, Routing, register_router
+from .context import ContextRouter
 from .cosine import CosineRouter
 from .deciding import SoftRouter, SparsegenRouter, ThresholdRouter, TopPRouter
 from .descriptor import DescriptorRouter
+from .hashed import HashedRouter
+from .hybrid import HybridRouter, PromptScores
 from .mlp import MlpRouter
 from .noisy import NoisyTopKRouter
 from .options import changed_options
@@ -14,10 +17,14 @@ from .uniform import RandomRouter
 __all__ = [
     "ROUTERS",
     "ArrowRouter",
+    "ContextRouter",
     "CosineRouter",
     "DescriptorRouter",
+    "HashedRouter",
+    "HybridRouter",
     "MlpRouter",
     "NoisyTopKRouter",
+    "PromptScores",
     "RandomRouter",
     "Router",
     "Routing",

@@ -76,6 +76,9 @@ class Router(nn.Module):
     expert_rows: the parameters and buffers that have one row a choice, by their names; `resize`
     moves their rows when experts come and go.
     shared_parameters: all other parameters and buffers, which `resize` leaves alone.
+    reads: what it is given. "hidden_states": the rows below. "input_ids": token ids `[N]`, or of
+    prompts `[B, S]`. "context": `router_context` of the sequences, `[B, n]`.
+    reads_prompt: at token level too it must be told the prompt; see `HybridRouter`.
     fills_every_slot: it never leaves a slot empty (−1) nor names an expert twice in a row, so plans
     need not check. takes_any_dtype: `score` and `select` take x in any dtype, and compute in fp32
     all the same.
@@ -84,6 +87,7 @@ class Router(nn.Module):
     takes_selection_bias: `select` chooses by a selection_bias, so that router_bias_update_rate can
     balance it. takes_null_expert: it can choose the null expert.
     backend: of `moelora_kernels`, as in `Mixture`.
+    depth: of its decoder layer: 0 for the first, 1 for the last and outside of any.
     """
 
     @dataclass(frozen=True)
@@ -93,12 +97,15 @@ class Router(nn.Module):
     changeable_options: ClassVar[frozenset[str]] = frozenset()
     expert_rows: ClassVar[frozenset[str]] = frozenset()
     shared_parameters: ClassVar[frozenset[str]] = frozenset({"pool_query"})
+    reads: ClassVar[str] = "hidden_states"
+    reads_prompt: ClassVar[bool] = False
     fills_every_slot = False
     takes_any_dtype = False
     decides_how_many: ClassVar[bool] = False
     takes_selection_bias: ClassVar[bool] = True
     takes_null_expert: ClassVar[bool] = True
     backend: str | None = None
+    depth = 0.0
     options: Options
 
     def __init__(self, config: MoeLoraConfig, in_features: int):
@@ -161,6 +168,15 @@ class Router(nn.Module):
     def num_slots(self) -> int:
         """How many slots a row of its routing has: one a choice where all experts may act."""
         return self.num_choices if self._may_use_all() else self.num_experts_per_tok
+
+    def blank_rows(self, count: int, device: torch.device | None = None) -> Tensor:
+        """Rows of zeros in the form that `score` takes.
+
+        Args:
+            count: how many.
+            device: where.
+        """
+        return torch.zeros(count, self.in_features, device=device)
 
     def normalised(self, x: Tensor) -> Tensor:
         """x in fp32 (float64 stays); with router_input_norm x / √mean(x²).
@@ -251,12 +267,22 @@ class Router(nn.Module):
             x = self.pool(x, prompt_mask)
         elif prompt_mask is not None:
             raise ValueError(f"prompt_mask is for prompts x [B, S, d]; x is {tuple(x.shape)}.")
+        x = self._prepared(x)
+        return self._decided(x, self.score(x), selection_bias, banned)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """x `[N, d]` as `score` takes it: in fp32, normalised and, in training, with noise."""
         jitters = self.training and self.jitter_noise > 0
         if jitters or self.input_norm or not self.takes_any_dtype:
             x = self.normalised(x)
         if jitters:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-        logits = self.score(x)
+        return x
+
+    def _decided(
+        self, x: Tensor, logits: Tensor, selection_bias: Tensor | None, banned: Tensor | None
+    ) -> Routing:
+        """What is chosen by the `logits` `[N, num_choices]` of prepared rows x `[N, d]`."""
         if banned is not None:
             choices = nn.functional.pad(banned, (0, int(self.null_expert)))
             logits = logits.masked_fill(choices, -torch.inf)

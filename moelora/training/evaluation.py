@@ -29,7 +29,7 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
     labels: Any = inputs.pop("labels")
     causal = isinstance(model, MixtureModel) and not model.is_classifier
-    if causal and not model.moelora.by_token and labels.dim() == 2 and "router_mask" not in inputs:
+    if causal and model.moelora.reads_prompts and labels.dim() == 2 and "router_mask" not in inputs:
         # Without positions: what is packed is refused in training alone.
         known = {**inputs, "labels": labels, "position_ids": None}
         prefix = model.moelora_config.router_prefix_tokens

@@ -243,8 +243,8 @@ def fit(
         own.save_strategy = "no"  # type: ignore[assignment]
     if collator is None:
         collator = PadRouting(pad_token_id=getattr(model.config, "pad_token_id", None) or 0)
-    if isinstance(data, Texts) and model.moelora.by_token:
-        # Routers that choose for single tokens refuse it.
+    if isinstance(data, Texts) and not model.moelora.reads_prompts:
+        # Routers that read no prompts refuse it.
         data = data.without("router_mask")
     wrapped = ("forward", "_original_forward")
     before = {name: value for name, value in vars(model).items() if name in wrapped}

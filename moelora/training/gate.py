@@ -64,7 +64,8 @@ def train_gate(
 
     Args:
         model: the mixture.
-        texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets.
+        texts: by expert its texts ("(base)" too, with `null_expert`), or texts with expert_targets;
+            with router="context" each row has its router_context `[n]`.
         epochs: how often every text is seen.
         learning_rate: of the first step.
         batch_size: prompts a step.
@@ -73,7 +74,7 @@ def train_gate(
 
     Raises:
         ValueError: no texts, unknown experts, texts without expert_targets, options out of range,
-            or inside `use_experts`.
+            routers that have nothing to learn, or inside `use_experts`.
         TypeError: no Texts, or an option of another type.
     """
     given = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
@@ -124,16 +125,24 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
         batch_size: prompts a forward pass.
 
     Raises:
-        ValueError: no texts, or inside `use_experts`, where no router reads.
+        ValueError: no texts, a router that reads no hidden states, or inside `use_experts`, where
+            none reads.
     """
     check_not_overridden(model)
     check_texts("texts", texts)
     router = model.moelora.router_list[0]
+    if router.reads != "hidden_states":
+        raise ValueError(
+            f"router={model.moelora_config.router!r} reads no hidden states, so prompts have no "
+            "features: use a router that does."
+        )
     read: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0]
-        x = router.pool(x, kwargs.get("prompt_mask")) if x.dim() == 3 else x
+        prompt = kwargs.get("prompt")
+        mask = kwargs.get("prompt_mask") if prompt is None else prompt.mask
+        x = router.pool(x, mask) if x.dim() == 3 else x
         read.append(router.normalised(x))
 
     features = []
@@ -143,7 +152,7 @@ def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> 
             batch = padded_batch(prompts[begin : begin + batch_size], model.device)
             model.routing_only(**batch)
             x = read.pop()
-            if model.moelora.by_token:
+            if model.moelora.by_token and not router.reads_prompt:
                 mask = batch["attention_mask"].to(x)
                 x = x.view(*mask.shape, -1) * mask.unsqueeze(-1)
                 x = x.sum(1) / mask.sum(1, keepdim=True)
@@ -186,6 +195,8 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
 def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
     """The routers' parameters, which inside train or not; then their gradients are as before."""
     parameters = list(model.moelora.routers.parameters())
+    if train and not parameters:
+        raise ValueError(f"router={model.moelora_config.router!r} has nothing to learn.")
     with ExitStack() as stack:
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -199,7 +210,7 @@ def _batches(
 ) -> Callable[[list[int]], tuple[list[Tensor], Tensor]]:
     """From rows' numbers to each router's logits `[N, choices]`, and their targets `[N]`."""
     config = model.moelora_config
-    sequences = config.routing_level == "sequence"
+    sequences = not model.moelora.by_token
     rows = []
     for row, prompt in zip(texts.rows, texts.prompts()):
         targets = row["expert_targets"]
@@ -208,8 +219,12 @@ def _batches(
         if not sequences:
             targets = targets if targets.dim() else targets.expand(len(row["input_ids"]))
             targets = targets[row["router_mask"]] if "router_mask" in row else targets
-        rows.append({"input_ids": prompt, "expert_targets": targets})
-    if sequences and config.router_scope == "model" and config.router_pooling != "attention":
+        own = {"input_ids": prompt, "expert_targets": targets}
+        if "router_context" in row:
+            own["router_context"] = row["router_context"]
+        rows.append(own)
+    pools = sequences and model.moelora.router_list[0].reads == "hidden_states"
+    if pools and config.router_scope == "model" and config.router_pooling != "attention":
         (router,) = model.moelora.routers.values()
         features = prompt_features(model, texts, batch_size).to(model.device)
         labels = torch.stack([row["expert_targets"] for row in rows]).to(model.device)

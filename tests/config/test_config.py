@@ -104,7 +104,9 @@ def test_an_unknown_choice_lists_the_valid_ones(name):
         MoeLoraConfig(**{name: "no-such-thing"})
     assert all(choice in str(caught.value) for choice in CHOICES[name])
     for choice in CHOICES[name]:
-        assert getattr(MoeLoraConfig(**{"routing_level": "sequence", name: choice}), name) == choice
+        blends = name == "router" and ROUTERS[choice].reads_prompt
+        level = "token" if blends else "sequence"
+        assert getattr(MoeLoraConfig(**{"routing_level": level, name: choice}), name) == choice
 
 
 @pytest.mark.parametrize("name", NAME_LISTS)

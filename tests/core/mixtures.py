@@ -11,13 +11,32 @@ from bases import CAUSAL, UNHEARD_OF, VOCAB, causal_base, classifier_base
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora import (
+    ROUTERS,
+    MoeLoraConfig,
+    MoeLoraForCausalLM,
+    MoeLoraForSequenceClassification,
+    Router,
+)
 from moelora.config_checks import ROUTER_SCOPES, ROUTING_LEVELS
 from moelora.injection.inject import put_into
 
 SCOPES = ROUTER_SCOPES
 LEVELS = ROUTING_LEVELS
 ALL_CAUSAL = [*CAUSAL, *UNHEARD_OF]
+# A router that blends the token's and the prompt's gate routes tokens, and is refused elsewhere.
+ROUTERS_AT_LEVELS = [
+    (router, level)
+    for router in sorted(ROUTERS)
+    for level in LEVELS
+    if level == "token" or not ROUTERS[router].reads_prompt
+]
+# Those that make one vector of a prompt at sequence level: the others read no hidden states there.
+POOLING_ROUTERS = [
+    router
+    for router in sorted(ROUTERS)
+    if ROUTERS[router].reads == "hidden_states" and not ROUTERS[router].reads_prompt
+]
 FIELDS = {
     "num_experts": 4,
     "r": 3,
@@ -95,6 +114,22 @@ def tokens(batch: int = 2, length: int = 10, seed: int = 3) -> Tensor:
     """Random token ids `[batch, length]`, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def told(model: Any, ids: Tensor, seed: int = 5) -> dict[str, Tensor]:
+    """What a model's forward needs beside `ids`: an outside context, if its routers read one."""
+    router = model.moelora.router_list[0]
+    if router.reads != "context":
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    return {"router_context": torch.randn(len(ids), router.in_features, generator=generator)}
+
+
+def rows_for(router: Router, count: int) -> Tensor:
+    """Random rows in the form that a router reads: hidden states, token ids or contexts."""
+    if router.reads == "input_ids":
+        return torch.randint(0, 10_000, (count,))
+    return torch.randn(count, router.in_features)
 
 
 def prompt_mask(ids: Tensor, length: int) -> Tensor:

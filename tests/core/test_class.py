@@ -14,16 +14,18 @@ from bases import CLASSIFIERS, causal_base, classifier_base
 from core.mixtures import (
     ALL_CAUSAL,
     LEVELS,
+    ROUTERS_AT_LEVELS,
     SCOPES,
     causal,
     classifier,
     into,
     own_parameters,
     tokens,
+    told,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from moelora import ROUTERS, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora import MoeLoraForCausalLM, MoeLoraForSequenceClassification
 
 CASES = [(n, causal_base, MoeLoraForCausalLM) for n in ALL_CAUSAL]
 CASES += [(n, classifier_base, MoeLoraForSequenceClassification) for n in CLASSIFIERS]
@@ -51,7 +53,7 @@ def test_forward_takes_what_the_base_s_takes_and_no_other_label(name, make, publ
     theirs = inspect.signature(type(make(name)).forward).parameters
     ours = inspect.signature(into(make(name)).forward).parameters
     own = ["router_mask", "expert_routing", "expert_targets", "output_expert_routing"]
-    own += ["expert_weights", "banned_experts"]
+    own += ["expert_weights", "banned_experts", "router_context"]
     bare = [n for n in theirs if n != "self"]
     assert [n for n in ours if n not in own] == bare
     assert [n for n in ours if n not in bare] == own
@@ -160,18 +162,18 @@ def test_resized_embeddings_keep_the_experts_working(name):
     assert model.generate(tokens(), max_new_tokens=2).shape[1] == 12
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize("router,level", ROUTERS_AT_LEVELS)
 def test_peft_on_top_adapts_the_base_s_linears_and_no_router(router, level):
     model = causal(router=router, routing_level=level, num_experts=4)
-    logits = model(tokens()).logits
+    more = told(model, tokens())
+    logits = model(tokens(), **more).logits
     on_top = peft.get_peft_model(
         model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     )
     inner = on_top.base_model.model
     found = [n for n, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
     assert len(found) == 14 and not [n for n in found if "moelora" in n]
-    assert torch.equal(on_top(tokens()).logits, logits)
+    assert torch.equal(on_top(tokens(), **more).logits, logits)
 
 
 def test_a_base_with_a_mixture_takes_no_second_one():

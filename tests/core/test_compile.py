@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.mixtures import LEVELS, causal, tokens
+from bases import causal_base
+from core.mixtures import LEVELS, causal, into, tokens, told
+from torch._dynamo.utils import counters
 from training.runs import batch, gradients_of, open_window
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
@@ -32,6 +34,28 @@ def test_gradients_of_a_scaled_loss(scope, level):
         assert expected.keys() == got.keys()
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+CASES = [("hashed", "sequence"), ("context", "token"), ("hybrid", "token")]
+
+
+@pytest.mark.parametrize("router,level", CASES)
+def test_what_routers_read_beside_a_token_s_hidden_state_is_in_one_graph(router, level):
+    torch._dynamo.reset()
+    counters.clear()
+    # One linear: tracing takes its time.
+    fields = {"routing_level": level, "target_modules": ["v_proj"], **LOSSES}
+    model = into(causal_base(num_hidden_layers=1), router=router, **fields).train()
+    for own in model.moelora.router_list:
+        # Else the context's draws noise.
+        own.eval()
+    inputs = batch()
+    inputs |= told(model, inputs["input_ids"])
+    expected = _gradients(model, model, inputs, 1.0)
+    got = _gradients(model, torch.compile(model, backend="aot_eager"), inputs, 1.0)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_accumulation_under_compile_is_the_sum():

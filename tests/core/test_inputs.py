@@ -64,6 +64,7 @@ def test_forward_says_what_our_inputs_are():
     model = causal()
     for name in ("router_mask", "expert_routing", "expert_targets", "output_expert_routing"):
         assert f"    {name} (" in type(model).forward.__doc__
+    assert "router_context (" in model.forward.__doc__
     assert (
         "expert_weights (" in model.forward.__doc__ and "banned_experts (" in model.forward.__doc__
     )

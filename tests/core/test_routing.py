@@ -17,6 +17,7 @@ from core.mixtures import (
     into,
     left_padded,
     tokens,
+    told,
 )
 from torch import nn
 
@@ -143,7 +144,8 @@ def _train(model):
     labels = ids.clone()
     labels[:, :4] = -100
     model.train()
-    loss = model(ids, labels=labels if not model.is_classifier else torch.tensor([0, 1, 2])).loss
+    labels = labels if not model.is_classifier else torch.tensor([0, 1, 2])
+    loss = model(ids, labels=labels, **told(model, ids)).loss
     loss.backward()
     return loss
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from bases import causal_base
-from core.mixtures import LEVELS, NO_ROUTER_LOSS, SCOPES, causal, prompt_mask, suited, tokens
+from core.mixtures import (
+    NO_ROUTER_LOSS,
+    POOLING_ROUTERS,
+    ROUTERS_AT_LEVELS,
+    SCOPES,
+    causal,
+    prompt_mask,
+    rows_for,
+    suited,
+    tokens,
+    told,
+)
 
 from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
 from moelora.config_checks import ROUTER_POOLINGS
 
 D = 16
 every_router = pytest.mark.parametrize("router", sorted(ROUTERS))
+pooling_router = pytest.mark.parametrize("router", POOLING_ROUTERS)
 with_and_without_null = pytest.mark.parametrize(
     ("router", "null_expert"),
     [
@@ -41,7 +54,7 @@ def assert_same(one, two):
 @pytest.mark.parametrize("per_tok", [1, 3])
 def test_a_routing_has_its_shapes_and_promises(router, per_tok, null_expert):
     one = made(router, num_experts_per_tok=per_tok, null_expert=null_expert)
-    routing = one(torch.randn(40, D))
+    routing = one(rows_for(one, 40))
     # In evaluation these two use all experts, whatever they are told.
     slots = one.num_choices if router in ("soft", "random") else per_tok
     assert routing.logits.shape == (40, 5 + null_expert) == (40, one.num_choices)
@@ -62,14 +75,14 @@ def test_who_is_banned_is_not_chosen(router, null_expert):
     banned = torch.tensor([True, False, True, True, False])
     bias = torch.full((one.num_choices,), 5.0)
     for selection_bias in (None, bias):
-        routing = one(torch.randn(40, D), selection_bias, banned)
+        routing = one(rows_for(one, 40), selection_bias, banned)
         chosen = routing.expert_ids[routing.expert_ids >= 0]
         assert not banned[chosen].any()
 
 
 @pytest.mark.parametrize("pooling", ROUTER_POOLINGS)
 @pytest.mark.parametrize("masked", [False, True])
-@every_router
+@pooling_router
 def test_prompts_are_pooled_and_routed_in_one_call(router, masked, pooling):
     one = made(router, routing_level="sequence", router_pooling=pooling, router_input_norm=True)
     if one.pooling == "attention":
@@ -84,12 +97,24 @@ def test_prompts_are_pooled_and_routed_in_one_call(router, masked, pooling):
 
 @every_router
 def test_a_mask_without_prompts_is_refused(router):
-    with pytest.raises(ValueError, match=r"prompt_mask is for prompts.*\(4, 16\)"):
-        made(router)(torch.randn(4, D), prompt_mask=torch.ones(4, 3, dtype=torch.bool))
+    one = made(router)
+    x = rows_for(one, 4)
+    shape = re.escape(str(tuple(x.shape)))
+    with pytest.raises(ValueError, match=f"prompt_mask is for prompts.*{shape}"):
+        one(x, prompt_mask=torch.ones(4, 3, dtype=torch.bool))
+
+
+@every_router
+def test_autocast_changes_no_bit_of_rows(router):
+    one = made(router)
+    x = rows_for(one, 40)
+    plain = one(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(one(x), plain)
 
 
 @pytest.mark.parametrize("pooling", ROUTER_POOLINGS)
-@every_router
+@pooling_router
 def test_autocast_changes_no_bit(router, pooling):
     one = made(router, routing_level="sequence", router_pooling=pooling)
     if one.pooling == "attention":
@@ -106,7 +131,7 @@ def test_autocast_changes_no_bit(router, pooling):
 def test_a_forward_pass_leaves_nothing_behind_and_copies_agree(router):
     one = made(router)
     before = dict(vars(one))
-    x = torch.randn(7, D)
+    x = rows_for(one, 7)
     routing = one(x)
     assert vars(one) == before
     for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
@@ -114,9 +139,16 @@ def test_a_forward_pass_leaves_nothing_behind_and_copies_agree(router):
         assert other.options == one.options
 
 
-@with_and_without_null
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("router", "level", "null_expert"),
+    [
+        (r, level, n)
+        for r, level in ROUTERS_AT_LEVELS
+        for n in (False, True)
+        if ROUTERS[r].takes_null_expert or not n
+    ],
+)
 def test_it_learns_is_saved_and_changes_size_in_a_model(
     router, scope, level, null_expert, tmp_path
 ):
@@ -124,16 +156,17 @@ def test_it_learns_is_saved_and_changes_size_in_a_model(
     model = causal(**suited(router=router, **fields, **NO_ROUTER_LOSS))
     ids = tokens()
     labels = ids.masked_fill(prompt_mask(ids, 4), -100)
-    model.train()(ids, labels=labels).loss.backward()
+    more = told(model, ids)
+    model.train()(ids, labels=labels, **more).loss.backward()
     for name, parameter in model.moelora.routers.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
     model.eval()
     model.add_expert("law")
     model.remove_expert("expert_0")
     model.replace_expert("expert_1", copy_of="expert_2")
-    logits = model(ids).logits
+    logits = model(ids, **more).logits
     assert bool(logits.isfinite().all())
     model.save_pretrained(tmp_path)
     again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base()).eval()
-    assert torch.equal(again(ids).logits, logits)
+    assert torch.equal(again(ids, **more).logits, logits)
     assert again.moelora_config.router_options == model.moelora_config.router_options

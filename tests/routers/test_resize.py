@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from core.mixtures import causal, suited, tokens
+from core.mixtures import POOLING_ROUTERS, causal, suited, tokens
 from torch import nn
 
 from moelora import ROUTERS, MoeLoraConfig, Router, register_router
@@ -18,7 +18,13 @@ from moelora.routers import TopKRouter
 EXPERTS = 4
 
 
+# Those that keep their experts in another form have tests of their own.
+BY_ROWS = [router for router in sorted(ROUTERS) if ROUTERS[router].resize is Router.resize]
+
+
 def config_of(router: str, null_expert: bool, **given) -> MoeLoraConfig:
+    if router not in POOLING_ROUTERS:
+        return MoeLoraConfig(num_experts=EXPERTS, router=router, null_expert=null_expert, **given)
     fields = suited(
         num_experts=EXPERTS,
         router=router,
@@ -37,17 +43,12 @@ def tensors(router: Router) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("width", [EXPERTS, EXPERTS + 1, 7], ids=["experts", "choices", "other"])
 @pytest.mark.parametrize(
     ("router", "null_expert"),
-    [
-        (r, n)
-        for r in sorted(ROUTERS)
-        for n in (False, True)
-        if ROUTERS[r].takes_null_expert or not n
-    ],
+    [(r, n) for r in BY_ROWS for n in (False, True) if ROUTERS[r].takes_null_expert or not n],
 )
 def test_only_the_experts_rows_move(router, width, null_expert):
     # Every size that is free to choose (inputs, hidden units) is the number of experts or choices.
     declared = [option.name for option in fields(ROUTERS[router].Options)]
-    options = {"hidden_size": width} if "hidden_size" in declared else {}
+    options = {name: width for name in ("hidden_size", "context_size") if name in declared}
     config = config_of(router, null_expert, router_options=options)
     made = ROUTERS[router](config, width)
     before = tensors(made)

@@ -60,8 +60,11 @@ def test_it_learns_at_both_levels_and_in_every_scope(scope, level):
     assert sum(found) / 3 >= 0.9
 
 
-# "random" has nothing to train.
-@pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"descriptor", "random"}))
+# Described, not trained; nothing to train, twice; its texts hold contexts; it routes tokens alone.
+OTHERS = {"descriptor", "hashed", "random", "context", "hybrid"}
+
+
+@pytest.mark.parametrize("router", sorted(set(ROUTERS) - OTHERS))
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
 def test_the_same_seed_gives_the_same_bits(router, pooling):
     found = []
@@ -73,6 +76,41 @@ def test_the_same_seed_gives_the_same_bits(router, pooling):
         assert torch.equal(state, torch.random.get_rng_state())
         found.append(torch.cat([p.detach().flatten() for p in router_parameters(model)]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("scope", ["model", "site"])
+def test_a_gate_that_is_told_from_outside_learns_by_what_it_is_told(scope, level):
+    options = {"context_size": 3}
+    fields = {"router_scope": scope, "routing_level": level, "router_options": options}
+    model = gate(router="context", **fields)
+    told = torch.eye(3)
+    texts = {
+        name: Texts([{**row, "router_context": told[i]} for row in own])
+        for i, (name, own) in enumerate(tasks(8).items())
+    }
+    report = train_gate(model, texts, epochs=20, learning_rate=0.05)
+    assert report.losses[-1] < 0.5 * report.losses[0]
+    prompts = torch.full((3, 4), 7)
+    assert model.route(input_ids=prompts, router_context=told).top_experts() == list(texts)
+    with pytest.raises(ValueError, match="reads router_context, which was not given"):
+        train_gate(model, tasks(8))
+
+
+def test_a_blending_gate_learns_its_texts():
+    model = gate(router="hybrid", router_scope="site", routing_level="token")
+    report = train_gate(model, tasks(), epochs=15)
+    assert report.losses[-1] < 0.4 * report.losses[0]
+    features = prompt_features(model, tasks()["red"])
+    assert features.shape == (24, 32)
+
+
+def test_a_gate_without_parameters_is_refused():
+    model = gate(router="hashed", router_input_norm=False)
+    with pytest.raises(ValueError, match="router='hashed' has nothing to learn"):
+        train_gate(model, tasks(4))
+    with pytest.raises(ValueError, match="router='hashed' reads no hidden states"):
+        prompt_features(model, tasks(4)["red"])
 
 
 def test_what_is_computed_once_gives_what_whole_passes_give():
