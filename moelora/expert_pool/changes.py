@@ -232,10 +232,9 @@ def _fresh(
     factors = {}
     shapes = {}
     for linear, like in mixture.expert(0).items():
-        rank, scaling = own_r, usual
-        if (r, alpha) == (None, None):
-            # Where all have the same, as by a rank_pattern, the new one has it too.
-            rank, scaling = common_shape(config, linear) or (rank, scaling)
+        # Where all have the same, as by a rank_pattern, the new one has it too.
+        common = common_shape(config, linear) if (r, alpha) == (None, None) else None
+        rank, scaling = common or (own_r, usual)
         d_in = like.A.shape[1]
         bound = 1 / math.sqrt(d_in)
         # Drawn on the CPU: one seed gives the same expert on every device.

@@ -232,7 +232,8 @@ def _backward(logits: list[Tensor], targets: Tensor, parameters: list[nn.Paramet
         wanted = targets[there].to(own.device)
         # An expert that this router's layer does not have cannot be learned there.
         possible = counted.detach().gather(1, wanted[:, None]).squeeze(1) > -torch.inf
-        counted, wanted = counted[possible], wanted[possible]
+        counted = counted[possible]
+        wanted = wanted[possible]
         # Of no rows the mean would be NaN.
         loss = nn.functional.cross_entropy(counted, wanted) if len(wanted) else own[:0].sum()
         losses.append(loss.to(parameters[0].device))

@@ -45,8 +45,8 @@ CHOICES = {
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
-# Checked by tests of their own: router_options in tests/routers/test_options.py, what is by layer or
-# by pattern in tests/injection/test_by_layer.py.
+# Checked by tests of their own: router_options in tests/routers/test_options.py, layers and
+# patterns in tests/injection/test_by_layer.py.
 FREE = {
     *("format_version", "sites", "expert_ranks", "expert_scaling", "router_options"),
     *("experts_per_layer", "layer_experts", "rank_pattern", "alpha_pattern"),
