@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core.mixtures import LEVELS, causal, tokens
+from torch._dynamo.utils import counters
 from training.runs import batch, gradients_of, open_window
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
@@ -32,6 +33,26 @@ def test_gradients_of_a_scaled_loss(scope, level):
         assert expected.keys() == got.keys()
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_shared_missing_and_dropped_experts_break_no_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = causal(
+        num_shared_experts=1,
+        experts_per_layer=[2, 3],
+        expert_dropout=[0.1, 0.2, 0.3, 0.4],
+        rank_pattern={"q_proj": 2},
+        **LOSSES,
+    ).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = []
+    for call in (model, compiled):
+        torch.manual_seed(0)
+        found.append(_gradients(model, call, batch(), 1.0))
+    assert not counters["graph_break"]
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_accumulation_under_compile_is_the_sum():

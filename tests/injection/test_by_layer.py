@@ -124,6 +124,10 @@ def test_bans_must_leave_every_layer_an_expert():
     with model.use_experts(ban=["expert_0", "expert_3"]):
         routings = model(tokens(), output_expert_routing=True).expert_routing
     assert bool((routings[0].expert_ids == 1).all())
+    with model.use_experts("expert_3", ban=["expert_0", "expert_1"]):
+        forced = model(tokens()).logits
+    with model.use_experts("expert_3"):
+        assert torch.equal(model(tokens()).logits, forced)
     null = fewer(num_experts_per_tok=1, null_expert=True)
     routings = null(
         tokens(), banned_experts=["expert_0", "expert_1"], output_expert_routing=True
