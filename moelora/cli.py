@@ -213,6 +213,8 @@ def info(checkpoint: Checkpoint) -> None:
         rank = config.ranks[e]
         table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", f"{parameters:,}")
     out.print(table)
+    if config.num_shared_experts:
+        out.print(f"on every token: {', '.join(config.shared_expert_names)}")
     out.print(f"base: {config.base_model_name_or_path} ({config.base_architecture})")
     out.print(
         f"router: {config.router}, top {config.num_experts_per_tok}, {config.routing_level} level, "

@@ -17,8 +17,11 @@ from .config_checks import (
     FIELD_CHECKS,
     FORMAT_VERSION,
     NO_EXPERT,
+    check_choices,
+    check_patterns,
     check_ranks,
     check_reads,
+    checked_layer_counts,
     checked_layers,
     checked_names,
     per_expert,
@@ -40,13 +43,27 @@ class MoeLoraConfig(PreTrainedConfig):
 
     Args:
         num_experts: the number of experts.
+        num_shared_experts: the last so many of them act on every token with weight 1, and routers
+            choose among the others (arXiv:2401.06066). What names experts (`use_experts`, exports,
+            merges) takes those that it names and no others.
+        experts_per_layer: how many of the routed experts the decoder layers have, the first so many
+            (arXiv:2402.08562): a list, stretched over the layers in equal groups, or "increasing",
+            "decreasing" or "hourglass". Shared experts are in every layer.
         r: the rank: one for all experts, or a list with one for each.
         lora_alpha: scaling is lora_alpha / r: one for all experts, or a list with one for each.
+        rank_pattern: r of single linears, by the end of the name or a regex, as in PEFT.
+        alpha_pattern: lora_alpha of single linears, likewise.
         lora_dropout: the share of an adapted linear's input that is dropped in training.
+        expert_dropout: the share of rows (tokens or sequences) that in training do without an
+            expert that acts on them, whose weight in all other rows is divided by 1 − this: one
+            number for all experts, or a list with one for each. Forced experts are never dropped.
         use_rslora: scale by lora_alpha / √r instead (arXiv:2312.03732).
         expert_names: the experts' names, fit for folders; by default expert_0, expert_1 …
-        expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`.
-        expert_scaling: single linears' scalings, one an expert; set by `from_adapters`.
+        expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`,
+            by patterns and by layers.
+        expert_scaling: single linears' scalings, one an expert; set likewise.
+        layer_experts: the numbers of the routed experts that single decoder layers have, by the
+            layer's full name; set by `experts_per_layer`.
         target_modules: the linears to adapt, as in PEFT: names, a regex, "all-linear"; None: PEFT's
             table for the architecture, else all linears but those that PEFT refuses.
         layers_to_transform: the numbers of the layers to adapt, as in PEFT; None for all.
@@ -94,13 +111,19 @@ class MoeLoraConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     num_experts: int = 8
+    num_shared_experts: int = 0
+    experts_per_layer: str | list[int] | None = None
     r: int | list[int] = 16
     lora_alpha: float | list[float] = 32
+    rank_pattern: dict[str, int | list[int]] | None = None
+    alpha_pattern: dict[str, float | list[float]] | None = None
     lora_dropout: float = 0.0
+    expert_dropout: float | list[float] = 0.0
     use_rslora: bool = False
     expert_names: list[str] | None = None
     expert_ranks: dict[str, list[int]] | None = None
     expert_scaling: dict[str, list[float]] | None = None
+    layer_experts: dict[str, list[int]] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     modules_to_save: list[str] | None = None
@@ -176,16 +199,16 @@ class MoeLoraConfig(PreTrainedConfig):
         """
         for name, check in FIELD_CHECKS.items():
             check(name, getattr(self, name))
+        self.experts_per_layer = checked_layer_counts(self.experts_per_layer)
+        decides = router_class(self.router).decides_how_many
         if self.num_experts_per_tok is None:
-            decides = router_class(self.router).decides_how_many
-            self.num_experts_per_tok = self.num_routed_experts if decides else 2
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
-                f"{self.num_experts}: a token cannot choose more experts than there are. Lower "
-                "num_experts_per_tok."
-            )
+            self.num_experts_per_tok = max(self.num_routed_experts, 1) if decides else 2
+        check_choices(vars(self), decides)
         check_ranks(vars(self))
+        check_patterns(vars(self))
+        # As PEFT's default, which says nothing.
+        self.rank_pattern = self.rank_pattern or None
+        self.alpha_pattern = self.alpha_pattern or None
         self._check_router()
         self.expert_names = checked_names(self.expert_names, self.num_experts)
         self._check_targets()
@@ -221,23 +244,44 @@ class MoeLoraConfig(PreTrainedConfig):
         """s_e = lora_alpha_e / r_e, or / sqrt(r_e) with `use_rslora` (arXiv:2312.03732), for each
         expert.
         """
-        pairs = zip(self._per_expert("lora_alpha"), self.ranks)
+        return self.scaling_by(self._per_expert("lora_alpha"), self.ranks)
+
+    def scaling_by(self, alphas: Sequence[float], ranks: Sequence[int]) -> tuple[float, ...]:
+        """s_e of experts with these alphas and ranks.
+
+        Args:
+            alphas: one an expert.
+            ranks: one an expert.
+        """
+        pairs = zip(alphas, ranks, strict=True)
         return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in pairs)
 
     @property
+    def num_routed_experts(self) -> int:
+        """How many experts routers choose among: all but the last `num_shared_experts`."""
+        return self.num_experts - self.num_shared_experts
+
+    @property
+    def routed_expert_names(self) -> list[str]:
+        """The experts that routers choose among."""
+        return (self.expert_names or [])[: self.num_routed_experts]
+
+    @property
+    def shared_expert_names(self) -> list[str]:
+        """The experts that act on every token."""
+        return (self.expert_names or [])[self.num_routed_experts :]
+
+    @property
     def choice_names(self) -> list[str]:
-        """What a router chooses among: the experts, and after them perhaps the null expert."""
-        return [*(self.expert_names or []), *([NO_EXPERT] if self.null_expert else [])]
+        """What a router chooses among: the routed experts, and after them perhaps the null
+        expert.
+        """
+        return [*self.routed_expert_names, *([NO_EXPERT] if self.null_expert else [])]
 
     @property
     def num_choices(self) -> int:
-        """How many outputs a router has: `num_experts`, and one more with `null_expert`."""
-        return self.num_experts + int(self.null_expert)
-
-    @property
-    def num_routed_experts(self) -> int:
-        """How many experts a router chooses among, without the null expert."""
-        return self.num_choices - int(self.null_expert)
+        """How many outputs a router has: one a routed expert, and one more with `null_expert`."""
+        return self.num_routed_experts + int(self.null_expert)
 
     @property
     def may_use_all_experts(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from .backtracking import check_regex
 from .validation import (
     MAX_EXPERTS,
     MAX_RANK,
@@ -17,6 +18,7 @@ from .validation import (
     check_flag,
     check_integer,
     check_number,
+    check_type,
     expert_name_problem,
     shown,
     string_list,
@@ -27,6 +29,8 @@ ROUTING_LEVELS = ("token", "sequence")
 ROUTER_SCOPES = ("projection", "site", "layer", "model")
 ROUTER_POOLINGS = ("mean", "last", "attention")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
+# How many quarters of the routed experts each quarter of the layers has (arXiv:2402.08562).
+LAYER_RULES = {"increasing": (1, 2, 3, 4), "decreasing": (4, 3, 2, 1), "hourglass": (4, 1, 1, 4)}
 # What reports and label mappings call the null expert.
 NO_EXPERT = "(base)"
 
@@ -46,6 +50,7 @@ _check_coefficient = partial(check_number, low=0.0, high=math.inf)
 # The checks of single fields, as data; those that say more are functions.
 FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "num_experts": partial(check_integer, low=1, high=MAX_EXPERTS),
+    "num_shared_experts": partial(check_integer, low=0, high=MAX_EXPERTS),
     "num_experts_per_tok": _check_slots,
     "router_layer": partial(check_integer, low=0),
     "router_prefix_tokens": partial(check_integer, low=1),
@@ -73,11 +78,119 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
-def check_ranks(values: Mapping[str, Any]) -> None:
-    """Ranks and scaling, of all linears and of single ones.
+def check_choices(values: Mapping[str, Any], decides: bool) -> None:
+    """Every router has experts enough for its slots, and every expert a router or all tokens.
 
     Args:
-        values: of the fields num_experts, r, lora_alpha, expert_ranks and expert_scaling.
+        values: of the fields num_experts, num_shared_experts, num_experts_per_tok, router_scope,
+            experts_per_layer and layer_experts.
+        decides: routers decide by themselves how many experts act, of those that a layer has.
+    """
+    experts = values["num_experts"]
+    shared = values["num_shared_experts"]
+    slots = values["num_experts_per_tok"]
+    routed = experts - shared
+    if routed < 1:
+        raise ValueError(
+            f"num_shared_experts={shared} of num_experts={experts} leaves routers none to choose "
+            "among: lower num_shared_experts, or raise num_experts, which counts them too."
+        )
+    if slots > routed:
+        beside = f" less num_shared_experts={shared}" if shared else ""
+        raise ValueError(
+            f"num_experts_per_tok={slots} is more than num_experts={experts}{beside}: a token "
+            "cannot choose more experts than there are. Lower num_experts_per_tok."
+        )
+    slots = 1 if decides else slots
+    counts = values["experts_per_layer"]
+    if isinstance(counts, list):
+        _check_layers({"experts_per_layer": counts}, routed, slots)
+        if max(counts) < routed:
+            raise ValueError(
+                f"experts_per_layer={shown(counts)} has no layer with all {routed} experts that "
+                "routers choose among: lower num_experts, or let one layer have them all."
+            )
+    by_layer = values["layer_experts"]
+    _check_layer_experts(by_layer, routed)
+    sizes = {f"layer_experts[{shown(k)}]": [len(own)] for k, own in (by_layer or {}).items()}
+    _check_layers(sizes, routed, slots)
+    differ = isinstance(counts, str) or any(n < routed for n in counts or [])
+    if values["router_scope"] == "model" and (differ or any([routed] != n for n in sizes.values())):
+        raise ValueError(
+            "router_scope='model' makes one choice for all layers, and experts_per_layer (or "
+            "layer_experts) gives some of them fewer experts: use router_scope='layer' or 'site'."
+        )
+
+
+def _check_layers(sizes: Mapping[str, list[int]], routed: int, slots: int) -> None:
+    """Raise where a layer has no expert, too many, or fewer than a token chooses."""
+    for name, counts in sizes.items():
+        for count in counts:
+            check_integer(name, count, 1, routed)
+        if min(counts) < slots:
+            raise ValueError(
+                f"{name} leaves a layer {min(counts)} experts to choose among, fewer than "
+                f"num_experts_per_tok={slots}: lower that, or give the layer more experts."
+            )
+
+
+def _check_layer_experts(by_layer: Any, routed: int) -> None:
+    """layer_experts: by the layer's name the different numbers of routed experts, rising."""
+    is_table = isinstance(by_layer, (dict, type(None)))
+    check_type("layer_experts", by_layer, is_table, "a dict of lists by the layer's full name")
+    for layer, experts in (by_layer or {}).items():
+        own = f"layer_experts[{shown(layer)}]"
+        check_type(own, experts, isinstance(experts, list), "a list of experts' numbers")
+        for expert in experts:
+            check_integer(own, expert, 0, routed - 1)
+        if not experts or experts != sorted(set(experts)):
+            raise ValueError(
+                f"{own}={shown(experts)}: expected one number at least, different ones that rise."
+            )
+
+
+def checked_layer_counts(counts: Any) -> str | list[int] | None:
+    """experts_per_layer; a tuple becomes a list, which JSON can hold."""
+    if isinstance(counts, str):
+        check_choice("experts_per_layer", counts, tuple(LAYER_RULES))
+    elif counts is not None:
+        is_list = isinstance(counts, (list, tuple)) and len(counts) > 0
+        rules = ", ".join(LAYER_RULES)
+        check_type("experts_per_layer", counts, is_list, f"a list of numbers, or one of: {rules}")
+        return list(counts)
+    return counts
+
+
+def check_patterns(values: Mapping[str, Any]) -> None:
+    """rank_pattern and alpha_pattern: one number for all experts, or a list with one for each.
+
+    Args:
+        values: of these fields and num_experts.
+    """
+    for field, check in (
+        ("rank_pattern", partial(check_integer, low=1, high=MAX_RANK)),
+        ("alpha_pattern", partial(check_number, low=0.0, high=math.inf, open_low=True)),
+    ):
+        table = values[field]
+        by_pattern = isinstance(table, (dict, type(None))) and all(
+            isinstance(key, str) for key in table or ()
+        )
+        check_type(field, table, by_pattern, "a dict by the end of a linear's name, or a regex")
+        for pattern, value in (table or {}).items():
+            check_regex(field, pattern)
+            # As PEFT matches it.
+            check_regex(field, rf"(.*\.)?({pattern})$")
+            own = f"{field}[{shown(pattern)}]"
+            for number in per_expert(own, value, values["num_experts"]):
+                check(own, number)
+
+
+def check_ranks(values: Mapping[str, Any]) -> None:
+    """Ranks and scaling, of all linears and of single ones, and what is dropped of each expert.
+
+    Args:
+        values: of the fields num_experts, r, lora_alpha, expert_ranks, expert_scaling and
+            expert_dropout.
     """
     experts = values["num_experts"]
     ranks = per_expert("r", values["r"], experts)
@@ -85,6 +198,8 @@ def check_ranks(values: Mapping[str, Any]) -> None:
         check_integer("r", rank, 1, MAX_RANK)
     for alpha in per_expert("lora_alpha", values["lora_alpha"], experts):
         check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
+    for share in per_expert("expert_dropout", values["expert_dropout"], experts):
+        _check_share("expert_dropout", share)
     inf = math.inf
     by_linear = values["expert_ranks"]
     check_by_linear("expert_ranks", by_linear, experts, check_integer, 0, MAX_RANK)

@@ -202,14 +202,14 @@ class MoeLoraModel(MixtureModel):
         """Add a trainable expert: a fresh one (B = 0), a PEFT adapter, or a copy of another.
 
         The other experts and their router rows keep their bits. A copy begins with the router row
-        of its original, any other expert with the mean of all rows.
+        of its original, any other expert with the mean of all rows. Shared experts stay the last.
 
         Args:
             name: of the new expert; it must be fit for a folder.
             adapter: a folder, hub id or `PeftModel`.
             copy_of: an expert's name.
             noise: the Gaussian noise on a copy, in standard deviations of each factor's block.
-            r: the rank of a fresh expert, by default the others' most common.
+            r: the rank of a fresh expert, by default the others', or their most common.
             lora_alpha: of a fresh expert, likewise.
             seed: for A or the noise.
             allow_base_mismatch: take an adapter that names another base.

@@ -24,10 +24,13 @@ from .preflight import Sources, preflight
 from .reading import Adapter
 from .writing import exact_targets
 
+# Rules that are written out, for each linear and layer, when a mixture is made.
+BY_RULE = ("rank_pattern", "alpha_pattern", "experts_per_layer", "layer_experts")
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
 FROM_ADAPTERS = (
     *("num_experts", "expert_names", "r", "lora_alpha", "use_rslora"),
     *("expert_ranks", "expert_scaling", "target_modules", "layers_to_transform"),
+    *BY_RULE,
 )
 
 
@@ -98,7 +101,8 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         for adapter in adapters.values()
     ]
     composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
-    composed.layers_to_transform = None
+    for name in ("layers_to_transform", *BY_RULE):
+        setattr(composed, name, None)
     set_experts(composed, list(adapters), experts, composed.target_modules)
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
@@ -111,7 +115,8 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
                 f"since {', '.join(FROM_ADAPTERS)} come from the adapters."
             )
     if composed.num_experts_per_tok == default.num_experts_per_tok:
-        composed.num_experts_per_tok = min(composed.num_experts_per_tok, composed.num_experts)
+        routed = max(1, composed.num_routed_experts)
+        composed.num_experts_per_tok = min(composed.num_experts_per_tok, routed)
     composed.validate()
     return composed
 

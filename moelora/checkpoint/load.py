@@ -30,6 +30,7 @@ CHANGEABLE = (
     "norm_topk_prob",
     "lora_alpha",
     "lora_dropout",
+    "expert_dropout",
     "router_options",
     "router_prefix_tokens",
     "router_jitter_noise",

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import MoeLoraConfig
 from ..routers import Router
+from .choices import Choices
 from .load_window import LoadWindow
 
 
@@ -42,6 +43,7 @@ class MixtureContext(nn.Module):
 
     Attributes:
         load: how many tokens each expert got; there once all routers are.
+        choices: which experts act or are left out whatever the routers say; likewise.
         routers: the routers by what they route, a site's first linear or a decoder layer, with
             - for the dots of its name; the decoder layers own them.
         router_names: what they route, by its full name.
@@ -58,6 +60,7 @@ class MixtureContext(nn.Module):
     """
 
     load: LoadWindow
+    choices: Choices
     routers: nn.ModuleDict
 
     def __init__(self, config: MoeLoraConfig):
@@ -88,6 +91,11 @@ class MixtureContext(nn.Module):
         """The `use_experts` of this mixture that this thread or task is in, innermost last."""
         keys = self.overrides_entered
         return [entered for entered in ENTERED.get() if entered.is_open and entered.key in keys]
+
+    @property
+    def drops_experts(self) -> bool:
+        """Whether experts are left out of rows by chance: in training alone."""
+        return self.training and self.choices.drops
 
     @property
     def backend(self) -> str | None:

@@ -178,7 +178,9 @@ class ForwardPass:
 
     def route(self, index: int, router: Router, x: Tensor) -> Plan:
         """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
-        if self.plans is not None and self.override is None and self.losses is None:
+        context = self.context
+        carries_plans = self.plans is not None and not context.drops_experts
+        if carries_plans and self.override is None and self.losses is None:
             return self._plan_of_request(index, router, x)
         routing, tokens_per_row = self._choose(index, router, x)
         if self.losses is not None:
@@ -222,9 +224,7 @@ class ForwardPass:
         override = self.override
         if override is not None and override.expert_weights is not None:
             return override.routing(x, self.batch)
-        banned = None
-        if override is not None and override.banned is not None:
-            banned = override.banned.to(x.device)
+        banned = self._not_to_choose(index, x.device)
         if self.carried is not None:
             routing = Routing(*(t.to(x.device) for t in self.carried[index]))
             each = tokens_per_row("expert_routing", len(routing.expert_ids), x, self.batch)
@@ -293,17 +293,35 @@ class ForwardPass:
             )
         return num_tokens // self.batch
 
+    def _not_to_choose(self, index: int, device: torch.device) -> Tensor | None:
+        """Which routed experts router `index` may not choose, `[num_routed]` bool: those that its
+        layer does not have, and those that are banned.
+        """
+        choices = self.context.choices
+        absent = choices.absent(index, device)
+        if self.override is None or self.override.banned is None:
+            return absent
+        banned = self.override.banned.to(device)[: self.context.config.num_routed_experts]
+        return banned if absent is None else banned | absent
+
     def _plan(self, routing: Routing, tokens_per_row: int, dtype: torch.dtype) -> Plan:
         """The plan of a routing, for activations of `dtype`."""
         context = self.context
+        ids = routing.expert_ids
+        weights = routing.expert_weights
+        if not self.forced:
+            # What is forced is exactly what was named.
+            banned = None if self.override is None else self.override.banned
+            ids, weights = context.choices.with_shared(ids, weights, banned)
+            weights = context.choices.dropped(ids, weights) if context.drops_experts else weights
         if self.override is not None:
             complete = self.override.complete
         else:
             # A routing that was decided elsewhere may have empty slots, whatever this router does.
             complete = context.fills_every_slot and self.carried is None
         return build_plan(
-            routing.expert_ids,
-            routing.expert_weights,
+            ids,
+            weights,
             context.num_experts,
             total_rank=context.total_rank,
             tokens_per_row=tokens_per_row,
@@ -322,7 +340,10 @@ class ForwardPass:
             return None
         if self.keep_routings or self.override is not None or self.carried is not None:
             return None
-        if type(router) is not TopKRouter:
+        if type(router) is not TopKRouter or context.drops_experts:
+            return None
+        if context.choices.num_shared or context.choices.lacks_some(index):
+            # The kernels know of no expert that acts or is missing whatever is chosen.
             return None
         tokens = x.shape[:-1].numel()
         slots = router.num_experts_per_tok

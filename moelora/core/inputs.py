@@ -161,8 +161,9 @@ def _check_targets(
         )
     if banned is None:
         return
-    # A target beyond the experts is the null expert, which cannot be banned.
-    refused = counted[torch.nn.functional.pad(banned.to(counted.device), (0, 1))[counted]]
+    # A target beyond the routed experts is the null expert, which cannot be banned.
+    routed = banned[: config.num_routed_experts].to(counted.device)
+    refused = counted[torch.nn.functional.pad(routed, (0, 1))[counted]]
     if refused.numel():
         raise ValueError(
             f"expert_targets asks for expert {int(refused[0])}, which is banned: set such targets "

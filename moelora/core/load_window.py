@@ -24,9 +24,13 @@ class LoadWindow(nn.Module):
     Args:
         config: the mixture's.
         num_routers: the number of rows of each buffer.
-        device: of the buffers: current and previous `[num_routers, C]` int64, C the experts and,
-            where there is one, the null expert (a balancing loss without it would send all tokens
-            there, arXiv:2406.13233); bias, the same in fp32 (arXiv:2408.15664).
+        device: of the buffers: current and previous `[num_routers, C]` int64, C the routed experts
+            and, where there is one, the null expert (a balancing loss without it would send all
+            tokens there, arXiv:2406.13233); bias, the same in fp32 (arXiv:2408.15664).
+
+    Attributes:
+        sizes: how many of the C choices each router has; the others are never counted, and whatever
+            their bias, never chosen.
     """
 
     current: Tensor
@@ -38,6 +42,7 @@ class LoadWindow(nn.Module):
         super().__init__()
         shape = (num_routers, config.num_choices)
         self.null_expert = config.null_expert
+        self.sizes = (config.num_choices,) * num_routers
         self.update_rate = config.router_bias_update_rate
         self.register_buffer("current", torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("previous", torch.zeros(shape, dtype=torch.int64, device=device))
@@ -85,7 +90,10 @@ class LoadWindow(nn.Module):
         self.current.masked_fill_(stepped, 0)
         if self.update_rate:
             counts = self.previous.to(self.bias.dtype)
-            step = self.update_rate * (counts.mean(1, keepdim=True) - counts).sign()
+            mean = counts.mean(1, keepdim=True)
+            if min(self.sizes) < counts.shape[1]:
+                mean = counts.sum(1, keepdim=True) / counts.new_tensor(self.sizes)[:, None]
+            step = self.update_rate * (mean - counts).sign()
             self.bias += torch.where(stepped, step, 0.0)
         if parameter.grad is None:
             self.learned = False
@@ -113,14 +121,14 @@ class LoadWindow(nn.Module):
 
     def fractions(self, index: int) -> Tensor:
         """Each choice's share of the slots of the previous step, `[C]`; at first equal shares."""
-        return as_fractions(self.previous[index])
+        return as_fractions(self.previous[index], self.sizes[index])
 
     def forward(self, index: int) -> Tensor | None:
         """What is added to router `index`'s probabilities when it chooses, `[C]`, or None."""
         return self.bias[index] if self.update_rate else None
 
 
-def as_fractions(counts: Tensor) -> Tensor:
-    """counts `[C]` over their sum; equal shares where it is 0."""
+def as_fractions(counts: Tensor, size: int) -> Tensor:
+    """counts `[C]` over their sum; where it is 0, equal shares among `size` choices."""
     total = counts.sum()
-    return torch.where(total > 0, counts / total.clamp(min=1), 1.0 / counts.shape[0])
+    return torch.where(total > 0, counts / total.clamp(min=1), 1.0 / size)

@@ -22,17 +22,18 @@ from .load_window import as_fractions
 IGNORE = -100
 
 
-def load_balancing_loss(logits: Tensor, fractions: Tensor) -> Tensor:
+def load_balancing_loss(logits: Tensor, fractions: Tensor, size: int) -> Tensor:
     """E · Σ_e f_e p_e of each row (arXiv:2101.03961, eq. 4, without the mean); 1 when balanced.
 
     Args:
-        logits: `[N, E]`; with `null_expert` that choice counts as an expert.
-        fractions: `[E]`, the share of the slots that each expert got, a constant.
+        logits: `[N, C]`; with `null_expert` that choice counts as an expert.
+        fractions: `[C]`, the share of the slots that each expert got, a constant.
+        size: E, how many of the C choices this router has; the others' logits are −inf.
 
     Returns:
         `[N]`: additive over rows because the fractions are given.
     """
-    return logits.shape[-1] * (logits.softmax(-1) @ fractions.to(logits.dtype))
+    return size * (logits.softmax(-1) @ fractions.to(logits.dtype))
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -115,12 +116,14 @@ class RouterLosses:
         weights = self.row_weights(len(logits), logits.device)
         counts = load.count(routing.expert_ids, weights)
         own = config.router_aux_loss_window == "micro_batch"
-        fractions = as_fractions(counts) if own else load.fractions(index).to(logits.device)
-        loss = config.router_aux_loss_coef * load_balancing_loss(logits, fractions)
+        size = load.sizes[index]
+        fractions = as_fractions(counts, size) if own else load.fractions(index).to(logits.device)
+        loss = config.router_aux_loss_coef * load_balancing_loss(logits, fractions, size)
         loss = loss + config.router_z_loss_coef * z_loss(logits)
         targets = self.targets_of(len(logits))
         if targets is not None:
-            of_target = expert_target_loss(logits, targets.to(logits.device))
+            possible = self._possible(index, targets.to(logits.device))
+            of_target = expert_target_loss(logits, possible)
             loss = loss + config.expert_target_loss_coef * of_target
         num_routers = len(self.context.router_list)
         loss = (loss * weights).sum() / (self.denominator(weights) * num_routers)
@@ -184,6 +187,15 @@ class RouterLosses:
         if self.token_mask is not None and rows == self.token_mask.numel():
             targets = targets.masked_fill(~self.token_mask.reshape(-1).to(targets.device), IGNORE)
         return targets
+
+    def _possible(self, index: int, targets: Tensor) -> Tensor:
+        """targets `[rows]` with −100 for experts that router `index`'s layer does not have."""
+        absent = self.context.choices.absent(index, targets.device)
+        if absent is None:
+            return targets
+        # A target beyond the experts is the null expert, which every layer has.
+        absent = nn.functional.pad(absent, (0, 1))
+        return targets.masked_fill(absent[targets.clamp(min=0)], IGNORE)
 
     def denominator(self, weights: Tensor) -> Tensor:
         """What the sum is divided by: the loop's `num_items`, else this batch's own weight."""

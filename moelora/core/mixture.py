@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..routers import ROUTERS, Router
+from .choices import Choices
 from .context import MixtureContext
 from .experts import Factor, LoraFactors, is_sharded
 from .linear import LoraA, LoraB, Site
@@ -106,7 +107,24 @@ class Mixture(MixtureContext):
         self.num_experts = self.config.num_experts
         self.total_rank = max(chain.from_iterable(totals))
         self.router_list = tuple(self.routers.values())  # type: ignore[arg-type]
-        self.fills_every_slot = all(router.fills_every_slot for router in self.router_list)
+        self.choices = Choices(self.config, self.router_layers())
+        self.choices.on(self.load.current.device)
+        self.load.sizes = self.choices.sizes
+        self.fills_every_slot = all(
+            router.fills_every_slot and router.num_experts_per_tok <= size
+            for router, size in zip(self.router_list, self.choices.sizes)
+        )
+
+    def router_layers(self) -> list[str | None]:
+        """The decoder layer that each router belongs to, None outside of any."""
+        owners = zip(self.owners, self.router_names, strict=True)
+        return [own.layer if isinstance(own, Site) else name for own, name in owners]
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # Before a first call, which may be one that a compiler or a CUDA graph records.
+        self.choices.on(self.load.current.device)
+        return self
 
     def check_resident(self, what: str) -> None:
         """Raise ValueError where experts or routers are not in this process's memory as a whole.

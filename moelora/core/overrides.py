@@ -183,6 +183,21 @@ def _of_names(
     )
 
 
+def _check_left(banned: Tensor, config: MoeLoraConfig, asked: bool) -> None:
+    """Raise ValueError where all experts are banned, or a router that is asked has none left."""
+    names = config.routed_expert_names
+    if bool(banned[: len(names)].all()):
+        raise ValueError(f"All experts are banned ({', '.join(names)}): leave one at least.")
+    if config.null_expert or not asked:
+        return
+    for layer, experts in (config.layer_experts or {}).items():
+        if bool(banned[experts].all()):
+            own = ", ".join(names[e] for e in experts)
+            raise ValueError(
+                f"All experts that {layer} has are banned ({own}): leave one of them at least."
+            )
+
+
 def with_bans(
     override: Override, ban: Any, config: MoeLoraConfig, device: torch.device
 ) -> Override:
@@ -195,8 +210,7 @@ def with_bans(
         banned[[config.expert_index(name) for name in _names("banned_experts", ban)]] = True
     if not bool(banned.any()):
         return override
-    if bool(banned.all()):
-        raise ValueError(f"All experts are banned ({', '.join(names)}): leave one at least.")
+    _check_left(banned, config, asked=override.expert_weights is None)
     if override.expert_ids is not None and override.expert_weights is not None:
         # A weight of 0 uses nothing.
         in_use = (override.expert_ids >= 0) & (override.expert_weights != 0)

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 class RoutingReport:
     """Which experts the routers chose for a batch, and how probable each was; padding is left out.
 
-    choice_names: the experts, and with `null_expert` after them "(base)": C names. router_names:
-    what each routes.
+    choice_names: the routed experts, and with `null_expert` after them "(base)": C names; where
+    experts are forced, all experts.
+    router_names: what each routes.
     by_router: `[num_routers, C]` each choice's share of a router's slots (rows sum to 1).
     by_sequence: `[batch, C]` each choice's share of a sequence's slots, over all routers.
     probabilities: `[batch, C]` the softmax of the logits, mean over a sequence's tokens and over
     routers; where experts are forced, by_sequence.
     routing: one `Routing` a router, as they came.
+    shared_experts: those that act on every token beside the chosen ones; no share counts them.
     """
 
     choice_names: list[str]
@@ -34,6 +36,7 @@ class RoutingReport:
     by_sequence: Tensor
     probabilities: Tensor
     routing: tuple[Routing, ...]
+    shared_experts: tuple[str, ...] = ()
 
     @property
     def expert_share(self) -> Tensor:
@@ -48,7 +51,8 @@ class RoutingReport:
         shares = ", ".join(
             f"{n} {s:.1%}" for n, s in zip(self.choice_names, self.expert_share.tolist())
         )
-        return f"RoutingReport({len(self.router_names)} routers; {shares})"
+        always = f"; always {', '.join(self.shared_experts)}" if self.shared_experts else ""
+        return f"RoutingReport({len(self.router_names)} routers; {shares}{always})"
 
     @classmethod
     def of(
@@ -58,10 +62,16 @@ class RoutingReport:
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         assert tokens is not None
         batch, length = tokens.shape[:2]
-        names = mixture.config.choice_names
+        config = mixture.config
+        names = config.choice_names
+        shared = tuple(config.shared_expert_names)
+        if all(own.logits.shape[-1] == 0 for own in routing):
+            # Forced, perhaps to shared ones.
+            names = [*(config.expert_names or []), *names[config.num_routed_experts :]]
+            shared = ()
         mask = inputs.get("attention_mask")
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
-        counts = [_by_sequence(_slots(own, mixture.config), present) for own in routing]
+        counts = [_by_sequence(_slots(own, names, config), present) for own in routing]
         by_router = torch.stack([_shares(own.sum(0)) for own in counts])
         zero = torch.zeros(())
         by_sequence = sum((_shares(own) for own in counts), zero) / len(routing)
@@ -71,12 +81,12 @@ class RoutingReport:
             probable = [_by_sequence(logits.softmax(-1), present) for logits in asked]
             probabilities = sum((_shares(own) / len(routing) for own in probable), zero)
         routers = list(mixture.router_names)
-        return cls(names, routers, by_router, by_sequence, probabilities, routing)
+        return cls(names, routers, by_router, by_sequence, probabilities, routing, shared)
 
 
-def _slots(routing: Routing, config: MoeLoraConfig) -> Tensor:
+def _slots(routing: Routing, names: list[str], config: MoeLoraConfig) -> Tensor:
     """How many slots of each row went to each choice, `[N, C]`."""
-    experts = config.num_experts
+    experts = len(names) - int(config.null_expert)
     counts = torch.nn.functional.one_hot(routing.expert_ids.cpu() + 1, experts + 1).sum(1).float()
     # An empty slot is a choice where routers may choose no expert, and else nothing (a banned
     # expert's).

@@ -19,6 +19,7 @@ from ..core.model import MixtureModel
 from ..routers import Router
 from ..training.evaluation import check_not_overridden
 from ..validation import check_integer, check_number, expert_name_problem
+from .choices import carry_choices, common_shape
 from .optimizer_state import PoolChange, trained
 
 # An expert to be: its shape, its factors by the linear's full name, where it is there, and the
@@ -37,7 +38,10 @@ def add_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
             f"There is an expert {name!r} already, among {', '.join(names)}: choose another name."
         )
     new = _newcomer(model, **origin)
-    return _rebuild(model, [*range(len(names)), None], [*names, name], new)
+    # Shared experts stay the last.
+    routed = model.moelora_config.num_routed_experts
+    keep = [*range(routed), None, *range(routed, len(names))]
+    return _rebuild(model, keep, [*names[:routed], name, *names[routed:]], new)
 
 
 def replace_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
@@ -52,14 +56,19 @@ def remove_expert(model: MixtureModel, name: str) -> PoolChange:
     """Remove an expert with its router rows; see `MoeLoraForCausalLM.remove_expert`."""
     config = model.moelora_config
     index = config.expert_index(name)
-    if config.num_experts <= config.num_experts_per_tok and not config.may_use_all_experts:
-        raise ValueError(
-            f"Expert {name!r} cannot be removed: {config.num_experts - 1} would remain, and every "
-            f"token chooses num_experts_per_tok={config.num_experts_per_tok}. Load the checkpoint "
-            "with a smaller one, or use replace_expert."
-        )
+    shared = name in config.shared_expert_names
+    choices = {"every router": range(config.num_routed_experts), **(config.layer_experts or {})}
+    slots = 1 if config.may_use_all_experts else config.num_experts_per_tok
+    for where, experts in choices.items():
+        if index in experts and len(experts) <= slots:
+            raise ValueError(
+                f"Expert {name!r} cannot be removed: {where} would have {len(experts) - 1} experts "
+                f"to choose among, and every token chooses num_experts_per_tok={slots}. Load the "
+                "checkpoint with a smaller one, or use replace_expert."
+            )
     keep = [e for e in range(config.num_experts) if e != index]
-    return _rebuild(model, keep, [own for own in config.expert_names or [] if own != name])
+    names = [own for own in config.expert_names or [] if own != name]
+    return _rebuild(model, keep, names, num_shared=config.num_shared_experts - int(shared))
 
 
 def freeze_experts(model: MixtureModel, names: Iterable[str] | str) -> PoolChange:
@@ -96,8 +105,10 @@ def _rebuild(
     keep: Sequence[int | None],
     names: Sequence[str],
     new: Newcomer | None = None,
+    num_shared: int | None = None,
 ) -> PoolChange:
-    """Make expert i the former `keep[i]`, or the newcomer where that is None.
+    """Make expert i the former `keep[i]`, or the newcomer where that is None, the last `num_shared`
+    shared (by default as many as before).
 
     Everything is prepared before anything is put in, so that an error leaves the mixture as it was.
     """
@@ -110,14 +121,21 @@ def _rebuild(
     shapes = [_shape_of(mixture, e) for e in keep if e is not None]
     if shape is not None:
         shapes.insert(keep.index(None), shape)
+    config.num_shared_experts = config.num_shared_experts if num_shared is None else num_shared
     set_experts(config, names, shapes, mixture.linears())
+    carry_choices(mixture, config, keep, fresh, original)
     config.validate()
+    # Of the routed experts, which are the first both before and after.
+    routed = keep[: config.num_routed_experts]
     load = copy.deepcopy(mixture.load)
-    load.resize(keep)
+    load.resize(routed)
+    if original is not None and original >= mixture.config.num_routed_experts:
+        # A copy of a shared expert, of which routers have no row.
+        original = None
     routers = []
     for router in mixture.router_list:
-        resized = _resized(router, [original if e is None else e for e in keep])
-        change.replaced_router(router, resized, keep)
+        resized = _resized(router, [original if e is None else e for e in routed])
+        change.replaced_router(router, resized, routed)
         routers.append(resized)
     factors = []
     for site in mixture.sites.values():
@@ -206,20 +224,26 @@ def _fresh(
 ) -> Newcomer:
     config = mixture.config
     usual_r, usual_alpha = mode(zip(config.ranks, config._per_expert("lora_alpha")))
-    r = usual_r if r is None else r
-    alpha = usual_alpha if alpha is None else alpha
-    check_integer("r", r, 1)
-    check_number("lora_alpha", alpha, 0.0, math.inf, open_low=True)
-    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    own_r = usual_r if r is None else r
+    own_alpha = usual_alpha if alpha is None else alpha
+    check_integer("r", own_r, 1)
+    check_number("lora_alpha", own_alpha, 0.0, math.inf, open_low=True)
+    (usual,) = config.scaling_by([own_alpha], [own_r])
     factors = {}
+    shapes = {}
     for linear, like in mixture.expert(0).items():
+        # Where all have the same, as by a rank_pattern, the new one has it too.
+        common = common_shape(config, linear) if (r, alpha) == (None, None) else None
+        rank, scaling = common or (own_r, usual)
         d_in = like.A.shape[1]
         bound = 1 / math.sqrt(d_in)
         # Drawn on the CPU: one seed gives the same expert on every device.
-        A = torch.empty(r, d_in, dtype=like.A.dtype).uniform_(-bound, bound, generator=generator)
-        B = like.B.new_zeros(r, like.B.shape[1])
+        A = torch.empty(rank, d_in, dtype=like.A.dtype)
+        A.uniform_(-bound, bound, generator=generator)
+        B = like.B.new_zeros(rank, like.B.shape[1])
         factors[linear] = LoraFactors(A.to(like.A.device), B, scaling)
-    return ExpertShape(r, alpha, dict.fromkeys(factors, (r, scaling))), factors, None
+        shapes[linear] = (rank, scaling)
+    return ExpertShape(own_r, own_alpha, shapes), factors, None
 
 
 def _copied(

@@ -17,6 +17,7 @@ from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
 from .base import snapshot
+from .by_layer import write_out
 from .sites import decoder_layer, depth_of, device_of, features, find_sites, saved_modules
 
 NAME = "moelora"
@@ -70,6 +71,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
     """
     mixture = Mixture(config)
+    is_new = config.sites is None
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
     modules = dict(model.named_modules())
@@ -79,6 +81,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
                 f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
                 f"{type(model).__name__}."
             )
+    write_out(model, config, is_new)
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     for module in saved_modules(model, config, is_classifier):

@@ -13,6 +13,7 @@ from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
 from ..training.datasets import Texts, texts_of
 from ..training.fitting import Trained, check_arguments, fit, only_training
+from ..validation import check_names
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def train_mixda(
     """Train domain experts on unlabelled text, and then routers and a task expert on labelled text.
 
     Stage 1, domain by domain: the domain's expert and the routers train on its texts. All other
-    experts are banned, so the routers weigh that expert against the base alone. Stage 2: the
-    routers and `task_expert` train on `task`, all other experts are frozen. Every expert and the
-    base act on every token, each with its probability; afterwards, in use, the best
+    experts are banned, shared ones too, so the routers weigh that one against the base alone. Stage
+    2: the routers and `task_expert` train on `task`, all other experts are frozen. Every expert and
+    the base act on every token, each with its probability; afterwards, in use, the best
     `num_experts_per_tok` do. With the best alone in training, a task expert that is not among them
     would never get a gradient.
 
@@ -100,6 +101,7 @@ def _checked(
     check_arguments(model, domains, args, null_expert=False)
     check_arguments(model, {task_expert: task}, args, null_expert=False)
     config = model.moelora_config
+    check_names([*domains, task_expert], config.routed_expert_names, "experts that routers choose")
     if task_expert in domains:
         raise ValueError(f"task_expert={task_expert!r} is a domain's expert: name another one.")
     if not config.null_expert:
@@ -112,7 +114,7 @@ def _checked(
         raise ValueError(f"{chosen}: use num_experts_per_tok=2 or more.")
     texts = {name: _texts(config, name, own) for name, own in domains.items()}
     if general is not None:
-        names = config.expert_names or []
+        names = config.routed_expert_names
         # The number of the null expert follows the experts'.
         of_base = _texts(config, "general", general).labelled(len(names))
         for name, own in texts.items():

@@ -22,9 +22,9 @@ R = TypeVar("R", bound="Router")
 class Routing(NamedTuple):
     """What a router decided for N rows (tokens, or sequences at sequence level).
 
-    logits: `[N, E]` fp32 (with `null_expert` `[N, E + 1]`), before the softmax; −inf for an expert
-    that is banned.
-    expert_ids: `[N, K]` int64, −1 for no expert in this slot.
+    logits: `[N, E]` fp32 of E routed experts (with `null_expert` `[N, E + 1]`), before the softmax;
+    −inf for an expert that is banned or that the layer does not have.
+    expert_ids: `[N, K]` int64, −1 for no expert in this slot; shared experts have none.
     expert_weights: `[N, K]` fp32.
     """
 
@@ -62,8 +62,8 @@ def _without_autocast(method: Callable) -> Callable:
 
 
 class Router(nn.Module):
-    """Base class: `router(x) → Routing` among `num_choices` choices, the experts and after them
-    perhaps the null expert.
+    """Base class: `router(x) → Routing` among `num_choices` choices, the routed experts (without
+    the shared ones) and after them perhaps the null expert.
 
     A subclass implements `score`, and `select` where it chooses otherwise. Its parameters are bare
     `nn.Parameter`s: PEFT's "all-linear" would adapt an `nn.Linear` inside.
@@ -111,7 +111,7 @@ class Router(nn.Module):
     def __init__(self, config: MoeLoraConfig, in_features: int):
         super().__init__()
         self.options = self.read_options(config.router_options)
-        self.num_experts = config.num_experts
+        self.num_experts = config.num_routed_experts
         self.null_expert = config.null_expert
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob and config.num_experts_per_tok > 1
@@ -260,7 +260,7 @@ class Router(nn.Module):
         Args:
             x: rows `[N, d]`, or prompts `[B, S, d]` (then N = B), of any dtype.
             selection_bias: `[num_choices]`, added to the probabilities when choosing.
-            banned: who may not be chosen, `[E]` bool.
+            banned: who may not be chosen of the routed experts, `[E]` bool.
             prompt_mask: which tokens of the prompts count, `[B, S]` bool; None for all.
         """
         if x.dim() == 3:

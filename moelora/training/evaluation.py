@@ -80,7 +80,12 @@ def check_not_overridden(model: MixtureModel) -> None:
 
 
 def alone(model: MixtureModel, choice: str) -> dict[str, float]:
-    """The weights by which `use_experts` uses one choice alone: an expert, or the null expert."""
-    names = model.moelora_config.expert_names or []
+    """The weights by which `use_experts` uses one choice alone: an expert, or the null expert.
+
+    Shared experts act beside it, as they do wherever a router chooses it.
+    """
+    config = model.moelora_config
+    chosen = [] if choice == NO_EXPERT else [choice]
+    weights = dict.fromkeys([*config.shared_expert_names, *chosen], 1.0)
     # Any expert with the weight 0 is the base alone.
-    return {names[0]: 0.0} if choice == NO_EXPERT else {choice: 1.0}
+    return weights or {config.routed_expert_names[0]: 0.0}

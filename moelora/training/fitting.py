@@ -20,7 +20,7 @@ from ..core.experts import Factor
 from ..core.model import MixtureModel, keeping_modes
 from ..validation import check_choice, check_names
 from .datasets import PadRouting, Texts, texts_of
-from .evaluation import check_not_overridden
+from .evaluation import alone, check_not_overridden
 from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
 from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
@@ -201,7 +201,7 @@ def _train_expert(
     model: MixtureModel, name: str, data: Any, run: Callable[..., Trained]
 ) -> Trained:
     data = data.unlabelled() if isinstance(data, Texts) else data
-    with only_training(model, name, routers=False), model.use_experts(name):
+    with only_training(model, name, routers=False), model.use_experts(alone(model, name)):
         return run(data, folder=name)
 
 

@@ -246,14 +246,19 @@ def _backward(logits: list[Tensor], targets: Tensor, parameters: list[nn.Paramet
     there = targets != IGNORE
     losses = []
     right = 0
+    rows = 0
     for own in logits:
         counted = own[there.to(own.device)]
         wanted = targets[there].to(own.device)
+        # An expert that this router's layer does not have cannot be learned there.
+        possible = counted.detach().gather(1, wanted[:, None]).squeeze(1) > -torch.inf
+        counted = counted[possible]
+        wanted = wanted[possible]
         # Of no rows the mean would be NaN.
-        loss = nn.functional.cross_entropy(counted, wanted) if len(wanted) else 0 * own.sum()
+        loss = nn.functional.cross_entropy(counted, wanted) if len(wanted) else own[:0].sum()
         losses.append(loss.to(parameters[0].device))
         right += int((counted.argmax(-1) == wanted).sum())
+        rows += len(wanted)
     loss = torch.stack(losses).mean()
     loss.backward(inputs=parameters)
-    rows = int(there.sum()) * len(logits)
     return torch.tensor([float(loss.detach()) * rows, right, rows], dtype=torch.float64)

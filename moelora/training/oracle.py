@@ -32,7 +32,7 @@ class OracleLabels:
     Args:
         targets: `[n]` int64, each text's best choice, −100 for none.
         losses: `[n, choices]` fp32, each text's mean loss over its labels with each choice.
-        choice_names: the experts, and with `null_expert` after them "(base)".
+        choice_names: the routed experts, and with `null_expert` after them "(base)".
     """
 
     targets: Tensor
@@ -51,6 +51,7 @@ def oracle_targets(
     """Label each text by the choice with the lowest mean loss on its target tokens.
 
     Each expert is used alone, with weight 1; with `null_expert` the base alone is one more choice.
+    Shared experts act beside all of them.
     Ties go to the lowest number. What it returns is for
     `train_gate(model, texts.labelled(labels.targets))`.
 

@@ -125,8 +125,9 @@ def _arrows(model: MixtureModel) -> list[Tensor]:
     """
     mixture = model.moelora
     sites = sorted(mixture.sites.values(), key=lambda site: site.router_index)
-    rows = [torch.zeros(mixture.num_experts, site.in_features) for site in sites]
-    for expert in range(mixture.num_experts):
+    routed = mixture.config.num_routed_experts
+    rows = [torch.zeros(routed, site.in_features) for site in sites]
+    for expert in range(routed):
         factors = mixture.expert(expert)
         for site, own_rows in zip(sites, rows):
             products = []

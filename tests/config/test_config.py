@@ -21,6 +21,7 @@ from moelora.config_checks import (
 
 COUNTS = {
     "num_experts": 1,
+    "num_shared_experts": 0,
     "num_experts_per_tok": 1,
     "r": 1,
     "router_layer": 0,
@@ -33,7 +34,7 @@ NOT_NEGATIVE = [
     "router_bias_update_rate",
     "expert_target_loss_coef",
 ]
-SHARES = ["lora_dropout", "router_jitter_noise"]
+SHARES = ["lora_dropout", "expert_dropout", "router_jitter_noise"]
 NUMBERS = ["lora_alpha", *NOT_NEGATIVE, *SHARES]
 FLAGS = ["use_rslora", "norm_topk_prob", "router_input_norm", "null_expert"]
 CHOICES = {
@@ -44,8 +45,12 @@ CHOICES = {
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
-# Checked by tests of their own; router_options in tests/routers/test_options.py.
-FREE = {"format_version", "sites", "expert_ranks", "expert_scaling", "router_options"}
+# Checked by tests of their own: router_options in tests/routers/test_options.py, layers and
+# patterns in tests/injection/test_by_layer.py.
+FREE = {
+    *("format_version", "sites", "expert_ranks", "expert_scaling", "router_options"),
+    *("experts_per_layer", "layer_experts", "rank_pattern", "alpha_pattern"),
+}
 
 
 def test_every_field_is_in_one_of_these_tests():

@@ -58,6 +58,26 @@ def test_what_routers_read_beside_a_token_s_hidden_state_is_in_one_graph(router,
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_shared_missing_and_dropped_experts_break_no_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = causal(
+        num_shared_experts=1,
+        experts_per_layer=[2, 3],
+        expert_dropout=[0.1, 0.2, 0.3, 0.4],
+        rank_pattern={"q_proj": 2},
+        **LOSSES,
+    ).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = []
+    for call in (model, compiled):
+        torch.manual_seed(0)
+        found.append(_gradients(model, call, batch(), 1.0))
+    assert not counters["graph_break"]
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_accumulation_under_compile_is_the_sum():
     torch._dynamo.reset()
     model = causal(**LOSSES).train()

@@ -90,6 +90,46 @@ def test_the_kernels_route_every_kind_of_top_k(
     assert {plan.path for plan in plans} == {path}
 
 
+@pytest.mark.parametrize(
+    ("options", "routed"),
+    [
+        ({"num_shared_experts": 1}, {False}),
+        ({"experts_per_layer": [2, 4]}, {False, True}),
+        ({"rank_pattern": {"q_proj": 20, "up_proj": 1}}, {True}),
+    ],
+    ids=["shared expert", "fewer in a layer", "ranks by pattern"],
+)
+def test_the_kernels_leave_to_us_what_they_do_not_know(
+    options: dict[str, Any], routed: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plans = causal(**options), []
+    plan_of = ForwardPass._decode_plan
+    monkeypatch.setattr(
+        ForwardPass, "_decode_plan", lambda *args: plans.append(plan_of(*args)) or plans[-1]
+    )
+    with torch.no_grad():
+        wanted = on(model, "eager")(INPUT[:, :2]).logits
+        plans.clear()
+        logits = on(model, "triton")(INPUT[:, :2]).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    assert {plan is not None for plan in plans} == routed
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_shared_absent_and_dropped_experts_train(level: str) -> None:
+    fields = {"num_shared_experts": 1, "experts_per_layer": [2, 3], "expert_dropout": 0.4}
+    model = causal(routing_level=level, **fields, **NO_ROUTER_LOSS).train()
+    grads = []
+    for backend in ("eager", "triton"):
+        model.zero_grad()
+        torch.manual_seed(0)
+        on(model, backend)(INPUT, labels=INPUT, router_mask=mask_of(model)).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 10 and grads[0].keys() == grads[1].keys()
+    for name, wanted in grads[0].items():
+        torch.testing.assert_close(grads[1][name], wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_gradient_checkpointing_gives_the_same_bits() -> None:
     model = on(causal(**NO_ROUTER_LOSS), "triton").train()
     grads = []

@@ -180,6 +180,21 @@ def test_general_texts_keep_the_experts_off_them(seed, tmp_path):
     assert kept[False] > 0.8 and kept[True] < kept[False] - 0.2
 
 
+def test_a_shared_expert_can_be_no_domain_and_the_base_keeps_its_number(monkeypatch, tmp_path):
+    model = mixture(num_shared_experts=1)
+    with pytest.raises(ValueError, match="no expert 'spare'. The experts that routers choose"):
+        train_mixda(model, {"spare": domain(0)}, task(2), arguments(tmp_path), task_expert="answer")
+    told = []
+
+    def noting(model, data, *rest):
+        told.extend(int(row["expert_targets"]) for row in data.rows if "expert_targets" in row)
+
+    monkeypatch.setattr(module, "fit", noting)
+    args = arguments(tmp_path)
+    train_mixda(model, DOMAINS, task(2), args, task_expert="answer", general=domain(3))
+    assert set(told) == {0, 1, 3} and model.moelora_config.num_choices == 4
+
+
 def test_labels_that_texts_bring_along_are_not_asked(monkeypatch, tmp_path):
     stages, model = Stages(monkeypatch), mixture()
     domains = {"red": domain(0).labelled(3)}

@@ -56,6 +56,21 @@ def test_each_text_gets_the_expert_with_the_lowest_loss(name, null_expert):
     assert len(found.targets.unique()) > 1
 
 
+def test_shared_experts_act_beside_every_choice():
+    names = ["red", "green", "blue"]
+    model = gate(num_shared_experts=1, null_expert=True)
+    found = oracle_targets(model, texts(2))
+    assert found.choice_names == ["red", "green", "(base)"]
+    expected = []
+    for weights in ({"red": 1.0, "blue": 1.0}, {"green": 1.0, "blue": 1.0}, {"blue": 1.0}):
+        with model.use_experts(weights):
+            expected.append([alone(model, row) for row in texts(2)])
+    torch.testing.assert_close(found.losses, torch.tensor(expected).T, rtol=1e-4, atol=1e-5)
+    assert model.moelora_config.expert_names == names
+    with pytest.raises(ValueError, match="no expert 'blue'. The choices are: red, green"):
+        train_gate(model, {"blue": texts(2)})
+
+
 def test_the_base_alone_is_the_base():
     model = gate(null_expert=True)
     found = oracle_targets(model, texts(2)).losses[:, -1]

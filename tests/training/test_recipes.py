@@ -54,6 +54,18 @@ def test_an_expert_trains_alone_and_nothing_else_has_moved_a_bit(fields, frozen,
     assert loss(model, task(1), "green") < first - 0.1
 
 
+def test_a_routed_expert_trains_beside_the_shared_one(tmp_path):
+    model = gate(num_shared_experts=1)
+    used = []
+    forced = model.use_experts
+    model.use_experts = lambda weights: used.append(weights) or forced(weights)
+    before = bits(model)
+    train_expert(model, "red", task(0), arguments(tmp_path))
+    assert moved(before, bits(model)) == {"expert.red"}
+    train_expert(model, "blue", task(0), arguments(tmp_path))
+    assert used == [{"blue": 1.0, "red": 1.0}, {"blue": 1.0}]
+
+
 def test_what_takes_no_gradients_takes_none_again(tmp_path):
     model = gate().train()
     model.requires_grad_(False)
