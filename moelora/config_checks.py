@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
 ROUTER_SCOPES = ("projection", "site", "layer", "model")
 ROUTER_POOLINGS = ("mean", "last", "attention")
+EXPERT_INITS = ("kaiming", "orthogonal", "svd")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
 # What reports and label mappings call the null expert.
 NO_EXPERT = "(base)"
@@ -52,6 +53,8 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "router_bias_update_rate": _check_coefficient,
     "expert_target_loss_coef": _check_coefficient,
     "use_rslora": check_flag,
+    "share_lora_A": check_flag,
+    "expert_init": partial(check_choice, choices=EXPERT_INITS),
     "norm_topk_prob": check_flag,
     "router_input_norm": check_flag,
     "null_expert": check_flag,
@@ -72,7 +75,8 @@ def check_ranks(values: Mapping[str, Any]) -> None:
     """Ranks and scaling, of all linears and of single ones.
 
     Args:
-        values: of the fields num_experts, r, lora_alpha, expert_ranks and expert_scaling.
+        values: of the fields num_experts, r, lora_alpha, expert_ranks, expert_scaling and
+            share_lora_A.
     """
     experts = values["num_experts"]
     ranks = per_expert("r", values["r"], experts)
@@ -89,6 +93,11 @@ def check_ranks(values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"The ranks of {name} add up to {sum(own)}; expected at most "
                 f"{MAX_TOTAL_RANK}: lower r or num_experts."
+            )
+        if values["share_lora_A"] and len(set(own)) > 1:
+            raise ValueError(
+                f"share_lora_A=True and the ranks in {name} are {shown(list(own))}: experts that "
+                "share A have its rank. Give all one rank in a linear, or leave share_lora_A out."
             )
 
 

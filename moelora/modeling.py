@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from .adapters import composing, export
 from .checkpoint import load, save, state
 from .config import MoeLoraConfig
+from .core.expert_init import begin_experts
 from .core.forward import compute_device
 from .core.inputs import ROUTING_ONLY
 from .core.model import MixtureModel
@@ -57,7 +58,7 @@ class MoeLoraModel(MixtureModel):
         config = config.without_base()
         config.validate()
         model, _ = base_for(cls, base, config, kwargs)
-        return put_into(model, config, cls)
+        return put_into(model, config, cls, then=begin_experts)
 
     @classmethod
     def from_adapters(

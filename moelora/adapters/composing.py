@@ -28,6 +28,7 @@ from .writing import exact_targets
 FROM_ADAPTERS = (
     *("num_experts", "expert_names", "r", "lora_alpha", "use_rslora"),
     *("expert_ranks", "expert_scaling", "target_modules", "layers_to_transform"),
+    "expert_init",
 )
 
 
@@ -99,6 +100,7 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     ]
     composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
     composed.layers_to_transform = None
+    composed.expert_init = "kaiming"
     set_experts(composed, list(adapters), experts, composed.target_modules)
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
@@ -113,7 +115,21 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     if composed.num_experts_per_tok == default.num_experts_per_tok:
         composed.num_experts_per_tok = min(composed.num_experts_per_tok, composed.num_experts)
     composed.validate()
+    if composed.share_lora_A:
+        _check_shared(adapters)
     return composed
+
+
+def _check_shared(adapters: Mapping[str, Adapter]) -> None:
+    """Raise ValueError unless the adapters, of the same ranks, have the same A in every linear."""
+    (first, like), *others = adapters.items()
+    for name, adapter in others:
+        for linear in like.targets:
+            if not torch.equal(adapter.factors(linear)[0], like.factors(linear)[0]):
+                raise ValueError(
+                    f"share_lora_A=True, and {name!r} has another A of {linear} than {first!r}: "
+                    "experts share one A only where the adapters do. Leave share_lora_A out."
+                )
 
 
 def set_experts(
