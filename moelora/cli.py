@@ -205,7 +205,7 @@ def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
     tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
-    widths = _widths(tensors, sites)
+    widths = _widths(tensors, sites, config.share_lora_A)
     title = f"{checkpoint}: {config.num_experts} experts"
     table = Table("expert", "rank", "alpha", "parameters", title=title)
     for e, name in enumerate(config.expert_names):
@@ -213,6 +213,9 @@ def info(checkpoint: Checkpoint) -> None:
         rank = config.ranks[e]
         table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", f"{parameters:,}")
     out.print(table)
+    if config.share_lora_A:
+        rows = sum(t.numel() for key, t in tensors.items() if key.endswith(".lora_A.weight"))
+        out.print(f"shared by all experts: A, {rows:,} parameters")
     out.print(f"base: {config.base_model_name_or_path} ({config.base_architecture})")
     out.print(
         f"router: {config.router}, top {config.num_experts_per_tok}, {config.routing_level} level, "
@@ -328,9 +331,11 @@ def _value(text: str) -> Any:
     return text
 
 
-def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int]:
-    """d_in + d_out of each adapted linear, from the experts' own tensors: a quantised base's
-    weights have other shapes.
+def _widths(
+    tensors: Mapping[str, Any], sites: list[list[str]], share_lora_A: bool
+) -> dict[str, int]:
+    """d_in + d_out of each adapted linear, or d_out where A is no expert's own, from the experts'
+    own tensors: a quantised base's weights have other shapes.
     """
     # Without what says where in the model a site is, and with its - for all dots.
     shapes = {
@@ -345,7 +350,7 @@ def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int
             B = shapes.get(f"{prefix}-lora_B-{i}-weight")
             if A is None or B is None:
                 raise ValueError(f"The checkpoint lacks the experts of {linear}: copy it again.")
-            widths[linear] = A[-1] + B[-1]
+            widths[linear] = B[-1] + (0 if share_lora_A else A[-1])
     return widths
 
 
