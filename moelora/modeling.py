@@ -71,6 +71,9 @@ class MoeLoraModel(MixtureModel):
         router_init: str = "random",
         texts: Mapping[str, Any] | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        split: str | None = None,
+        noise: float | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put trained PEFT LoRA adapters into their base as experts; all train unless they are
@@ -86,22 +89,18 @@ class MoeLoraModel(MixtureModel):
                 `moelora.training.router_init.initialise`).
             texts: for "prototype": by expert's name a few of its texts.
             tokenizer: for texts that are strings.
+            split: make the `config.num_experts` experts of one adapter, passed alone: "copy" or
+                "svd" (see `moelora.adapters.splitting.split_adapter`).
+            noise, seed: of split="copy".
             kwargs: for the base's `from_pretrained`.
 
         Raises:
             ValueError: an adapter that does not fit, with all that is wrong in a table.
         """
-        return composing.from_adapters(
-            cls,
-            base,
-            adapters,
-            config,
-            allow_base_mismatch=allow_base_mismatch,
-            router_init=router_init,
-            texts=texts,
-            tokenizer=tokenizer,
-            **kwargs,
-        )
+        kwargs |= {"router_init": router_init, "texts": texts, "tokenizer": tokenizer}
+        kwargs |= {"split": split, "noise": noise, "seed": seed}
+        kwargs["allow_base_mismatch"] = allow_base_mismatch
+        return composing.from_adapters(cls, base, adapters, config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -209,8 +208,9 @@ class MoeLoraModel(MixtureModel):
             name: of the new expert; it must be fit for a folder.
             adapter: a folder, hub id or `PeftModel`.
             copy_of: an expert's name.
-            noise: the Gaussian noise on a copy, in standard deviations of each factor's block.
-            r: the rank of a fresh expert, by default the others' most common.
+            noise: the Gaussian noise on a copy, in standard deviations of each factor's block; a
+                shared A stays as it is.
+            r: the rank of a fresh expert (A random, B = 0), by default the others' most common.
             lora_alpha: of a fresh expert, likewise.
             seed: for A or the noise.
             allow_base_mismatch: take an adapter that names another base.

@@ -22,6 +22,7 @@ from ..training.router_init import initialise
 from ..validation import shown
 from .preflight import Sources, preflight
 from .reading import Adapter
+from .splitting import split_adapter
 from .writing import exact_targets
 
 # What the adapters decide: a configuration beside them may repeat it, but not contradict it.
@@ -51,6 +52,9 @@ def from_adapters(
     router_init: str = "random",
     texts: Mapping[str, Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
+    split: str | None = None,
+    noise: float | None = None,
+    seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Put trained PEFT LoRA adapters into their base as experts; see
@@ -60,6 +64,10 @@ def from_adapters(
         config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
+    if split is not None:
+        adapters = _split(adapters, config, split, noise, seed)
+    elif (noise, seed) != (None, None):
+        raise ValueError("noise and seed are for split='copy': leave them out.")
     checked = preflight(
         base, adapters, allow_base_mismatch=allow_base_mismatch, auto_class=cls.auto_class, **kwargs
     )
@@ -82,6 +90,22 @@ def from_adapters(
         initialise(mixture_model, router_init, texts, tokenizer)
 
     return put_into(model, config, cls, then=fill)
+
+
+def _split(source: Any, config: MoeLoraConfig, *how: Any) -> dict[str, Adapter]:
+    """The experts of `config` as the parts of one adapter."""
+    method, noise, seed = how
+    if config.share_lora_A and (method, noise) != ("copy", 0):
+        raise ValueError(
+            f"share_lora_A=True, and split={method!r} gives each expert an A of its own: use "
+            "split='copy' with noise=0.0, or leave share_lora_A out."
+        )
+    if isinstance(source, Mapping):
+        raise TypeError(
+            f"split={method!r} makes experts of one adapter, and adapters is a "
+            f"{type(source).__name__}: pass its folder, hub id or PeftModel alone."
+        )
+    return split_adapter(source, config.expert_names or [], method, noise=noise, seed=seed)
 
 
 def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> MoeLoraConfig:

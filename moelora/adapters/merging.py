@@ -172,12 +172,16 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
     elif len(delta.A) <= rank:
         return delta
     else:
-        QB, core, QA = _core(delta)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        U = QB @ U
-        Vh = Vh @ QA.T
+        U, S, Vh = singular_directions(delta)
     roots = S[:rank].sqrt()[:, None]
     return LoraFactors(roots * Vh[:rank], roots * U[:, :rank].T, 1.0)
+
+
+def singular_directions(delta: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[d_out, r]`, S and Vᵀ `[r, d_in]` with ΔW = U S Vᵀ, r being the rank of the factors."""
+    QB, core, QA = _core(delta)
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return QB @ U, S, Vh @ QA.T
 
 
 @torch.no_grad()
