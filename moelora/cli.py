@@ -175,13 +175,17 @@ def compose(
     top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token; else 2.")] = None,
     routing_level: Annotated[str, Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, Option(help="projection, site, layer or model.")] = "site",
+    split: Annotated[str | None, Option(help="Of one adapter several: copy or svd.")] = None,
+    experts: Annotated[int | None, Option(help="How many, with --split.")] = None,
     allow_base_mismatch: Mismatch = False,
     classifier: Classifier = False,
 ) -> None:
     """Make one mixture of adapters, and save it (experts and routers, not the base)."""
     from .config import MoeLoraConfig
 
-    sources = _pairs(adapter)
+    sources: list[tuple[str, Any]] = _pairs(adapter)
+    if (split, experts) != (None, None):
+        sources = _parts(sources, split, experts)
     options = {name: _value(text) for name, text in _pairs(router_option or [])}
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
@@ -322,6 +326,21 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
         if not all(pair):
             raise ValueError(f"{word!r} is not NAME=VALUE, for example math=adapters/math.")
     return pairs
+
+
+def _parts(
+    sources: list[tuple[str, Any]], split: str | None, experts: int | None
+) -> list[tuple[str, Any]]:
+    """One adapter as so many, by names with numbers."""
+    from .adapters.splitting import split_adapter
+
+    if len(sources) != 1 or split is None or experts is None:
+        raise ValueError(
+            f"--split makes several experts of one adapter, and {len(sources)} came: pass one -a, "
+            "--split copy or svd, and --experts."
+        )
+    ((name, source),) = sources
+    return list(split_adapter(source, [f"{name}_{e}" for e in range(experts)], split).items())
 
 
 def _value(text: str) -> Any:

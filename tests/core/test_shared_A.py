@@ -114,7 +114,8 @@ def test_an_expert_is_a_peft_adapter_and_a_weighting_a_merge(tmp_path):
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in NAMES[:2]]
     assert all(torch.equal(files[0][n], files[1][n]) for n in files[0] if "lora_A" in n)
     expected = logits(model, HALF)
-    model.export_merged(HALF, tmp_path / "merged")
+    report = model.export_merged(HALF, tmp_path / "merged")
+    assert set(report.ranks.values()) == {3}, "experts with one A are one LoRA of its rank"
     peft = PeftModel.from_pretrained(causal_base(), tmp_path / "merged").eval()
     torch.testing.assert_close(peft(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
     merged = model.merge_and_unload(HALF)
