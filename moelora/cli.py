@@ -175,13 +175,17 @@ def compose(
     top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token.")] = None,
     routing_level: Annotated[str, Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, Option(help="projection, site, layer or model.")] = "site",
+    split: Annotated[str | None, Option(help="Of one adapter several: copy or svd.")] = None,
+    experts: Annotated[int | None, Option(help="How many, with --split.")] = None,
     allow_base_mismatch: Mismatch = False,
     classifier: Classifier = False,
 ) -> None:
     """Make one mixture of adapters, and save it (experts and routers, not the base)."""
     from .config import MoeLoraConfig
 
-    sources = _pairs(adapter)
+    sources: list[tuple[str, Any]] = _pairs(adapter)
+    if (split, experts) != (None, None):
+        sources = _parts(sources, split, experts)
     options = {name: _value(text) for name, text in _pairs(router_option or [])}
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
@@ -205,7 +209,7 @@ def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
     tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
-    widths = _widths(tensors, sites)
+    widths = _widths(tensors, sites, config.share_lora_A)
     title = f"{checkpoint}: {config.num_experts} experts"
     table = Table("expert", "rank", "alpha", "parameters", title=title)
     for e, name in enumerate(config.expert_names):
@@ -215,6 +219,9 @@ def info(checkpoint: Checkpoint) -> None:
     out.print(table)
     if config.num_shared_experts:
         out.print(f"on every token: {', '.join(config.shared_expert_names)}")
+    if config.share_lora_A:
+        rows = sum(t.numel() for key, t in tensors.items() if key.endswith(".lora_A.weight"))
+        out.print(f"shared by all experts: A, {rows:,} parameters")
     out.print(f"base: {config.base_model_name_or_path} ({config.base_architecture})")
     out.print(
         f"router: {config.router}, top {config.num_experts_per_tok}, {config.routing_level} level, "
@@ -323,6 +330,21 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _parts(
+    sources: list[tuple[str, Any]], split: str | None, experts: int | None
+) -> list[tuple[str, Any]]:
+    """One adapter as so many, by names with numbers."""
+    from .adapters.splitting import split_adapter
+
+    if len(sources) != 1 or split is None or experts is None:
+        raise ValueError(
+            f"--split makes several experts of one adapter, and {len(sources)} came: pass one -a, "
+            "--split copy or svd, and --experts."
+        )
+    ((name, source),) = sources
+    return list(split_adapter(source, [f"{name}_{e}" for e in range(experts)], split).items())
+
+
 def _value(text: str) -> Any:
     """A setting's value: JSON where it is that, else a text."""
     with suppress(ValueError, RecursionError):
@@ -330,9 +352,11 @@ def _value(text: str) -> Any:
     return text
 
 
-def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int]:
-    """d_in + d_out of each adapted linear, from the experts' own tensors: a quantised base's
-    weights have other shapes.
+def _widths(
+    tensors: Mapping[str, Any], sites: list[list[str]], share_lora_A: bool
+) -> dict[str, int]:
+    """d_in + d_out of each adapted linear, or d_out where A is no expert's own, from the experts'
+    own tensors: a quantised base's weights have other shapes.
     """
     # Without what says where in the model a site is, and with its - for all dots.
     shapes = {
@@ -347,7 +371,7 @@ def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int
             B = shapes.get(f"{prefix}-lora_B-{i}-weight")
             if A is None or B is None:
                 raise ValueError(f"The checkpoint lacks the experts of {linear}: copy it again.")
-            widths[linear] = A[-1] + B[-1]
+            widths[linear] = B[-1] + (0 if share_lora_A else A[-1])
     return widths
 
 

@@ -58,6 +58,11 @@ class MoeLoraConfig(PreTrainedConfig):
             expert that acts on them, whose weight in all other rows is divided by 1 − this: one
             number for all experts, or a list with one for each. Forced experts are never dropped.
         use_rslora: scale by lora_alpha / √r instead (arXiv:2312.03732).
+        share_lora_A: all experts of a linear share one A, and each has its own B (HydraLoRA,
+            arXiv:2404.19245); while an expert is frozen, so is A.
+        expert_init: how A begins in `from_base` (B is 0): "kaiming", random as in PEFT;
+            "orthogonal", experts' rows are slices of one random orthogonal matrix; "svd", slices of
+            the frozen weight's right singular vectors (see `moelora.core.expert_init`).
         expert_names: the experts' names, fit for folders; by default expert_0, expert_1 …
         expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`,
             by patterns and by layers.
@@ -120,6 +125,8 @@ class MoeLoraConfig(PreTrainedConfig):
     lora_dropout: float = 0.0
     expert_dropout: float | list[float] = 0.0
     use_rslora: bool = False
+    share_lora_A: bool = False
+    expert_init: str = "kaiming"
     expert_names: list[str] | None = None
     expert_ranks: dict[str, list[int]] | None = None
     expert_scaling: dict[str, list[float]] | None = None

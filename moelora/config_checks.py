@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 ROUTING_LEVELS = ("token", "sequence")
 ROUTER_SCOPES = ("projection", "site", "layer", "model")
 ROUTER_POOLINGS = ("mean", "last", "attention")
+EXPERT_INITS = ("kaiming", "orthogonal", "svd")
 AUX_LOSS_WINDOWS = ("previous_step", "micro_batch")
 # How many quarters of the routed experts each quarter of the layers has (arXiv:2402.08562).
 LAYER_RULES = {"increasing": (1, 2, 3, 4), "decreasing": (4, 3, 2, 1), "hourglass": (4, 1, 1, 4)}
@@ -62,6 +63,8 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "router_bias_update_rate": _check_coefficient,
     "expert_target_loss_coef": _check_coefficient,
     "use_rslora": check_flag,
+    "share_lora_A": check_flag,
+    "expert_init": partial(check_choice, choices=EXPERT_INITS),
     "norm_topk_prob": check_flag,
     "router_input_norm": check_flag,
     "null_expert": check_flag,
@@ -189,8 +192,8 @@ def check_ranks(values: Mapping[str, Any]) -> None:
     """Ranks and scaling, of all linears and of single ones, and what is dropped of each expert.
 
     Args:
-        values: of the fields num_experts, r, lora_alpha, expert_ranks, expert_scaling and
-            expert_dropout.
+        values: of the fields num_experts, r, lora_alpha, expert_ranks, expert_scaling,
+            expert_dropout and share_lora_A.
     """
     experts = values["num_experts"]
     ranks = per_expert("r", values["r"], experts)
@@ -209,6 +212,29 @@ def check_ranks(values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"The ranks of {name} add up to {sum(own)}; expected at most "
                 f"{MAX_TOTAL_RANK}: lower r or num_experts."
+            )
+        if values["share_lora_A"] and len(set(own)) > 1:
+            raise ValueError(
+                f"share_lora_A=True and the ranks in {name} are {shown(list(own))}: experts that "
+                "share A have its rank. Give all one rank in a linear, or leave share_lora_A out."
+            )
+    if values["share_lora_A"]:
+        _check_alike(values)
+
+
+def _check_alike(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where rules for layers and linears would make experts with one A differ."""
+    for name in ("experts_per_layer", "layer_experts"):
+        if values[name] is not None:
+            raise ValueError(
+                f"share_lora_A=True and {name}={shown(values[name])}: experts that share A are all "
+                "in every layer. Leave one of the two out."
+            )
+    for pattern, ranks in (values["rank_pattern"] or {}).items():
+        if isinstance(ranks, (list, tuple)) and len(set(ranks)) > 1:
+            raise ValueError(
+                f"share_lora_A=True and rank_pattern[{shown(pattern)}]={shown(ranks)}: experts "
+                "that share A have its rank. Give one number, or leave share_lora_A out."
             )
 
 

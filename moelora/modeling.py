@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from .adapters import composing, export
 from .checkpoint import load, save, state
 from .config import MoeLoraConfig
+from .core.expert_init import begin_experts
 from .core.forward import compute_device
 from .core.inputs import ROUTING_ONLY
 from .core.model import MixtureModel
@@ -57,7 +58,7 @@ class MoeLoraModel(MixtureModel):
         config = config.without_base()
         config.validate()
         model, _ = base_for(cls, base, config, kwargs)
-        return put_into(model, config, cls)
+        return put_into(model, config, cls, then=begin_experts)
 
     @classmethod
     def from_adapters(
@@ -70,6 +71,9 @@ class MoeLoraModel(MixtureModel):
         router_init: str = "random",
         texts: Mapping[str, Any] | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        split: str | None = None,
+        noise: float | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put trained PEFT LoRA adapters into their base as experts; all train unless they are
@@ -85,22 +89,18 @@ class MoeLoraModel(MixtureModel):
                 `moelora.training.router_init.initialise`).
             texts: for "prototype": by expert's name a few of its texts.
             tokenizer: for texts that are strings.
+            split: make the `config.num_experts` experts of one adapter, passed alone: "copy" or
+                "svd" (see `moelora.adapters.splitting.split_adapter`).
+            noise, seed: of split="copy".
             kwargs: for the base's `from_pretrained`.
 
         Raises:
             ValueError: an adapter that does not fit, with all that is wrong in a table.
         """
-        return composing.from_adapters(
-            cls,
-            base,
-            adapters,
-            config,
-            allow_base_mismatch=allow_base_mismatch,
-            router_init=router_init,
-            texts=texts,
-            tokenizer=tokenizer,
-            **kwargs,
-        )
+        kwargs |= {"router_init": router_init, "texts": texts, "tokenizer": tokenizer}
+        kwargs |= {"split": split, "noise": noise, "seed": seed}
+        kwargs["allow_base_mismatch"] = allow_base_mismatch
+        return composing.from_adapters(cls, base, adapters, config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -208,7 +208,8 @@ class MoeLoraModel(MixtureModel):
             name: of the new expert; it must be fit for a folder.
             adapter: a folder, hub id or `PeftModel`.
             copy_of: an expert's name.
-            noise: the Gaussian noise on a copy, in standard deviations of each factor's block.
+            noise: the Gaussian noise on a copy, in standard deviations of each factor's block; a
+                shared A stays as it is.
             r: the rank of a fresh expert, by default the others', or their most common.
             lora_alpha: of a fresh expert, likewise.
             seed: for A or the noise.

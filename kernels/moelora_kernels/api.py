@@ -13,6 +13,7 @@ from .autocast import autocasts, without_autocast
 from .dispatch import HAS_TRITON, Shape, choose_backend, choose_path, routes_in_expand
 from .layout import Layout, Offsets, layout_of
 from .plan import Plan, TopK, build_decode_plan, build_plan, check_router
+from .sharing import repeated
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
 if HAS_TRITON:
@@ -37,7 +38,8 @@ def shrink(
 
     Args:
         x: [..., d_in], of plan.num_tokens tokens.
-        lora_A: [Σ_l R_l, d_in], linear after linear, in each expert after expert.
+        lora_A: [Σ_l R_l, d_in], linear after linear, in each expert after expert; with a shared
+            layout [Σ_l r_l, d_in], in each linear what all its experts share.
         layout: Of lora_A, on its device.
         plan: From `build_plan` or `build_decode_plan`.
         backend: A name of `BACKENDS`; None is the plan's own.
@@ -55,6 +57,10 @@ def shrink(
     if autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with without_autocast(x.device.type):
+        if layout.shared:
+            if plan.router is None and hasattr(module, "shrink_shared"):
+                return module.shrink_shared(x, lora_A, layout, plan)
+            lora_A = repeated(lora_A, layout)
         return module.shrink(x, lora_A, layout, plan)
 
 
@@ -267,9 +273,14 @@ def _check_factor(name: str, factor: Tensor, layout: Layout, plan: Plan, other: 
             f" scaling={layout.scaling}, expected one linear and a scaling for each expert:"
             " Layout((rank_offsets,), scaling)"
         )
-    if factor.dim() != 2 or factor.shape[0] != layout.total_rank:
+    if name == "lora_B" and layout.shared:
         raise ValueError(
-            f"{name} is {tuple(factor.shape)}, expected 2 dimensions and {layout.total_rank} rows,"
+            "the layout of lora_B is shared, expected each expert's own rows: experts share lora_A"
+            " alone"
+        )
+    if factor.dim() != 2 or factor.shape[0] != layout.rows:
+        raise ValueError(
+            f"{name} is {tuple(factor.shape)}, expected 2 dimensions and {layout.rows} rows,"
             " the sum of the ranks in rank_offsets: stack the experts along rank, one after another"
         )
     if not factor.device == other.device == plan.weights.device == layout.device:

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from . import inference
+from .dispatch import MASKED
 from .layout import Layout
 from .paths import PRODUCTS, path_weights
 from .plan import Plan
 from .router import logits as logits
+from .sharing import of_all_experts, of_slots
 
 
 def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
@@ -26,6 +29,14 @@ def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tenso
     if inference.applies(layout, plan):
         return inference.shrink(x, lora_A, layout, plan)
     return PRODUCTS[plan.path].down(x, lora_A.to(x.dtype), layout, plan)
+
+
+def shrink_shared(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
+    """As `shrink`, for a lora_A [Σ_l r_l, d_in] that the experts of a linear share."""
+    h = linear(x, lora_A.to(x.dtype))
+    if plan.path in MASKED:
+        return of_all_experts(h, layout)
+    return of_slots(h, layout, plan.rows, plan.tokens_per_row, plan.num_slots)
 
 
 def expand(

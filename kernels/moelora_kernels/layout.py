@@ -14,15 +14,19 @@ Offsets = tuple[int, ...]
 class Layout:
     """The stacked factor of a site of L linears with E experts, Σ_l R_l rows in all.
 
-    Made once for a factor, for copying the tables to a device makes the host wait. Offsets are the
+    Made once for a factor, for copying the tables to a device makes the host wait. A lora_A that
+    all experts of a linear share (HydraLoRA, arXiv:2404.19245) holds the rows of one expert for
+    each linear; its layout has the offsets of all E, as if each had a copy. Offsets are the
     E + 1 places where the experts' rows begin; ranks may differ, and may be 0.
 
     Attributes:
         rank_offsets: L tuples of offsets.
         scaling: s_e of each expert, or None for a factor that is not scaled (lora_A).
         scale: s_e where all experts scale alike, else None.
+        shared: whether the factor has one block of rows for all experts of a linear.
         num_experts, num_linears: E and L.
         total_rank: Σ_l R_l.
+        rows: the rows of the factor: Σ_l R_l, or Σ_l r_l of one that is shared.
         max_rank: the largest rank of an expert in any linear.
         expert_ranks: each expert's rank in each linear, on the host.
         totals, widths: R_l and the largest rank of each linear.
@@ -39,10 +43,11 @@ class Layout:
         rank_offsets: L tuples of offsets.
         scaling: E numbers, or None.
         device: where the tables lie.
+        shared: one block of rows for all experts of a linear.
 
     Raises:
-        ValueError: for offsets that fall, do not begin with 0 or are of different lengths, and for
-            another number of scalings than of experts.
+        ValueError: for offsets that fall, do not begin with 0 or are of different lengths, for
+            another number of scalings than of experts, and for a shared factor of several ranks.
     """
 
     def __init__(
@@ -50,7 +55,9 @@ class Layout:
         rank_offsets: Sequence[Sequence[int]],
         scaling: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
+        shared: bool = False,
     ):
+        self.shared = shared
         self.rank_offsets = tuple(tuple(offsets) for offsets in rank_offsets)
         self.scaling = None if scaling is None else tuple(scaling)
         self.device = torch.device(device)
@@ -64,6 +71,8 @@ class Layout:
         self.widths = tuple(max(own) for own in ranks)
         self.max_rank = max(self.widths)
         self.uniform = tuple(own[0] if len(set(own)) == 1 else None for own in ranks)
+        self._check_shared()
+        self.rows = sum(self.widths) if shared else self.total_rank
         self.alike = (self.uniform[0] or None) if len(set(self.uniform)) == 1 else None
         self.scale = None
         if self.scaling is not None and len(set(self.scaling)) == 1:
@@ -72,7 +81,9 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tables on `device`."""
-        return self if device == self.device else Layout(self.rank_offsets, self.scaling, device)
+        if device == self.device:
+            return self
+        return Layout(self.rank_offsets, self.scaling, device, self.shared)
 
     def _check(self) -> None:
         experts = self.num_experts
@@ -88,6 +99,13 @@ class Layout:
             raise ValueError(
                 f"scaling has {len(self.scaling)} values, expected one for each of the {experts}"
                 " experts: pass lora_alpha_e / r_e of every expert"
+            )
+
+    def _check_shared(self) -> None:
+        if self.shared and None in self.uniform:
+            raise ValueError(
+                f"the experts of a shared factor have the ranks {self.expert_ranks}, expected one"
+                " rank in each linear: experts of other ranks cannot share their rows"
             )
 
     def _make_tables(self) -> None:

@@ -22,6 +22,7 @@ from ..training.router_init import initialise
 from ..validation import shown
 from .preflight import Sources, preflight
 from .reading import Adapter
+from .splitting import split_adapter
 from .writing import exact_targets
 
 # Rules that are written out, for each linear and layer, when a mixture is made.
@@ -31,6 +32,7 @@ FROM_ADAPTERS = (
     *("num_experts", "expert_names", "r", "lora_alpha", "use_rslora"),
     *("expert_ranks", "expert_scaling", "target_modules", "layers_to_transform"),
     *BY_RULE,
+    "expert_init",
 )
 
 
@@ -53,6 +55,9 @@ def from_adapters(
     router_init: str = "random",
     texts: Mapping[str, Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
+    split: str | None = None,
+    noise: float | None = None,
+    seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Put trained PEFT LoRA adapters into their base as experts; see
@@ -62,6 +67,10 @@ def from_adapters(
         config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
+    if split is not None:
+        adapters = _split(adapters, config, split, noise, seed)
+    elif (noise, seed) != (None, None):
+        raise ValueError("noise and seed are for split='copy': leave them out.")
     checked = preflight(
         base, adapters, allow_base_mismatch=allow_base_mismatch, auto_class=cls.auto_class, **kwargs
     )
@@ -86,6 +95,22 @@ def from_adapters(
     return put_into(model, config, cls, then=fill)
 
 
+def _split(source: Any, config: MoeLoraConfig, *how: Any) -> dict[str, Adapter]:
+    """The experts of `config` as the parts of one adapter."""
+    method, noise, seed = how
+    if config.share_lora_A and (method, noise) != ("copy", 0):
+        raise ValueError(
+            f"share_lora_A=True, and split={method!r} gives each expert an A of its own: use "
+            "split='copy' with noise=0.0, or leave share_lora_A out."
+        )
+    if isinstance(source, Mapping):
+        raise TypeError(
+            f"split={method!r} makes experts of one adapter, and adapters is a "
+            f"{type(source).__name__}: pass its folder, hub id or PeftModel alone."
+        )
+    return split_adapter(source, config.expert_names or [], method, noise=noise, seed=seed)
+
+
 def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> MoeLoraConfig:
     """A copy of `config`, which says how the experts are routed, whose experts are these adapters;
     ValueError where it contradicts them.
@@ -103,6 +128,7 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
     for name in ("layers_to_transform", *BY_RULE):
         setattr(composed, name, None)
+    composed.expert_init = "kaiming"
     set_experts(composed, list(adapters), experts, composed.target_modules)
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
@@ -118,7 +144,21 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         routed = max(1, composed.num_routed_experts)
         composed.num_experts_per_tok = min(composed.num_experts_per_tok, routed)
     composed.validate()
+    if composed.share_lora_A:
+        _check_shared(adapters)
     return composed
+
+
+def _check_shared(adapters: Mapping[str, Adapter]) -> None:
+    """Raise ValueError unless the adapters, of the same ranks, have the same A in every linear."""
+    (first, like), *others = adapters.items()
+    for name, adapter in others:
+        for linear in like.targets:
+            if not torch.equal(adapter.factors(linear)[0], like.factors(linear)[0]):
+                raise ValueError(
+                    f"share_lora_A=True, and {name!r} has another A of {linear} than {first!r}: "
+                    "experts share one A only where the adapters do. Leave share_lora_A out."
+                )
 
 
 def set_experts(

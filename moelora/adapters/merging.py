@@ -27,7 +27,7 @@ Weights = Sequence[float]
 
 def concatenation(factors: Experts, weights: Weights) -> LoraFactors:
     """Σ w·s·Bᵀ·A exactly, as one LoRA of scaling 1: rows of A one expert after another, rows of B
-    times w·s.
+    times w·s; of experts that share A, that A and the sum of these.
     """
     used = [(f, w) for f, w in zip(factors, weights) if w != 0]
     if not used:
@@ -35,9 +35,11 @@ def concatenation(factors: Experts, weights: Weights) -> LoraFactors:
         return LoraFactors(
             torch.zeros_like(factors[0].A[:1]), torch.zeros_like(factors[0].B[:1]), 1.0
         )
-    A = torch.cat([wide(f.A) for f, _ in used])
-    B = torch.cat([wide(f.B) * (w * f.scaling) for f, w in used])
-    return LoraFactors(A, B, 1.0)
+    weighted = [wide(f.B) * (w * f.scaling) for f, w in used]
+    first = used[0][0].A
+    if all(torch.equal(f.A, first) for f, _ in used[1:]):
+        return LoraFactors(wide(first), torch.stack(weighted).sum(0), 1.0)
+    return LoraFactors(torch.cat([wide(f.A) for f, _ in used]), torch.cat(weighted), 1.0)
 
 
 def svd(factors: Experts, weights: Weights, *, rank: int) -> LoraFactors:
@@ -172,12 +174,16 @@ def compress(delta: LoraFactors | Tensor, rank: int) -> LoraFactors:
     elif len(delta.A) <= rank:
         return delta
     else:
-        QB, core, QA = _core(delta)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        U = QB @ U
-        Vh = Vh @ QA.T
+        U, S, Vh = singular_directions(delta)
     roots = S[:rank].sqrt()[:, None]
     return LoraFactors(roots * Vh[:rank], roots * U[:, :rank].T, 1.0)
+
+
+def singular_directions(delta: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[d_out, r]`, S and Vᵀ `[r, d_in]` with ΔW = U S Vᵀ, r being the rank of the factors."""
+    QB, core, QA = _core(delta)
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return QB @ U, S, Vh @ QA.T
 
 
 @torch.no_grad()

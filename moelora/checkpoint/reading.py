@@ -161,8 +161,9 @@ def _check_sizes(path: Path, config: MoeLoraConfig, shapes: Mapping[str, Iterabl
     held = {next(iter(shape), 1) for key, shape in shapes.items() if Mixture.owns(key)}
     asked = set()
     for site in config.sites or []:
-        ranks = [sum(config.ranks_of(linear)) for linear in site]
-        asked |= {*ranks, sum(ranks)}
+        own = [config.ranks_of(linear) for linear in site]
+        rows_of_A = [ranks[0] if config.share_lora_A else sum(ranks) for ranks in own]
+        asked |= {*map(sum, own), sum(rows_of_A)}
     # A router of someone's own may refuse to be made like this; its shapes are compared later.
     with suppress(Exception), torch.device("meta"):
         router = ROUTERS[config.router](config, 1)

@@ -20,7 +20,7 @@ class LoraFactors:
     """One expert in one linear: A `[r, d_in]` and B `[r, d_out]`, rank-major.
 
     It adds scaling · (x Aᵀ) B. From a mixture both are views of its own rows: writing into them
-    (under `torch.no_grad()`) changes the expert.
+    (under `torch.no_grad()`) changes the expert, and with `share_lora_A` A is that of all experts.
     """
 
     A: Tensor
@@ -41,10 +41,14 @@ class Factor(nn.Module):
     AdamW whatever their gradient. Either is None where it would be empty. A state dict has both by
     these names; `merge` makes one tensor of them, which loads whatever is frozen.
 
+    A shared factor has one block for all experts of a linear (HydraLoRA, arXiv:2404.19245). It is
+    frozen as a whole while any expert is, whose output would change with it.
+
     Args:
         ranks: for each linear the rank of each expert.
         width: d_in or d_out.
         scaling: s_e of each expert, where the factor is scaled.
+        shared: whether the experts of a linear, which then have one rank, share one block.
     """
 
     weight: nn.Parameter | None
@@ -55,11 +59,16 @@ class Factor(nn.Module):
         ranks: Sequence[Sequence[int]],
         width: int,
         scaling: Sequence[float] | None = None,
+        shared: bool = False,
         **factory,
     ):
         super().__init__()
-        self.blocks = tuple(rank for own in ranks for rank in own)
-        self.experts = tuple(expert for own in ranks for expert in range(len(own)))
+        self.shared = shared
+        self.num_experts = len(ranks[0])
+        # A shared block stands under the number of the first expert.
+        blocks = [own[:1] if shared else own for own in ranks]
+        self.blocks = tuple(rank for own in blocks for rank in own)
+        self.experts = tuple(expert for own in blocks for expert in range(len(own)))
         self.width = width
         self.frozen_experts: frozenset[int] = frozenset()
         rows = torch.zeros(sum(self.blocks), width, **factory)
@@ -67,7 +76,7 @@ class Factor(nn.Module):
         self.register_parameter(FROZEN, None)
         # Where each expert's rows begin, `[E + 1]`.
         offsets = [tuple(accumulate(own, initial=0)) for own in ranks]
-        self.layout = Layout(offsets, scaling, rows.device)
+        self.layout = Layout(offsets, scaling, rows.device, shared)
 
     def layout_on(self, device: torch.device) -> Layout:
         """The layout with its tables on `device`; remembered, as the factor hardly ever moves."""
@@ -90,7 +99,7 @@ class Factor(nn.Module):
 
     def stacked(self) -> Tensor:
         """All rows in block order, `[Σ blocks, width]`; to be called inside of `forward`."""
-        if not self.frozen_experts:
+        if self.frozen_weight is None:
             return self.weight  # type: ignore[return-value]
         if self.weight is None:
             assert self.frozen_weight is not None
@@ -101,22 +110,28 @@ class Factor(nn.Module):
         """The rows of both parameters in block order, `[Σ blocks, width]`."""
         blocks: dict[str, Iterator[Tensor]] = {}
         for name, rows in ((TRAINED, trained), (FROZEN, frozen)):
-            own = [n for e, n in zip(self.experts, self.blocks) if self._holder(e) == name]
+            own = [n for e, n in zip(self.experts, self.blocks) if self.holder(e) == name]
             blocks[name] = iter(() if rows is None else rows.split(own))
-        return torch.cat([next(blocks[self._holder(expert)]) for expert in self.experts])
+        return torch.cat([next(blocks[self.holder(expert)]) for expert in self.experts])
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """`whole` `[Σ blocks, width]` as the parameters that there are, by name."""
         parts: dict[str, list[Tensor]] = {}
         for expert, rows in zip(self.experts, whole.split(list(self.blocks))):
-            parts.setdefault(self._holder(expert), []).append(rows)
+            parts.setdefault(self.holder(expert), []).append(rows)
         return {name: torch.cat(rows) for name, rows in parts.items()}
 
-    def block(self, index: int) -> Tensor:
-        """Block number `index` `[blocks[index], width]`: a view of the parameter that holds it."""
-        name = self._holder(self.experts[index])
+    def holder(self, expert: int) -> str:
+        """The name of the parameter that holds the expert's rows."""
+        is_frozen = bool(self.frozen_experts) if self.shared else expert in self.frozen_experts
+        return FROZEN if is_frozen else TRAINED
+
+    def block(self, linear: int, expert: int) -> Tensor:
+        """An expert's rows in linear number `linear` `[r, width]`: a view of their parameter."""
+        index = linear if self.shared else linear * self.num_experts + expert
+        name = self.holder(self.experts[index])
         before = zip(self.experts[:index], self.blocks)
-        start = sum(rows for expert, rows in before if self._holder(expert) == name)
+        start = sum(rows for expert, rows in before if self.holder(expert) == name)
         return self.get_parameter(name).detach()[start : start + self.blocks[index]]
 
     def set_frozen(self, experts: frozenset[int]) -> None:
@@ -127,7 +142,10 @@ class Factor(nn.Module):
         if experts == self.frozen_experts:
             return
         whole = self.stacked().detach()
+        before = [self.holder(expert) for expert in self.experts]
         self.frozen_experts = experts
+        if [self.holder(expert) for expert in self.experts] == before:
+            return
         parts = self.split(whole)
         for name in (TRAINED, FROZEN):
             rows = parts.get(name)
@@ -147,23 +165,23 @@ class Factor(nn.Module):
         Args:
             to: a new factor for `len(keep)` experts.
             keep: for each expert of `to` its number here, or None for a new one, which trains.
-            fresh: for each linear the new expert's rows `[r, width]`; None where it is not there.
+            fresh: for each linear the new expert's rows `[r, width]`; None where it is not there,
+                and not looked at where the experts share theirs.
         """
-        former = len(set(self.experts))
-        rows = []
-        for linear, own in enumerate(fresh):
-            for expert in keep:
-                if expert is not None:
-                    rows.append(self.block(linear * former + expert))
-                elif own is not None:
-                    rows.append(own.to(rows[0] if rows else self.block(0)))
-        to.fill(torch.cat(rows))
+        to.fill(self.stacked() if self.shared else self._restacked(keep, fresh))
         to.set_frozen(frozenset(i for i, e in enumerate(keep) if e in self.frozen_experts))
         if to.weight is not None and self.weight is not None:
             to.weight.requires_grad_(self.weight.requires_grad)
 
-    def _holder(self, expert: int) -> str:
-        return FROZEN if expert in self.frozen_experts else TRAINED
+    def _restacked(self, keep: Sequence[int | None], fresh: Sequence[Tensor | None]) -> Tensor:
+        rows = []
+        for linear, own in enumerate(fresh):
+            for expert in keep:
+                if expert is not None:
+                    rows.append(self.block(linear, expert))
+                elif own is not None:
+                    rows.append(own.to(rows[0] if rows else self.block(0, 0)))
+        return torch.cat(rows)
 
     def merged_state(self, state: dict[str, Tensor], prefix: str) -> None:
         """In `state`, put one tensor of all rows by the name of those that train."""
@@ -173,7 +191,7 @@ class Factor(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args) -> None:
         whole = state_dict.get(prefix + TRAINED)
-        merged = self.frozen_experts and prefix + FROZEN not in state_dict
+        merged = self.frozen_weight is not None and prefix + FROZEN not in state_dict
         if merged and whole is not None and tuple(whole.shape) == (sum(self.blocks), self.width):
             others = {name: rows for name, rows in state_dict.items() if name != prefix + TRAINED}
             state_dict = others | {prefix + name: rows for name, rows in self.split(whole).items()}

@@ -22,7 +22,10 @@ from .forward_pass import current_pass
 
 
 class LoraA(Factor):
-    """A site's stacked `lora_A` `[Σ_l R_l, d_in]`: linear after linear, expert after expert."""
+    """A site's stacked `lora_A` `[Σ_l R_l, d_in]`: linear after linear, expert after expert.
+
+    Shared by the experts, `[Σ_l r_l, d_in]`: linear after linear.
+    """
 
     def forward(self, x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         """h_l = x A_lᵀ for every linear l: x `[…, d_in]` → in the form of the plan's backend."""
@@ -88,7 +91,8 @@ class Site(nn.Module):
         ranks = [config.ranks_of(name) for name in self.names]
         linears = zip(self.names, ranks, out_features, strict=True)
         lora_B = [LoraB(own, config.scaling_of(name), d, **factory) for name, own, d in linears]
-        return LoraA(ranks, self.in_features, **factory), lora_B
+        shared = config.share_lora_A
+        return LoraA(ranks, self.in_features, shared=shared, **factory), lora_B
 
     def put(self, lora_A: LoraA, lora_B: Sequence[LoraB]) -> None:
         """Put these factors in."""
@@ -109,7 +113,7 @@ class Site(nn.Module):
             keep: for each expert its number here, or None for the new one.
             fresh: the new expert's factors by the linear's name, where it is there.
         """
-        like = self.lora_A.block(0)
+        like = self.lora_A.block(0, 0)
         widths = [factor.width for factor in self.factors()[1:]]
         lora_A, lora_B = self._zeros(config, widths, device=like.device, dtype=like.dtype)
         news = [fresh.get(name) for name in self.names]
@@ -123,8 +127,8 @@ class Site(nn.Module):
         factors = {}
         for i, (name, lora_B) in enumerate(zip(self.names, self.lora_B)):
             assert isinstance(lora_B, LoraB)
-            A = self.lora_A.block(i * num_experts + expert)
-            factors[name] = LoraFactors(A, lora_B.block(expert), lora_B.scaling[expert])
+            A = self.lora_A.block(i, expert)
+            factors[name] = LoraFactors(A, lora_B.block(0, expert), lora_B.scaling[expert])
         return factors
 
     def forward(self, x: Tensor, output: Tensor, index: int, inplace: bool) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import PEFT_ATTACHED, dispatched_forward, set_dispatched_forward
 from ..routers import Routing
+from .expert_init import begin_experts
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .generation import Generating, step_signature
 from .gradient_checkpointing import RoutedCheckpoint
@@ -78,6 +79,7 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
         super().init_weights()
         if not self.moelora.has_values and self.device.type != "meta":
             self.moelora.redraw()
+            begin_experts(self)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mode
 from typing import Any
 
@@ -141,7 +141,9 @@ def _rebuild(
     for site in mixture.sites.values():
         lora_A, lora_B = site.restacked(config, keep, fresh)
         for before, after in zip(site.factors(), [lora_A, *lora_B], strict=True):
-            change.replaced_rows(trained(before), trained(after), keep)
+            # What all experts share stays, whoever comes and goes.
+            own = [0] if before.shared else keep
+            change.replaced_rows(trained(before), trained(after), own)
         factors.append((lora_A, lora_B))
     # From here on nothing fails.
     mixture.put(config, load, routers, factors)
@@ -202,12 +204,27 @@ def _newcomer(
                 f"The adapter adapts {', '.join(unknown[:5])} ({len(unknown)} in all), not adapted "
                 "here: use from_adapters, or a mixture whose target_modules has them."
             )
+        if model.moelora_config.share_lora_A:
+            _check_shared(model.moelora, factors)
         linears = {name: (len(own.A), own.scaling) for name, own in factors.items()}
         return usual_shape(linears, model.moelora_config.use_rslora), factors, None
     if copy_of is not None:
         expert = model.moelora_config.expert_index(copy_of)
         return _copied(model.moelora, expert, noise, generator)
     return _fresh(model.moelora, r, lora_alpha, generator)
+
+
+def _check_shared(mixture: Mixture, factors: Mapping[str, LoraFactors]) -> None:
+    """Raise ValueError unless an adapter has the A that the experts of the mixture share."""
+    for linear, own in mixture.expert(0).items():
+        A = factors[linear].A if linear in factors else own.A[:0]
+        if not torch.equal(A.to(own.A), own.A):
+            raise ValueError(
+                f"The adapter's A of {linear} is not the one that all experts share "
+                "(share_lora_A=True), and with that one its B means something else. Use a mixture "
+                "without share_lora_A (from_adapters), or train the adapter from an expert of this "
+                "one (export_expert) with its lora_A frozen."
+            )
 
 
 def _shape_of(mixture: Mixture, expert: int) -> ExpertShape:
@@ -228,13 +245,18 @@ def _fresh(
     own_alpha = usual_alpha if alpha is None else alpha
     check_integer("r", own_r, 1)
     check_number("lora_alpha", own_alpha, 0.0, math.inf, open_low=True)
-    (usual,) = config.scaling_by([own_alpha], [own_r])
+    if config.share_lora_A and own_r != usual_r:
+        raise ValueError(
+            f"r={r}, and the experts share an A of rank {usual_r} (share_lora_A=True): leave r out."
+        )
     factors = {}
     shapes = {}
     for linear, like in mixture.expert(0).items():
         # Where all have the same, as by a rank_pattern, the new one has it too.
         common = common_shape(config, linear) if (r, alpha) == (None, None) else None
-        rank, scaling = common or (own_r, usual)
+        # The shared A may have another rank in some linears, even 0.
+        rank = len(like.A) if config.share_lora_A else own_r
+        rank, scaling = common or (rank, *config.scaling_by([own_alpha], [rank or 1]))
         d_in = like.A.shape[1]
         bound = 1 / math.sqrt(d_in)
         # Drawn on the CPU: one seed gives the same expert on every device.
@@ -255,8 +277,10 @@ def _copied(
         drawn = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
         return block + noise * block.std(correction=0) * drawn
 
+    # An A that is shared is not a copy's to change.
+    shared = mixture.config.share_lora_A
     factors = {
-        linear: LoraFactors(noisy(own.A), noisy(own.B), own.scaling)
+        linear: LoraFactors(own.A if shared else noisy(own.A), noisy(own.B), own.scaling)
         for linear, own in mixture.expert(expert).items()
     }
     return _shape_of(mixture, expert), factors, expert

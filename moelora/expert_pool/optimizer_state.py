@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.experts import Factor
+from ..core.experts import TRAINED, Factor
 from ..routers import Router
 
 # A factor's parameter, and of each of its rows the linear, the expert, and its number in this.
@@ -77,11 +77,11 @@ class PoolChange:
 
 def trained(factor: Factor) -> Trained:
     """What of a factor trains at this moment."""
-    experts = len(set(factor.experts))
+    experts = 1 if factor.shared else factor.num_experts
     rows = [
         (block // experts, expert, i)
         for block, (expert, size) in enumerate(zip(factor.experts, factor.blocks))
-        if expert not in factor.frozen_experts
+        if factor.holder(expert) == TRAINED
         for i in range(size)
     ]
     return factor.weight, rows

@@ -90,7 +90,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
         _add_shared_routers(model, mixture, config.sites)
     for names in config.sites:
         _add_site(model, mixture, names)
-    device = next(mixture.factors()).block(0).device
+    device = next(mixture.factors()).block(0, 0).device
     mixture.finish(device)
     mixture.has_values = device.type != "meta"
     gradient_checkpointing.wrap(model, mixture)

@@ -73,6 +73,7 @@ def train_expert(
 
     The routers and all other experts keep their bits; of the base only what trains anyway
     (`modules_to_save`) trains. A frozen expert trains all the same, and is frozen again afterwards.
+    With `share_lora_A` only its B trains, since A belongs to the others too.
     Optimizers that were made before do not know the model's parameters any more.
 
     Args:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moelora import MoeLoraForCausalLM
+from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.checkpoint.reading import read, sealed
 from moelora.cli import app
 from tests.adapters.peft_folders import base_of, save_adapter
@@ -182,6 +182,27 @@ def test_mistakes_are_messages_and_no_tracebacks(folders: dict[str, Path], tmp_p
         text = run(*words, status=1)
         assert message in " ".join(text.split()) and "Traceback" not in text
     assert not (tmp_path / "x").exists()
+
+
+def test_one_adapter_becomes_several_experts(folders: dict[str, Path], tmp_path: Path) -> None:
+    one = ("compose", folders["base"], "-a", f"code={folders['code']}", "-o", tmp_path / "parts")
+    for wrong in (("--split", "svd"), ("--experts", 4)):
+        assert "pass one -a" in " ".join(run(*one, *wrong, status=1).split())
+    text = run(*one, "--split", "svd", "--experts", 4)
+    assert "4 experts" in text and "code_0, code_1, code_2, code_3" in text
+    model = MoeLoraForCausalLM.from_pretrained(tmp_path / "parts").eval()
+    with torch.no_grad(), model.use_experts({f"code_{e}": 0.25 for e in range(4)}):
+        logits = model(INPUT).logits
+    torch.testing.assert_close(logits, peft_logits(folders, folders["code"]), rtol=1e-4, atol=1e-5)
+
+
+def test_info_counts_a_shared_A_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = MoeLoraConfig(num_experts=2, r=3, share_lora_A=True, target_modules=["q_proj"])
+    MoeLoraForCausalLM.from_base(folders["base"], config).save_pretrained(tmp_path)
+    text = run("info", tmp_path)
+    # Two layers of a q_proj from 32 to 32.
+    assert "shared by all experts: A, 192 parameters" in text
+    assert text.replace("│", " ").split().count("192") == 3
 
 
 @pytest.mark.parametrize("command", ["compose", "check", "export", "merge", "info"])

@@ -13,6 +13,7 @@ from core.mixtures import causal, factors, tokens
 from moelora import ROUTERS, MoeLoraConfig
 from moelora.config_checks import (
     AUX_LOSS_WINDOWS,
+    EXPERT_INITS,
     FORMAT_VERSION,
     ROUTER_POOLINGS,
     ROUTER_SCOPES,
@@ -36,9 +37,10 @@ NOT_NEGATIVE = [
 ]
 SHARES = ["lora_dropout", "expert_dropout", "router_jitter_noise"]
 NUMBERS = ["lora_alpha", *NOT_NEGATIVE, *SHARES]
-FLAGS = ["use_rslora", "norm_topk_prob", "router_input_norm", "null_expert"]
+FLAGS = ["use_rslora", "share_lora_A", "norm_topk_prob", "router_input_norm", "null_expert"]
 CHOICES = {
     "router": ROUTERS,
+    "expert_init": EXPERT_INITS,
     "routing_level": ROUTING_LEVELS,
     "router_scope": ROUTER_SCOPES,
     "router_pooling": ROUTER_POOLINGS,

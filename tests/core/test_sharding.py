@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reentrant": False,
     },
     "accumulated": {"fields": {}, "micro": 2},
+    "shared A": {"fields": {"share_lora_A": True}},
 }
 EDITS = {
     "freeze": lambda model: model.freeze_experts(["expert_1"]),

@@ -145,6 +145,16 @@ def test_gradient_checkpointing_gives_the_same_bits() -> None:
         assert torch.equal(grad, grads[1][name]), name
 
 
+def test_a_shared_A_is_shrunk_with_and_decoded_with() -> None:
+    model = causal(share_lora_A=True)
+    test_logits_and_gradients(model)
+    few = []
+    for backend in ("eager", "triton"):
+        with torch.no_grad():
+            few.append(on(model.eval(), backend)(INPUT[:, :2]).logits)
+    torch.testing.assert_close(few[1], few[0], rtol=1e-4, atol=1e-5)
+
+
 def mask_of(model: Any) -> torch.Tensor | None:
     """At sequence level the first three tokens are the prompt."""
     if model.moelora_config.routing_level == "token":

@@ -5,6 +5,7 @@ specification.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -277,3 +278,48 @@ def test_validates_ids_on_the_cpu() -> None:
     ids[2, 1] = 3
     with pytest.raises(ValueError, match=r"expert_ids has values in -?\d..3, expected -1"):
         lora_mixture(x, lora_A, lora_B, ids, weights, case.offsets, case.scales, out)
+
+
+SHARED = {
+    "a site of two linears": (Case(rows=5), (4, 2), EXACT),
+    "in 16 bits": (Case(rows=5), (4, 2), HALVES[0]),
+    "a linear without rows": (Case(rows=2, tokens_per_row=3), (0, 2), EXACT),
+    "no token": (Case(rows=0), (2,), EXACT),
+    "an expert twice in a row": (Case(ids="twice", num_slots=3), (2, 3), EXACT),
+    "one expert": (Case(ranks=(1,), num_slots=1), (4,), EXACT),
+}
+
+
+@everywhere
+@pytest.mark.parametrize(("case", "ranks", "dtype"), SHARED.values(), ids=SHARED.keys())
+def test_a_shared_lora_A_is_one_copy_for_each_expert(
+    case: Case, ranks: tuple[int, ...], dtype: torch.dtype, backend: str, path: str
+) -> None:
+    experts = len(case.ranks)
+    cases = [replace(case, ranks=(rank,) * experts) for rank in ranks]
+    ids, first = make(cases[0], dtype)
+    leaves = {"x": first["x"], "weights": first["weights"]}
+    leaves["lora_A"] = torch.randn(sum(ranks), case.d_in).to(dtype)
+    for i, own in enumerate(cases):
+        leaves |= {f"{n}{i}": t for n, t in make(own, dtype, seed=i)[1].items() if "B" in n}
+    site = Layout([own.offsets for own in cases], shared=True)
+
+    def shared(x: Tensor, weights: Tensor, lora_A: Tensor, **lora_Bs: Tensor) -> Tensor:
+        sizes = {"total_rank": 8, "tokens_per_row": case.tokens_per_row}
+        plan = build_plan(ids, weights, experts, path=path, **sizes)
+        hs = shrink(x, lora_A, site, plan, backend=backend)
+        parts = zip(hs, lora_Bs.values(), cases, strict=True)
+        ys = [expand(h, B, c.layout, plan, backend=backend, dtype=x.dtype) for h, B, c in parts]
+        return torch.cat(ys, dim=1)
+
+    def apart(x: Tensor, weights: Tensor, lora_A: Tensor, **lora_Bs: Tensor) -> Tensor:
+        parts = zip(lora_A.split(ranks), lora_Bs.values(), cases, strict=True)
+        by_linear = [(torch.cat([A] * experts), B, c) for A, B, c in parts]
+        ys = [mixture(c, ids, backend="reference")(x, A, B, weights, None) for A, B, c in by_linear]
+        return torch.cat(ys, dim=1)
+
+    actual = run(shared, leaves)
+    assert_close(actual, run(apart, {n: t.double() for n, t in leaves.items()}), dtype)
+    assert actual["dlora_A"].dtype == dtype and actual["y"].dtype == dtype
+    with torch.inference_mode():
+        torch.testing.assert_close(shared(**leaves), actual["y"])

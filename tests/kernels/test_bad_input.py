@@ -96,3 +96,15 @@ def test_ids_are_not_read_unless_asked() -> None:
     build_plan(far, GOOD["expert_weights"], 2, total_rank=4, path="grouped")
     with pytest.raises(ValueError, match="values in 9"):
         build_plan(far, GOOD["expert_weights"], 2, total_rank=4, validate=True)
+
+
+def test_who_can_share_a_factor() -> None:
+    plan = build_plan(GOOD["expert_ids"], GOOD["expert_weights"], 2, total_rank=4)
+    with pytest.raises(ValueError, match="experts of other ranks cannot share their rows"):
+        Layout([(0, 2, 5)], shared=True)
+    shared = Layout([(0, 2, 4)], (1.0, 1.0), shared=True)
+    assert shared.to(META).shared and shared.rows == 2
+    with pytest.raises(ValueError, match=r"lora_A is \(4, 6\), expected 2 dimensions and 2 rows"):
+        shrink(GOOD["x"], GOOD["lora_A"], shared, plan)
+    with pytest.raises(ValueError, match="experts share lora_A alone"):
+        expand(torch.zeros(5, 4), GOOD["lora_B"], shared, plan)

@@ -9,12 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import DECODE_CHOICES, DECODE_TOKENS
+from ..dispatch import DECODE_CHOICES, DECODE_TOKENS, MASKED
 from ..layout import Layout
 from ..plan import Plan, TopK
+from ..sharing import of_all_experts, of_slots
 from . import operators as ops
 from .autograd import Expand, Shrink, in_dtype, logits, screened
-from .job import job_of
+from .job import job_of, one_expert
 from .routing import logits_width
 from .shrink import shrink_kernel
 
@@ -39,6 +40,22 @@ def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tenso
         own if width == layout.max_rank else own[..., :width]
         for own, width in zip(h.unbind(2), layout.widths, strict=True)
     )
+
+
+def shrink_shared(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:
+    """As `shrink`, for a lora_A [Σ_l r_l, d_in] that the experts of a linear share: one product, as
+    with one expert.
+    """
+    job = one_expert(lora_A, x.shape[0])
+    if plan.path == "matmul":
+        job = job._replace(path="matmul")
+    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
+        h = Shrink.apply(x, lora_A, job)
+    else:
+        h = ops.shrink(x, in_dtype(lora_A, x.dtype, x.shape[0], job), job)
+    if plan.path in MASKED:
+        return of_all_experts(h, layout)
+    return of_slots(h, layout, plan.num_tokens, plan.num_slots)
 
 
 def expand(
@@ -167,4 +184,4 @@ def refuse_gradients(what: str, **tensors: Tensor | None) -> None:
             )
 
 
-__all__ = ["expand", "interpreted", "logits", "route", "shrink", "why_not"]
+__all__ = ["expand", "interpreted", "logits", "route", "shrink", "shrink_shared", "why_not"]
