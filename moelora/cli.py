@@ -332,6 +332,8 @@ def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int
     """d_in + d_out of each adapted linear, from the experts' own tensors: a quantised base's
     weights have other shapes.
     """
+    from .placement import site_name
+
     # Without what says where in the model a site is, and with its - for all dots.
     shapes = {
         re.sub(r"moelora\.(outside\.)?sites\.", "", key).replace(".", "-"): tensor.shape
@@ -339,7 +341,7 @@ def _widths(tensors: Mapping[str, Any], sites: list[list[str]]) -> dict[str, int
     }
     widths = {}
     for site in sites:
-        prefix = site[0].replace(".", "-")
+        prefix = site_name(site[0]).replace(".", "-")
         for i, linear in enumerate(site):
             A = shapes.get(f"{prefix}-lora_A-weight")
             B = shapes.get(f"{prefix}-lora_B-{i}-weight")

@@ -50,8 +50,9 @@ class MixtureContext(nn.Module):
             `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
-        num_experts, by_token, total_rank, fills_every_slot: kept at hand, since they are read for
-            every site of every token that is generated, and a configuration answers slowly.
+        num_experts, by_token, is_linear (no φ), total_rank, fills_every_slot: kept at hand, since
+            they are read for every site of every token that is generated, and a configuration
+            answers slowly.
     """
 
     load: LoadWindow
@@ -71,6 +72,7 @@ class MixtureContext(nn.Module):
         self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts
         self.by_token = config.routing_level == "token"
+        self.is_linear = config.expert_activation is None
         self.total_rank = 0
         self.fills_every_slot = False
 

@@ -46,7 +46,7 @@ class RoutedCheckpoint:
 
         def run(anchor: Tensor, weights: Any, forced: Any, *args: Any) -> Any:
             given = None if shared is None else replace(shared, weights=weights)
-            layer = replace(running, shared=given, shrunk={})
+            layer = replace(running, shared=given, shrunk={}, read={})
             if override is not None and forced is not None:
                 layer.override = replace(override, expert_weights=forced)
             outputs = layer.run(lambda: function(*args))

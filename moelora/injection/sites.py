@@ -1,109 +1,58 @@
 """Which linears of a base are adapted, by PEFT's tables and rules, and which of them are one site:
-a probe forward shows which linears of a decoder layer read the same tensor.
+a probe forward shows which linears (and blocks) of a decoder layer read the same tensor.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import logging
-import warnings
 from collections.abc import Iterator
-from functools import partial
+from itertools import chain
 
 import peft
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from ..host_internals import (
-    FAKE_TENSOR_LOG,
-    Convolution,
-    FakeTensorMode,
-    check_mamba_targets,
-    in_out_features,
-    include_all_linear,
-)
-from .base import snapshot
+from ..host_internals import check_mamba_targets, include_all_linear
+from ..placement import ends_of
+from .blocks import find_blocks
+from .modules import decoder_layer, features, layer_number
+from .probe import NOT_CALLED, first_inputs, probe
 
 ALL_LINEAR = "all-linear"
-NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 
 
 def find_sites(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]
 ) -> list[list[str]]:
-    """Group the target linears that read the same tensor in one decoder layer.
+    """Group the targets that read the same tensor in one decoder layer; in series each is alone.
 
     `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
     """
     targets, named = find_targets(model, config, is_classifier)
-    inputs = probe_inputs(model, targets)
+    blocks = find_blocks(model, config)
+    places = [*targets, *blocks]
+    read = first_inputs(probe(model, chain.from_iterable(map(ends_of, places))))
     groups: dict[tuple, list[str]] = {}
-    for name in targets:
-        layer = decoder_layer(model, name)
-        reason = NOT_CALLED if name not in inputs else _why_not_routed(layer, config)
+    for name in places:
+        first, _ = ends_of(name)
+        layer = decoder_layer(model, first)
+        reason = NOT_CALLED if first not in read else _why_not_routed(layer, config)
         if reason is None:
-            alone = name if config.router_scope == "projection" else None
-            groups.setdefault((layer, id(inputs[name]), alone), []).append(name)
-        elif named:
-            raise ValueError(f"target_modules names {name!r}, which cannot be adapted: {reason}.")
+            is_alone = config.router_scope == "projection" or config.expert_placement == "series"
+            alone = name if is_alone else None
+            groups.setdefault((layer, id(read.get(first)), alone), []).append(name)
+        elif named or name in blocks:
+            field = "target_blocks" if name in blocks else "target_modules"
+            raise ValueError(f"{field} names {name!r}, which cannot be adapted: {reason}.")
         else:
             unadapted[name] = reason
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
     return list(groups.values())
-
-
-def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The first input of each target that a forward pass of two tokens calls; the base stays as it
-    was.
-
-    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator
-    without a fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the
-    weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
-    weights.
-    """
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        # It would print the traceback of an operator without a fake implementation.
-        log = logging.getLogger(FAKE_TENSOR_LOG)
-        was_disabled = log.disabled
-        log.disabled = True
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                return _forward_two_tokens(model, targets)
-        except Exception:
-            if model.device.type == "meta":
-                raise
-        finally:
-            log.disabled = was_disabled
-    return _forward_two_tokens(model, targets)
-
-
-@torch.no_grad()
-def _forward_two_tokens(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-    keywords = {"use_cache": False, "decoder_input_ids": ids}
-    taken = inspect.signature(model.forward).parameters
-    inputs: dict[str, Tensor] = {}
-    restore = snapshot(model)
-    try:
-        for name, module in targets.items():
-            module.register_forward_pre_hook(partial(_record, inputs, name))
-        model.eval()
-        model(input_ids=ids, **{k: v for k, v in keywords.items() if k in taken})
-    finally:
-        restore()
-    return inputs
-
-
-def _record(inputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
-    # Keeping the tensor keeps its id from being used again.
-    inputs.setdefault(name, args[0])
 
 
 def _why_not_routed(layer: str | None, config: MoeLoraConfig) -> str | None:
@@ -119,24 +68,18 @@ def _why_not_routed(layer: str | None, config: MoeLoraConfig) -> str | None:
     return None
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes: its weights' device, or where accelerate brings them."""
-    for part in module.modules():
-        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if execution_device is not None:
-            return torch.device(execution_device)
-    return next(module.parameters()).device
-
-
 def find_targets(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> tuple[dict[str, nn.Module], bool]:
-    """The modules to adapt, by name in the model's order, and whether the user named them.
+    """The linears to adapt, by name in the model's order, and whether the user named them; none
+    where target_blocks alone says what is adapted.
 
     Raises:
         ValueError: nothing matches (with the nearest names), or a named module is not a linear.
     """
     targets = config.target_modules
+    if targets is None and config.target_blocks:
+        return {}, False
     if targets is None:
         targets = PEFT_TARGETS.get(model.config.model_type, ALL_LINEAR)
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -162,7 +105,8 @@ def find_targets(
                 raise ValueError(
                     f"target_modules matches {name!r}, a {type(module).__name__}: only linear "
                     "layers (also Conv1D and quantised ones) can carry LoRA experts. Name its "
-                    "linears, or use a narrower regex."
+                    "linears, or use a narrower regex; experts beside a whole module are what "
+                    "target_blocks is for."
                 )
             check_mamba_targets(lora, model, name.rpartition(".")[2])
             targeted[name] = module
@@ -172,32 +116,6 @@ def find_targets(
     if not targeted:
         raise ValueError(_nothing_matched(model, config))
     return targeted, named
-
-
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
-    if isinstance(module, (nn.Embedding, Convolution)):
-        return None
-    with warnings.catch_warnings():
-        # PEFT warns where it answers None, which the caller handles.
-        warnings.simplefilter("ignore", UserWarning)
-        d_in, d_out = in_out_features(module)
-    return (d_in, d_out) if d_in is not None and d_out is not None else None
-
-
-def decoder_layer(model: nn.Module, name: str) -> str | None:
-    """The path of the outermost numbered block around module `name`, or None outside of any."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        around = ".".join(parts[:i])
-        if parts[i].isdigit() and isinstance(model.get_submodule(around), nn.ModuleList):
-            return f"{around}.{parts[i]}"
-    return None
-
-
-def layer_number(layer: str | None) -> int | None:
-    """The number at the end of a decoder layer's path; None outside of any."""
-    return None if layer is None else int(layer.rpartition(".")[2])
 
 
 def modules_to_save(
