@@ -40,6 +40,13 @@ CASES: dict[str, dict[str, Any]] = {
         "reentrant": False,
     },
     "accumulated": {"fields": {}, "micro": 2},
+    "series": {
+        "fields": {
+            "expert_placement": "series",
+            "target_blocks": ["mlp"],
+            "expert_activation": "gelu",
+        }
+    },
 }
 EDITS = {
     "freeze": lambda model: model.freeze_experts(["expert_1"]),
