@@ -41,6 +41,8 @@ def find_blocks(model: nn.Module, config: MoeLoraConfig) -> list[str]:
 def _checked_block(model: nn.Module, head: str, first: str, last: str) -> str:
     """The full name of a block, or of the span that begins with it."""
     module = model.get_submodule(head)
+    if head == decoder_layer(model, head):
+        raise ValueError(_refused(head, "it is a whole decoder layer: name modules inside of it"))
     if first == last:
         if features(module) is not None:
             raise ValueError(
@@ -77,10 +79,11 @@ def sizes_of(
     modules = dict(model.named_modules())
     blocks = find_blocks(model, config) if config.target_blocks else []
     calls = probe(model, {end for name in blocks for end in ends_of(name)}) if blocks else []
+    is_series = config.expert_placement == "series"
     sizes = {}
     for name in names:
         if name in blocks:
-            sizes[name] = _size_of_block(model, name, calls)
+            sizes[name] = _size_of_block(model, name, calls, is_series)
             continue
         size = features(modules[name]) if name in modules else None
         if size is None:
@@ -88,31 +91,30 @@ def sizes_of(
                 f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
                 f"{type(model).__name__}."
             )
-        sizes[name] = size
-    if config.expert_placement == "parallel":
-        return sizes
-    return {name: (d_out, d_out) for name, (_, d_out) in sizes.items()}
+        sizes[name] = (size[1], size[1]) if is_series else size
+    return sizes
 
 
-def _size_of_block(model: nn.Module, name: str, calls: Sequence[Call]) -> Sizes:
-    """(d_in, d_out) of a block; ValueError where experts cannot be beside it, with the reason."""
+def _size_of_block(model: nn.Module, name: str, calls: Sequence[Call], is_series: bool) -> Sizes:
+    """(d_in, d_out) of a block, in series (d_out, d_out); ValueError where experts cannot be there,
+    with the reason.
+    """
     first, last = ends_of(name)
     begun = [(place, call) for place, call in enumerate(calls) if call.name == first]
     ended = [(place, call) for place, call in enumerate(calls) if call.name == last]
     if not begun or not ended:
         raise ValueError(_refused(name, NOT_CALLED))
-    (began, call), (end, other) = begun[0], ended[0]
-    x = call.x
-    y = other.output
-    once_in_order = len(begun) == len(ended) == 1 and began < end
+    y = ended[0][1].output
+    x = y if is_series else begun[0][1].x
+    once_in_order = len(begun) == len(ended) == 1 and begun[0][0] < ended[0][0]
     if first != last and not once_in_order:
         reason = (
             f"its ends are not called once and one after the other ({len(begun)}, {len(ended)})"
         )
-    elif not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-        reason = "its first input is no tensor of hidden states"
     elif not isinstance(y, Tensor) or not y.is_floating_point():
         reason = f"it gives a {type(y).__name__}, and one tensor of hidden states was expected"
+    elif not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        reason = "its first input is no tensor of hidden states"
     elif x.shape[:-1].numel() != y.shape[:-1].numel():
         reason = f"it reads {tuple(x.shape)} and gives {tuple(y.shape)}: not a row for each token"
     elif next(model.get_submodule(last).parameters(), None) is None:

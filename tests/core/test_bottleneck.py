@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import accelerate
 import pytest
 import torch
@@ -268,3 +272,44 @@ def test_a_block_that_gives_more_than_a_tensor_later_is_told():
     block.forward = lambda x: (forward(x), None)
     with pytest.raises(TypeError, match=r"layers\.0\.mlp gave a tuple"):
         model(tokens())
+
+
+def test_threads_do_not_mix_what_spans_read():
+    model = made("opt", "both")
+    inputs = [tokens(1 + i % 2, 4 + i, seed=i) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in inputs]
+    meet = threading.Barrier(len(inputs))
+
+    @torch.no_grad()
+    def work(number):
+        meet.wait()
+        return [model(inputs[number]).logits for _ in range(4)]
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for own, several in zip(expected, pool.map(work, range(len(inputs)))):
+            assert all(torch.equal(logits, own) for logits in several)
+
+
+def test_an_error_inside_of_a_span_leaves_nothing_for_the_next_pass():
+    model = made("opt", "block")
+    expected = model(tokens()).logits
+    layer = model.model.decoder.layers[0]
+    handle = layer.fc2.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(1, 4))
+    handle.remove()
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_copied_and_pickled_models_keep_their_forms(tmp_path):
+    for kind in ("series", "both"):
+        model = made("opt", kind)
+        expected = model(tokens()).logits
+        again = copy.deepcopy(model)
+        model.unload()
+        assert torch.equal(again(tokens()).logits, expected)
+        torch.save(again, tmp_path / "model")
+        loaded = torch.load(tmp_path / "model", weights_only=False)
+        assert torch.equal(loaded(tokens()).logits, expected)

@@ -101,6 +101,7 @@ def test_a_classifier_takes_blocks():
     [
         ("llama", "self_attn", "layers.0.self_attn.*gives a tuple"),
         ("llama", "embed_tokens", "no tensor of hidden states"),
+        ("llama", "layers.1", "layers.1.*a whole decoder layer"),
         ("llama", "act_fn", "has no weights"),
         ("llama", "mlpp", "no module of LlamaForCausalLM.*Nearest names: mlp"),
         ("llama", "down_proj", "a Linear, which is a linear: name it in target_modules"),
@@ -114,6 +115,17 @@ def test_a_classifier_takes_blocks():
 )
 def test_what_cannot_be_a_block_is_refused_with_the_reason(name, block, reason):
     refused(ValueError, reason, base=causal_base(name), target_modules=None, target_blocks=[block])
+
+
+def test_in_series_a_block_that_reads_ids_is_a_place_too():
+    model = into(
+        causal_base(),
+        target_modules=None,
+        target_blocks=["embed_tokens"],
+        expert_placement="series",
+    )
+    refused(ValueError, "gives a tuple", target_blocks=["self_attn"], expert_placement="series")
+    assert not torch.equal(model(tokens()).logits, causal_base()(tokens()).logits)
 
 
 def test_layers_without_the_block_are_named():
