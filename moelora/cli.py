@@ -358,6 +358,8 @@ def _widths(
     """d_in + d_out of each adapted linear, or d_out where A is no expert's own, from the experts'
     own tensors: a quantised base's weights have other shapes.
     """
+    from .placement import site_name
+
     # Without what says where in the model a site is, and with its - for all dots.
     shapes = {
         re.sub(r"moelora\.(outside\.)?sites\.", "", key).replace(".", "-"): tensor.shape
@@ -365,7 +367,7 @@ def _widths(
     }
     widths = {}
     for site in sites:
-        prefix = site[0].replace(".", "-")
+        prefix = site_name(site[0]).replace(".", "-")
         for i, linear in enumerate(site):
             A = shapes.get(f"{prefix}-lora_A-weight")
             B = shapes.get(f"{prefix}-lora_B-{i}-weight")

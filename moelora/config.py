@@ -26,6 +26,7 @@ from .config_checks import (
     checked_names,
     per_expert,
 )
+from .placement import check_placement, checked_blocks
 from .registry import router_class
 from .validation import check_depth, check_names, check_type, shown, string_list
 
@@ -72,6 +73,13 @@ class MoeLoraConfig(PreTrainedConfig):
         target_modules: the linears to adapt, as in PEFT: names, a regex, "all-linear"; None: PEFT's
             table for the architecture, else all linears but those that PEFT refuses.
         layers_to_transform: the numbers of the layers to adapt, as in PEFT; None for all.
+        target_blocks: modules that are no linears, as "mlp", and spans of modules, as "fc1->fc2":
+            experts read what goes in and are added to what comes out (arXiv:2110.04366). Without
+            target_modules beside it no linears are adapted.
+        expert_activation: φ between A and B, which makes LoRA a bottleneck adapter: "relu", "gelu"
+            (exact), "silu" or "tanh"; None for LoRA (arXiv:2304.01933).
+        expert_placement: "parallel": experts read what their module reads; "series": what it gives,
+            y + Σ w s φ(y Aᵀ) B (arXiv:1902.00751), and so do routers of their own.
         modules_to_save: modules of the base that train and are saved too, as in PEFT.
         router: the kind of router, a name in `moelora.ROUTERS`.
         router_options: settings of this kind of router, by name; see its class's `Options`.
@@ -133,6 +141,9 @@ class MoeLoraConfig(PreTrainedConfig):
     layer_experts: dict[str, list[int]] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
+    target_blocks: list[str] | None = None
+    expert_activation: str | None = None
+    expert_placement: str = "parallel"
     modules_to_save: list[str] | None = None
 
     router: str = "top_k"
@@ -365,6 +376,8 @@ class MoeLoraConfig(PreTrainedConfig):
             own = string_list("modules_to_save", self.modules_to_save, may_be_empty=True)
             self.modules_to_save = own
         self.layers_to_transform = checked_layers(self.layers_to_transform)
+        self.target_blocks = checked_blocks(self.target_blocks)
+        check_placement(vars(self))
         if self.sites is not None:
             is_list = isinstance(self.sites, list) and len(self.sites) > 0
             expected = "lists of module names; leave it to save_pretrained"

@@ -15,7 +15,7 @@ PACKAGES = {"moelora": ROOT / "moelora", "moelora_kernels": ROOT / "kernels" / "
 # Each line imports the lines above it alone, and the rooms of one line do not import each other.
 ROOMS = (
     ("validation", "host_internals"),
-    ("backtracking", "registry"),
+    ("backtracking", "placement", "registry"),
     ("config_checks",),
     ("config",),
     ("routers",),

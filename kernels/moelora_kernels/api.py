@@ -197,7 +197,13 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
 
 
 def plan_decoding(
-    x: Tensor, router: TopK, num_slots: int, total_rank: int, *, tiles: str = ""
+    x: Tensor,
+    router: TopK,
+    num_slots: int,
+    total_rank: int,
+    *,
+    tiles: str = "",
+    linear: bool = True,
 ) -> Plan:
     """The plan of a few tokens that the Triton kernels route, without gradients (`can_decode`).
 
@@ -210,6 +216,7 @@ def plan_decoding(
         num_slots: K, at most C.
         total_rank: The largest R of the linears that share the plan.
         tiles: As in `build_plan`.
+        linear: Whether nothing acts between the halves; with a φ path "decode" cannot be.
 
     Raises:
         TypeError, ValueError: for a router that is not fp32 or not of x's width, and more slots
@@ -217,7 +224,7 @@ def plan_decoding(
     """
     choices, d = router.weight.shape
     shape = Shape(len(x), 1, choices, num_slots, total_rank, x.dtype, x.device.type)
-    if routes_in_expand(shape):
+    if linear and routes_in_expand(shape):
         return build_decode_plan(router, len(x), num_slots, tiles=tiles)
     check_router(router, num_slots)
     if x.dim() != 2 or x.shape[1] != d:

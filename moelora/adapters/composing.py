@@ -18,6 +18,7 @@ from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
 from ..injection.base import base_for
 from ..injection.inject import put_into
+from ..placement import check_lora
 from ..training.router_init import initialise
 from ..validation import shown
 from .preflight import Sources, preflight
@@ -67,6 +68,7 @@ def from_adapters(
         config = MoeLoraConfig(router="arrow" if router_init == "arrow" else "top_k")
     elif not isinstance(config, MoeLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
+    check_lora(config, "from_adapters")
     if split is not None:
         adapters = _split(adapters, config, split, noise, seed)
     elif (noise, seed) != (None, None):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
-from ..injection.sites import features
+from ..injection.modules import features
 from ..validation import check_integer
 from .merging import check_merge, compress, distance, expert_deltas, merged_deltas, product, wide
 from .reading import DTYPES

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.experts import LoraFactors
 from ..core.model import MixtureModel
+from ..placement import check_lora
 from ..validation import check_integer, check_number
 
 Recipe = Callable[..., LoraFactors | Tensor]
@@ -108,6 +109,7 @@ def check_merge(
         raise TypeError(
             f"weights is a {type(weights).__name__}; expected a weight for each expert's name."
         )
+    check_lora(model.moelora_config, "Merging")
     names = model.moelora_config.expert_names or []
     if not weights:
         raise ValueError(f"weights is empty: give at least one of the experts: {', '.join(names)}.")
@@ -151,7 +153,10 @@ def merged_deltas(
 
 
 def expert_deltas(model: MixtureModel, expert: str) -> dict[str, LoraFactors]:
-    """One expert's factors by the linear's full name, where its rank is not 0."""
+    """One expert's factors by the linear's full name, where its rank is not 0; ValueError where
+    they are no LoRA's.
+    """
+    check_lora(model.moelora_config, "Writing an expert for PEFT")
     factors = model.moelora.expert(model.moelora_config.expert_index(expert))
     return {name: own for name, own in factors.items() if len(own.A)}
 

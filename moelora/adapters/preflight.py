@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..injection.base import ACCESS, check_no_peft
-from ..injection.sites import features
+from ..injection.modules import features
 from ..validation import expert_name_problem, shown
 from .folders import xlora_sources
 from .reading import DTYPES, Adapter, read_adapter

@@ -55,8 +55,9 @@ class MixtureContext(nn.Module):
         by_token: whether a routing has a row for each token, not for each sequence.
         reads_prompts: whether routers must be told which tokens are the prompt.
         routes_prompts: whether they do, and a routing has a row for each prompt.
-        num_experts, total_rank, fills_every_slot: as those three, kept at hand, since they are read
-            for every site of every token that is generated, and a configuration answers slowly.
+        num_experts, is_linear (no φ), total_rank, fills_every_slot: as those three, kept at hand,
+            since they are read for every site of every token that is generated, and a configuration
+            answers slowly.
     """
 
     load: LoadWindow
@@ -79,6 +80,7 @@ class MixtureContext(nn.Module):
         self.by_token = config.routes_tokens
         self.reads_prompts = config.reads_prompts
         self.routes_prompts = self.reads_prompts and not self.by_token
+        self.is_linear = config.expert_activation is None
         self.total_rank = 0
         self.fills_every_slot = False
 

@@ -99,6 +99,7 @@ class ForwardPass:
         shared: the plan of the layer's (or model's) router, for the sites that follow.
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
         plan.
+        read: by the name of a span what its first module read, until the last one has given.
         closed: the model has returned; whatever runs now recomputes.
         outer: the pass that was running when this one began.
     """
@@ -122,6 +123,7 @@ class ForwardPass:
     kept: tuple[Routing, ...] | None = None
     shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
     closed: bool = False
     outer: ForwardPass | None = None
 
@@ -140,6 +142,7 @@ class ForwardPass:
             _running.innermost = self.outer
             self.outer = None
             self.shrunk.clear()
+            self.read.clear()
 
     def close(self) -> None:
         """The model has returned: let go of what held the graph."""
@@ -361,4 +364,5 @@ class ForwardPass:
         flags = (router.norm_topk_prob, router.null_expert, router.input_norm)
         spec = TopK(weight.float(), bias, *flags)
         rows = x.reshape(tokens, x.shape[-1])
-        return plan_decoding(rows, spec, slots, rank, tiles=context.tiles)
+        linear = context.is_linear
+        return plan_decoding(rows, spec, slots, rank, tiles=context.tiles, linear=linear)

@@ -48,7 +48,7 @@ class RoutedCheckpoint:
 
         def run(anchor: Tensor, weights: Any, forced: Any, outside: Any, *args: Any) -> Any:
             given = None if shared is None else replace(shared, weights=weights)
-            layer = replace(running, shared=given, shrunk={})
+            layer = replace(running, shared=given, shrunk={}, read={})
             if override is not None and forced is not None:
                 layer.override = replace(override, expert_weights=forced)
             if outside is not None:

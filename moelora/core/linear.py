@@ -1,16 +1,19 @@
 """What hangs on the base's modules: a `Site` shrinks once for its linears, and expands for each.
 
+A place where experts are added is a linear, or a block of several modules (`blocks.py`).
+
 A site lies in its decoder layer, and each part of it is called as a module: whatever brings the
 layer's own weights to where they are needed (FSDP2, ZeRO-3, offload, device maps) brings its too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from moelora_kernels import Plan, expand, shrink
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ..config import MoeLoraConfig
@@ -46,14 +49,25 @@ class LoraB(Factor):
         return expand(h, stacked, layout, plan, output, inplace=inplace, checked=True)
 
 
+# φ, which acts between the halves: y += Σ_e w_e s_e φ(x A_eᵀ) B_e.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
 class Site(nn.Module):
-    """The adapted linears of one decoder layer that read the same tensor.
+    """The adapted linears (and blocks) of one decoder layer that read the same tensor.
+
+    In series it is one of them, whose output is what is read.
 
     Args:
         context: of the mixture that it belongs to.
         names: the linears' full names in the base.
         layer: the path of their decoder layer, or None outside of any.
-        features: each linear's (d_in, d_out).
+        features: the sizes (of what is read, d_out) of each linear.
         factory: device and dtype of the parameters.
     """
 
@@ -77,6 +91,8 @@ class Site(nn.Module):
         self.path = ""
         self.layer = layer
         self.in_features = features[0][0]
+        self.activation = config.expert_activation
+        self.is_series = config.expert_placement == "series"
         self.router_index = 0
         # Its own router, in scopes "site" and "projection".
         self.router: Router | None = None
@@ -135,7 +151,7 @@ class Site(nn.Module):
         """Linear number `index`'s output with its experts' part added.
 
         Args:
-            x: what the linear read, `[…, d_in]`.
+            x: what the linear read, `[…, d_in]`; in series what it gave.
             output: what it gave, `[…, d_out]`.
             index: the linear's number in this site.
             inplace: whether `output` may be written into.
@@ -152,6 +168,9 @@ class Site(nn.Module):
         h = hs.pop(index)
         if hs:
             running.shrunk[self] = shrunk
+        if self.activation is not None:
+            # Before the gate, in the dtype of h: fp32, or that of the activations.
+            h = ACTIVATIONS[self.activation](h)
         # Not self.lora_B[index], whose detour is felt at every token.
         return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
 
@@ -170,12 +189,13 @@ class ExpertHook:
 
     def __call__(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # Another hook may have kept the output. Where a linear with a bias hands out a view,
-        # writing into it would cost the backward pass a copy.
+        # writing into it would cost the backward pass a copy; in series that pass reads it.
+        is_series = self.site.is_series
         inplace = False
         if not torch.compiler.is_compiling():
             alone = len(self.handle.hooks_dict_ref() or ()) == 1 and not GLOBAL_FORWARD_HOOKS
-            inplace = alone and not (torch.is_grad_enabled() and is_view(output))
-        return self.site(args[0], output, self.index, inplace)
+            inplace = alone and not (torch.is_grad_enabled() and (is_series or is_view(output)))
+        return self.site(output if is_series else args[0], output, self.index, inplace)
 
 
 class LayerRoutingHook:

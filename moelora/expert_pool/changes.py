@@ -16,6 +16,7 @@ from ..adapters.merging import seeded
 from ..core.experts import LoraFactors
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel
+from ..placement import check_lora
 from ..routers import Router
 from ..training.evaluation import check_not_overridden
 from ..validation import check_integer, check_number, expert_name_problem
@@ -198,6 +199,7 @@ def _newcomer(
         )
     generator = seeded(seed)
     if adapter is not None:
+        check_lora(model.moelora_config, "An expert from a PEFT adapter")
         factors = adapter_factors(adapter, model, allow_base_mismatch=allow_base_mismatch)
         if unknown := sorted(factors.keys() - set(model.moelora.linears())):
             raise ValueError(

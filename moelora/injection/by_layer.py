@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..config_checks import LAYER_RULES, per_expert
+from ..placement import ends_of
 from ..validation import shown
-from .sites import decoder_layer
+from .modules import decoder_layer
 
 
 def write_out(model: PreTrainedModel, config: MoeLoraConfig, is_new: bool) -> None:
@@ -37,7 +38,7 @@ def write_out(model: PreTrainedModel, config: MoeLoraConfig, is_new: bool) -> No
     if not any(by_rule) and config.layer_experts is None:
         return
     linears = list(chain.from_iterable(config.sites or []))
-    layers = {name: decoder_layer(model, name) for name in linears}
+    layers = {name: decoder_layer(model, ends_of(name)[0]) for name in linears}
     config.layer_experts = _layer_experts(model, config, list(dict.fromkeys(layers.values())))
     config.validate()
     ranks = {name: list(config.ranks_of(name)) for name in linears}

@@ -12,15 +12,20 @@ from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..core import gradient_checkpointing
+from ..core.blocks import BlockHook, SpanBegin, SpanEnd
 from ..core.linear import ExpertHook, LayerRoutingHook, Site
 from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
+from ..placement import ends_of, site_name
 from .base import snapshot
+from .blocks import Sizes, sizes_of
 from .by_layer import write_out
-from .sites import decoder_layer, depth_of, device_of, features, find_sites, saved_modules
+from .modules import decoder_layer, depth_of, device_of, features
+from .sites import find_sites, saved_modules
 
 NAME = "moelora"
+HOOKS = (ExpertHook, BlockHook, SpanBegin, SpanEnd, LayerRoutingHook)
 
 
 def put_into(
@@ -50,7 +55,7 @@ def unload(model: MixtureModel) -> PreTrainedModel:
     gradient_checkpointing.wrap(model, None)
     for module in model.modules():
         for hook in hooks_of(module):
-            if isinstance(hook, (ExpertHook, LayerRoutingHook)):
+            if isinstance(hook, HOOKS):
                 hook.handle.remove()
     take_out_parts(model)
     for name, parameter in model.named_parameters():
@@ -66,7 +71,7 @@ def take_out_parts(model: nn.Module) -> None:
 
 
 def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> None:
-    """Freeze `model`, make sites and routers, hook linears.
+    """Freeze `model`, make sites and routers, hook linears and blocks.
 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
     """
@@ -74,13 +79,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     is_new = config.sites is None
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
-    modules = dict(model.named_modules())
-    for name in chain.from_iterable(config.sites):
-        if name not in modules or features(modules[name]) is None:
-            raise ValueError(
-                f"The checkpoint's experts belong to {name!r}, which is not a linear of this "
-                f"{type(model).__name__}."
-            )
+    sizes = sizes_of(model, config, chain.from_iterable(config.sites))
     write_out(model, config, is_new)
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
@@ -89,7 +88,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     if config.router_scope in ("layer", "model"):
         _add_shared_routers(model, mixture, config.sites)
     for names in config.sites:
-        _add_site(model, mixture, names)
+        _add_site(model, mixture, {name: sizes[name] for name in names})
     device = next(mixture.factors()).block(0, 0).device
     mixture.finish(device)
     mixture.has_values = device.type != "meta"
@@ -100,7 +99,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
 def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[list[str]]) -> None:
     """Make the routers of scopes "layer" and "model", and the hooks that run them."""
     config = mixture.config
-    layers = list(dict.fromkeys(str(decoder_layer(model, names[0])) for names in sites))
+    layers = list(dict.fromkeys(str(decoder_layer(model, ends_of(names[0])[0])) for names in sites))
     if config.router_scope == "model":
         layers = [f"{layers[0].rpartition('.')[0]}.{config.router_layer}"]
     modules = dict(model.named_modules())
@@ -117,28 +116,34 @@ def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[li
         LayerRoutingHook(mixture, index, modules[layer])
 
 
-def _add_site(model: PreTrainedModel, mixture: Mixture, names: list[str]) -> None:
-    """Make the site of the linears `names`, its own router in some scopes, and the hooks."""
-    linears = [model.get_submodule(name) for name in names]
-    sizes = [features(linear) for linear in linears]
-    weight = next(linears[0].parameters())
+def _add_site(model: PreTrainedModel, mixture: Mixture, sizes: dict[str, Sizes]) -> None:
+    """Make the site of the places that `sizes` names, its own router in some scopes, the hooks."""
+    names = list(sizes)
+    ends = [[model.get_submodule(end) for end in ends_of(name)] for name in names]
+    weight = next(ends[0][1].parameters())
     # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    device = device_of(linears[0])
-    layer = decoder_layer(model, names[0])
-    site = Site(mixture, names, layer, sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
+    device = device_of(ends[0][1])
+    layer = decoder_layer(model, ends_of(names[0])[0])
+    site = Site(mixture, names, layer, list(sizes.values()), device=device, dtype=dtype)
     if mixture.config.router_scope in ("site", "projection"):
         depth = depth_of(model, layer)
         index = mixture.add_router(site, names[0], site.in_features, depth, device=device)
         site.router_index = index
     # A module's name holds no dot.
-    key = names[0].removeprefix(f"{layer}.").replace(".", "-")
+    key = site_name(names[0]).removeprefix(f"{layer}.").replace(".", "-")
     _place(model, mixture, layer).sites[key] = site
     where = f"{NAME}.outside" if layer is None else f"{layer}.{NAME}"
     site.path = f"{where}.sites.{key}"
     mixture.sites[names[0]] = site
-    for index, linear in enumerate(linears):
-        ExpertHook(site, index, linear)
+    for index, (first, last) in enumerate(ends):
+        if first is not last:
+            SpanBegin(site, index, first)
+            SpanEnd(site, index, last)
+        elif features(last) is None:
+            BlockHook(site, index, last)
+        else:
+            ExpertHook(site, index, last)
 
 
 def _place(model: PreTrainedModel, mixture: Mixture, layer: str | None) -> LayerExperts:

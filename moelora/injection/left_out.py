@@ -9,21 +9,18 @@ from torch import nn
 from transformers.utils import logging
 
 from ..host_internals import Convolution
+from .probe import NOT_CALLED
 
 logger = logging.get_logger(__name__)
 
-NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 FUSED = "the base's own experts in one parameter of three or more dimensions, which is not a linear"
 
 
-def with_ancestors(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def with_ancestors(names: Iterable[str]) -> list[str]:
     """These modules and all that they are in, by name."""
-    around = {}
-    for name in names:
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            around[".".join(parts[:end])] = None
-    return {name: model.get_submodule(name) for name in around}
+    parts = [name.split(".") for name in names]
+    around = [".".join(own[:end]) for own in parts for end in range(1, len(own) + 1)]
+    return list(dict.fromkeys(around))
 
 
 def why_not_called(name: str, called: Collection[str]) -> str:

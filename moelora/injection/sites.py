@@ -1,35 +1,24 @@
 """Which linears of a base are adapted, by PEFT's tables and rules, and which of them are one site:
-a probe forward shows which linears of a decoder layer read the same tensor.
+a probe forward shows which linears (and blocks) of a decoder layer read the same tensor.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import logging
-import warnings
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from itertools import chain
 
 import peft
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
-from ..host_internals import (
-    FAKE_TENSOR_LOG,
-    Convolution,
-    FakeTensorMode,
-    check_mamba_targets,
-    in_out_features,
-    include_all_linear,
-)
-from .base import snapshot
+from ..host_internals import check_mamba_targets, include_all_linear
+from ..placement import ends_of
+from .blocks import find_blocks
 from .left_out import (
     FUSED,
     check_all_match,
@@ -38,6 +27,8 @@ from .left_out import (
     why_not_called,
     with_ancestors,
 )
+from .modules import decoder_layer, features, layer_number
+from .probe import first_inputs, probe
 
 ALL_LINEAR = "all-linear"
 
@@ -45,22 +36,27 @@ ALL_LINEAR = "all-linear"
 def find_sites(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, unadapted: dict[str, str]
 ) -> list[list[str]]:
-    """Group the target linears that read the same tensor in one decoder layer.
+    """Group the targets that read the same tensor in one decoder layer; in series each is alone.
 
     `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
     """
     targets, named = find_targets(model, config, is_classifier)
-    inputs = probe_inputs(model, with_ancestors(model, targets))
+    blocks = find_blocks(model, config)
+    places = [*targets, *blocks]
+    read = first_inputs(probe(model, with_ancestors(chain.from_iterable(map(ends_of, places)))))
     groups: dict[tuple, list[str]] = {}
-    for name in targets:
-        layer = decoder_layer(model, name)
-        called = name in inputs
-        reason = _why_not_routed(layer, config) if called else why_not_called(name, inputs)
+    for name in places:
+        first, _ = ends_of(name)
+        layer = decoder_layer(model, first)
+        called = first in read
+        reason = _why_not_routed(layer, config) if called else why_not_called(first, read)
         if reason is None:
-            alone = name if config.router_scope == "projection" else None
-            groups.setdefault((layer, id(inputs[name]), alone), []).append(name)
-        elif named:
-            raise ValueError(f"target_modules names {name!r}, which cannot be adapted: {reason}.")
+            is_alone = config.router_scope == "projection" or config.expert_placement == "series"
+            alone = name if is_alone else None
+            groups.setdefault((layer, id(read.get(first)), alone), []).append(name)
+        elif named or name in blocks:
+            field = "target_blocks" if name in blocks else "target_modules"
+            raise ValueError(f"{field} names {name!r}, which cannot be adapted: {reason}.")
         else:
             unadapted[name] = reason
     if not named:
@@ -70,53 +66,6 @@ def find_sites(
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
     return list(groups.values())
-
-
-def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The first input of each of these modules that a forward pass of two tokens calls; the base
-    stays as it was.
-
-    Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator
-    without a fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the
-    weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
-    weights.
-    """
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        # It would print the traceback of an operator without a fake implementation.
-        log = logging.getLogger(FAKE_TENSOR_LOG)
-        was_disabled = log.disabled
-        log.disabled = True
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                return _forward_two_tokens(model, targets)
-        except Exception:
-            if model.device.type == "meta":
-                raise
-        finally:
-            log.disabled = was_disabled
-    return _forward_two_tokens(model, targets)
-
-
-@torch.no_grad()
-def _forward_two_tokens(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-    keywords = {"use_cache": False, "decoder_input_ids": ids}
-    taken = inspect.signature(model.forward).parameters
-    inputs: dict[str, Tensor] = {}
-    restore = snapshot(model)
-    try:
-        for name, module in targets.items():
-            module.register_forward_pre_hook(partial(_record, inputs, name))
-        model.eval()
-        model(input_ids=ids, **{k: v for k, v in keywords.items() if k in taken})
-    finally:
-        restore()
-    return inputs
-
-
-def _record(inputs: dict[str, Any], name: str, module: nn.Module, args: tuple) -> None:
-    # Keeping the tensor keeps its id from being used again.
-    inputs.setdefault(name, args[0] if args else None)
 
 
 def _why_not_routed(layer: str | None, config: MoeLoraConfig) -> str | None:
@@ -132,24 +81,18 @@ def _why_not_routed(layer: str | None, config: MoeLoraConfig) -> str | None:
     return None
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes: its weights' device, or where accelerate brings them."""
-    for part in module.modules():
-        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if execution_device is not None:
-            return torch.device(execution_device)
-    return next(module.parameters()).device
-
-
 def find_targets(
     model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool
 ) -> tuple[dict[str, nn.Module], bool]:
-    """The modules to adapt, by name in the model's order, and whether the user named them.
+    """The linears to adapt, by name in the model's order, and whether the user named them; none
+    where target_blocks alone says what is adapted.
 
     Raises:
         ValueError: nothing matches (with the nearest names), or a named module is not a linear.
     """
     targets = config.target_modules
+    if targets is None and config.target_blocks:
+        return {}, False
     if targets is None:
         targets = PEFT_TARGETS.get(model.config.model_type, ALL_LINEAR)
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -175,7 +118,8 @@ def find_targets(
                 raise ValueError(
                     f"target_modules matches {name!r}, a {type(module).__name__}: only linear "
                     "layers (also Conv1D and quantised ones) can carry LoRA experts. Name its "
-                    "linears, or use a narrower regex."
+                    "linears, or use a narrower regex; experts beside a whole module are what "
+                    "target_blocks is for."
                 )
             check_mamba_targets(lora, model, name.rpartition(".")[2])
             targeted[name] = module
@@ -187,41 +131,6 @@ def find_targets(
     if isinstance(config.target_modules, list):
         check_all_match(model, config.target_modules)
     return targeted, named
-
-
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
-    if isinstance(module, (nn.Embedding, Convolution)):
-        return None
-    with warnings.catch_warnings():
-        # PEFT warns where it answers None, which the caller handles.
-        warnings.simplefilter("ignore", UserWarning)
-        d_in, d_out = in_out_features(module)
-    return (d_in, d_out) if d_in is not None and d_out is not None else None
-
-
-def decoder_layer(model: nn.Module, name: str) -> str | None:
-    """The path of the outermost numbered block around module `name`, or None outside of any."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        around = ".".join(parts[:i])
-        if parts[i].isdigit() and isinstance(model.get_submodule(around), nn.ModuleList):
-            return f"{around}.{parts[i]}"
-    return None
-
-
-def layer_number(layer: str | None) -> int | None:
-    """The number at the end of a decoder layer's path; None outside of any."""
-    return None if layer is None else int(layer.rpartition(".")[2])
-
-
-def depth_of(model: nn.Module, layer: str | None) -> float:
-    """Where a decoder layer is: 0 the first, 1 the last; 1 outside of any."""
-    if layer is None:
-        return 1.0
-    around, _, number = layer.rpartition(".")
-    layers: Any = model.get_submodule(around)
-    return int(number) / max(len(layers) - 1, 1)
 
 
 def modules_to_save(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,36 @@ class MixdaReport:
         return self.task.seconds + sum(run.seconds for run in self.domains.values())
 
 
+def mixda_config(
+    names: Sequence[str], blocks: Sequence[str], layers: int | Sequence[int], **fields: Any
+) -> MoeLoraConfig:
+    """The paper's mixture: bottlenecks with a GELU in parallel with the FFNs of a few layers, and
+    the base as one more choice.
+
+    Args:
+        names: of the experts, one a domain and the task's.
+        blocks: what the FFNs are called in this base, as `target_blocks`: ["mlp"], or ["fc1->fc2"]
+            where they are no modules of their own.
+        layers: the numbers of the layers that have experts; the authors' scripts take 7 and 11 of
+            the 24 of a large encoder.
+        fields: further ones of `MoeLoraConfig`, such as r (the authors' bottleneck is a sixteenth
+            of the FFN's width), or others than these.
+
+    Raises:
+        ValueError, TypeError: as `MoeLoraConfig`.
+    """
+    usual = {
+        "num_experts": len(names),
+        "expert_names": list(names),
+        "num_experts_per_tok": 2,
+        "null_expert": True,
+        "target_blocks": list(blocks),
+        "layers_to_transform": layers if isinstance(layers, int) else list(layers),
+        "expert_activation": "gelu",
+    }
+    return MoeLoraConfig(**{**usual, **fields})
+
+
 def train_mixda(
     model: MixtureModel,
     domains: Mapping[str, Any],
@@ -55,16 +85,18 @@ def train_mixda(
     would never get a gradient.
 
     As in the paper: the base takes part in both stages, each domain is trained apart, domain
-    experts rest in stage 2, texts from elsewhere keep them off what they do not know. Different
-    from the paper: experts are LoRAs wherever the mixture has them, not bottlenecks beside the FFNs
-    of some layers. The weights are the routers' softmax, not an attention over outputs. The same
-    routers go from domain to domain. The loss is the language model's, not one of masked entities,
-    for `general` too, whose rows are labelled as the base's (and the domain's as its expert's); the
-    paper takes the squared distance to the base's activations. The routers choose the task expert
-    too.
+    experts rest in stage 2, texts from elsewhere keep them off what they do not know; and with
+    `mixda_config` the experts are bottlenecks beside the FFNs of some layers. With any other
+    configuration they are what and where that says, such as LoRAs in all linears. Different from
+    the paper: the weights are the routers' softmax, not an attention over outputs. The same routers
+    go from domain to domain. The loss is the language model's, not one of masked entities, for
+    `general` too, whose rows are labelled as the base's (and the domain's as its expert's); the
+    paper takes the squared distance to the base's activations. The task expert has the domain
+    experts' places, and the routers choose it too.
 
     Args:
-        model: a mixture with `null_expert`, and `num_experts_per_tok` of 2 or more.
+        model: a mixture with `null_expert`, and `num_experts_per_tok` of 2 or more; `mixda_config`
+            gives both.
         domains: by expert its unlabelled texts.
         task: the labelled texts.
         args: `TrainingArguments`, used for each run.

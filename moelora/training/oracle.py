@@ -153,6 +153,7 @@ def _key(model: MixtureModel, texts: Texts) -> str:
     """A hash of what the losses depend on: texts, experts, and the base's weights and config."""
     own = model.moelora_config
     config = model.config.to_dict() | {"choice_names": own.choice_names}
+    config |= {"expert_activation": own.expert_activation, "placement": own.expert_placement}
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     state = nn.Module.state_dict(model)

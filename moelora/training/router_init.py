@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.blocks import read_by
 from ..core.model import MixtureModel, evaluating
+from ..placement import check_lora, ends_of
 from ..routers import ROUTERS, ArrowRouter, DescriptorRouter, Router, TopKRouter
 from ..routers.descriptor import class_means, times_covariance_power
 from ..validation import check_choice, check_names
@@ -100,6 +102,8 @@ def describe_experts(
 def _check_router(model: MixtureModel, how: str) -> None:
     """Raise ValueError where this way cannot set the routers, which are all of one class."""
     config = model.moelora_config
+    if how == "arrow":
+        check_lora(config, "router_init='arrow'")
     router = model.moelora.router_list[0]
     problem = ""
     if how == "prototype" and not isinstance(router, DescriptorRouter):
@@ -164,8 +168,12 @@ def _router_inputs(
         for router, name, rows in zip(context.router_list, context.router_names, read):
             note = partial(_note, router, rows, context.by_token)
             # Before the mixture's own hooks: one of them may end the forward pass.
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+            module = model.get_submodule(ends_of(name)[0])
+            if name in context.sites and context.sites[name].is_series:
+                note = partial(_note_output, note)
+                handle = module.register_forward_hook(note, prepend=True)
+            else:
+                handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
             stack.enter_context(handle)
         for choice, own in ids.items():
             with model.use_experts(alone(model, choice)):
@@ -180,11 +188,17 @@ def _router_inputs(
 def _note(
     router: Router, rows: list[Tensor], by_token: bool, module: nn.Module, args: tuple, kwargs: dict
 ) -> None:
-    """A hook that adds to `rows` what the router reads of a linear's or decoder layer's input."""
-    x = args[0] if args else kwargs["hidden_states"]
+    """A hook that adds to `rows` what the router reads of what a module or decoder layer reads."""
+    x = read_by(args, kwargs)
+    assert x is not None
     x = x.detach().reshape(-1, x.shape[-1])
     x = x if by_token else router.pool(x[None])
     rows.append(router.normalised(x).cpu())
+
+
+def _note_output(note: Callable[..., None], module: nn.Module, args: tuple, output: Tensor) -> None:
+    """A hook that hands to `note` what a module gave, which a router in series reads."""
+    note(module, (output,), {})
 
 
 def discriminants(classes: list[Tensor]) -> Tensor:

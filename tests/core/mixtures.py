@@ -80,6 +80,7 @@ def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fiel
     config = MoeLoraConfig(**{**suited(**FIELDS, router=fields.get("router", "top_k")), **fields})
     key = (public, base.config.to_json_string(), config.router_scope, config.router_layer)
     key += (str(config.target_modules), str(config.layers_to_transform))
+    key += (str(config.target_blocks), config.expert_placement)
     torch.manual_seed(1)
     if probe or key not in _FOUND:
         model = public.from_base(base, config)

@@ -22,7 +22,7 @@ from core.mixtures import (
 from torch import nn
 
 from moelora import ROUTERS, MoeLoraForCausalLM, Router, Routing, register_router
-from moelora.injection.sites import decoder_layer
+from moelora.injection.modules import decoder_layer
 
 MIXED = {"num_experts": 4, "r": [1, 2, 3, 6], "lora_alpha": [2, 8, 3, 6]}
 

@@ -41,6 +41,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "accumulated": {"fields": {}, "micro": 2},
     "shared A": {"fields": {"share_lora_A": True}},
+    "series": {
+        "fields": {
+            "expert_placement": "series",
+            "target_blocks": ["mlp"],
+            "expert_activation": "gelu",
+        }
+    },
 }
 EDITS = {
     "freeze": lambda model: model.freeze_experts(["expert_1"]),

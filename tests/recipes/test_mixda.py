@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from core.mixtures import LEVELS
+from bases import causal_base
+from core.mixtures import LEVELS, NO_ROUTER_LOSS
 from training.recipes import Broken, arguments, bits, loss, moved, same, state
 from training.tasks import FIRST, WIDTH, gate, redrawn, task
 
-from moelora.recipes import MixdaReport, train_mixda
+from moelora import MoeLoraForCausalLM
+from moelora.recipes import MixdaReport, mixda_config, train_mixda
 from moelora.recipes import mixda as module
 from moelora.training import Texts
 
@@ -220,3 +222,33 @@ def test_a_run_that_fails_halfway_leaves_nothing_frozen_or_banned(last, tmp_path
     with pytest.raises(RuntimeError, match="the disk is full"):
         run(model, tmp_path, collator=Broken(last))
     assert state(model) == was
+
+
+FFNS = {"llama": ["mlp"], "bloom": ["mlp"], "opt": ["fc1->fc2"], "gptj": ["mlp"]}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FFNS)
+def test_domain_adapters_beside_the_ffns_of_a_few_layers(name, level, monkeypatch, tmp_path):
+    """The paper's places: bottlenecks in parallel with the FFN, here of layer 1 of 2."""
+    fields = {"routing_level": level, "router_prefix_tokens": PREFIX, "r": 8, **NO_ROUTER_LOSS}
+    config = mixda_config(NAMES, FFNS[name], 1, **fields)
+    base = causal_base(name)
+    torch.manual_seed(1)
+    model = MoeLoraForCausalLM.from_base(base, config).eval()
+    (site,) = model.moelora.sites.values()
+    assert site.activation == "gelu" and ".1." in site.path
+    assert model.moelora_config.null_expert
+    stages, first = Stages(monkeypatch), {n: loss(model, own, n) for n, own in DOMAINS.items()}
+    run(model, tmp_path, max_steps=12)
+    assert [one["moved"] for one in stages.runs] == [
+        {f"expert.{expert}", "routers"} for expert in ("red", "green", "answer")
+    ]
+    for expert, own in DOMAINS.items():
+        assert loss(model, own, expert) < first[expert] - 0.03
+
+
+def test_mixda_config_takes_other_fields():
+    config = mixda_config(["a", "b"], ["mlp"], [3, 5], expert_activation="relu", r=[4, 8])
+    assert config.layers_to_transform == [3, 5] and config.ranks == (4, 8)
+    assert config.expert_activation == "relu" and config.num_experts_per_tok == 2

@@ -203,7 +203,14 @@ def other_names(model: Any, rows: Texts) -> None:
     model.moelora.config.expert_names = ["red", "blue", "green"]
 
 
+def other_activation(model: Any, rows: Texts) -> None:
+    model.moelora.config.expert_activation = "relu"
+    for site in model.moelora.sites.values():
+        site.activation = "relu"
+
+
 CHANGES = [
+    other_activation,
     changed_text,
     changed_labels,
     fewer_texts,

@@ -1,0 +1,55 @@
+"""What a module of a base is: a linear of what sizes, in which decoder layer, on which device."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..host_internals import Convolution, in_out_features
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear, a Conv1D or a quantised linear; None for anything else."""
+    if isinstance(module, (nn.Embedding, Convolution)):
+        return None
+    with warnings.catch_warnings():
+        # PEFT warns where it answers None, which the caller handles.
+        warnings.simplefilter("ignore", UserWarning)
+        d_in, d_out = in_out_features(module)
+    return (d_in, d_out) if d_in is not None and d_out is not None else None
+
+
+def decoder_layer(model: nn.Module, name: str) -> str | None:
+    """The path of the outermost numbered block around module `name`, or None outside of any."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        around = ".".join(parts[:i])
+        if parts[i].isdigit() and isinstance(model.get_submodule(around), nn.ModuleList):
+            return f"{around}.{parts[i]}"
+    return None
+
+
+def layer_number(layer: str | None) -> int | None:
+    """The number at the end of a decoder layer's path; None outside of any."""
+    return None if layer is None else int(layer.rpartition(".")[2])
+
+
+def depth_of(model: nn.Module, layer: str | None) -> float:
+    """Where a decoder layer is: 0 the first, 1 the last; 1 outside of any."""
+    if layer is None:
+        return 1.0
+    around, _, number = layer.rpartition(".")
+    layers: Any = model.get_submodule(around)
+    return int(number) / max(len(layers) - 1, 1)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes: its weights' device, or where accelerate brings them."""
+    for part in module.modules():
+        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return next(module.parameters()).device
