@@ -28,6 +28,7 @@ from ..host_internals import (
     check_mamba_targets,
     in_out_features,
     include_all_linear,
+    is_partitioned,
 )
 from .base import snapshot
 from .left_out import (
@@ -81,6 +82,11 @@ def probe_inputs(model: PreTrainedModel, targets: dict[str, nn.Module]) -> dict[
     weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
     weights.
     """
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        # DeepSpeed has no whole weights here outside of its own engine: the same modules do.
+        with torch.device("meta"):
+            model = type(model)(model.config)
+        targets = {name: model.get_submodule(name) for name in targets}
     if not any(hasattr(module, "_hf_hook") for module in model.modules()):
         # It would print the traceback of an operator without a fake implementation.
         log = logging.getLogger(FAKE_TENSOR_LOG)
