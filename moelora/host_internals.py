@@ -47,6 +47,26 @@ def is_data_parallel_replica(model: nn.Module) -> bool:
     return getattr(model, "_is_replica", False)
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 took this parameter: each process has a part, and the tensor is
+    empty but while its module runs. It says so by an attribute.
+    """
+    return hasattr(parameter, "ds_id")
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that ZeRO-3 took, flat."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]
+
+
+def gradient_is_elsewhere(parameter: Tensor) -> bool:
+    """Whether an engine keeps the gradient between micro-batches, so that `grad` is None: FSDP2 and
+    DeepSpeed's ZeRO, of whose stages 1 and 2 this attribute is the only sign.
+    """
+    names = ("full_tensor", "ds_id", "grad_accum")
+    return any(hasattr(parameter, name) for name in names)
+
+
 def inside_backward() -> bool:
     """Whether a backward pass is computing something again; torch tells it by this number alone."""
     return torch._C._current_graph_task_id() != -1

@@ -45,11 +45,17 @@ def check_placement(values: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for a form of experts that there is not.
 
     Args:
-        values: of the fields expert_activation, expert_placement and target_blocks.
+        values: of the fields expert_activation, expert_placement, target_blocks and expert_init.
     """
     if values["expert_activation"] is not None:
         check_choice("expert_activation", values["expert_activation"], ACTIVATIONS)
     check_choice("expert_placement", values["expert_placement"], PLACEMENTS)
+    beside = values["expert_placement"] != "parallel" or values["target_blocks"]
+    if values["expert_init"] == "svd" and beside:
+        raise ValueError(
+            "expert_init='svd' takes the directions that a linear's weight reads, and in series or "
+            "beside a block experts read something else: use 'orthogonal' or 'kaiming'."
+        )
     for target in values["target_blocks"] or []:
         ends = target.split(SPAN)
         if len(ends) > 2 or not all(end and end == end.strip() for end in ends):

@@ -11,6 +11,8 @@ import torch
 from moelora_kernels import Layout
 from torch import Tensor, nn
 
+from ..host_internals import is_partitioned
+
 TRAINED = "weight"
 FROZEN = "frozen_weight"
 
@@ -29,8 +31,8 @@ class LoraFactors:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a part of `tensor` alone (FSDP2's DTensor)."""
-    return hasattr(tensor, "full_tensor")
+    """Whether this process has a part of `tensor` alone (FSDP2's DTensor, ZeRO-3)."""
+    return hasattr(tensor, "full_tensor") or is_partitioned(tensor)
 
 
 class Factor(nn.Module):

@@ -158,7 +158,7 @@ class Site(nn.Module):
         """
         running = current_pass(self.context)
         shrunk = running.shrunk.pop(self, None)
-        if shrunk is None or shrunk[0] is not x or index not in shrunk[1]:
+        if shrunk is None or not _is_same(shrunk[0], x) or index not in shrunk[1]:
             # The first linear that asks: x is routed, and shrunk for all of them.
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
@@ -173,6 +173,11 @@ class Site(nn.Module):
             h = ACTIVATIONS[self.activation](h)
         # Not self.lora_B[index], whose detour is felt at every token.
         return self._modules["lora_B"]._modules[str(index)](h, plan, output, inplace)  # type: ignore
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one: DeepSpeed gives each module an alias of its input."""
+    return one is other or one.is_set_to(other)
 
 
 class ExpertHook:

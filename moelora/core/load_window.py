@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
+from ..host_internals import gradient_is_elsewhere, is_partitioned, own_part
 from .experts import is_sharded
 
 
@@ -72,20 +73,22 @@ class LoadWindow(nn.Module):
         """Start a new window if an optimizer step lies behind the last training forward.
 
         It does where `parameter`, a router's, has other values than then, or was given a gradient
-        that the loop has cleared since (a step whose learning rate is 0 changes no value). The
-        gradient of a sharded one says nothing: between micro-batches FSDP2 keeps it elsewhere.
+        that the loop has cleared since (a step whose learning rate is 0 changes no value), unless
+        an engine keeps gradients elsewhere.
         """
         if parameter is None:
             return
-        sharded = is_sharded(parameter)
-        values = parameter.full_tensor() if sharded else parameter  # type: ignore[operator]
-        cleared = parameter.grad is None and self.learned and not sharded
+        values = _values(parameter)
+        cleared = parameter.grad is None and self.learned and not gradient_is_elsewhere(parameter)
         if cleared or self.last_seen.shape != values.shape:
             stepped = torch.ones((), dtype=torch.bool, device=self.current.device)
         else:
             # Not by the tensor's version, which fused optimizers leave as it is; and without asking
             # the device.
             stepped = (values != self.last_seen).any().to(self.current.device)
+            if is_partitioned(parameter):
+                # One process's part may be nothing but padding.
+                stepped = _any_process(stepped)
         self.previous.copy_(torch.where(stepped, self.current, self.previous))
         self.current.masked_fill_(stepped, 0)
         if self.update_rate:
@@ -126,6 +129,20 @@ class LoadWindow(nn.Module):
     def forward(self, index: int) -> Tensor | None:
         """What is added to router `index`'s probabilities when it chooses, `[C]`, or None."""
         return self.bias[index] if self.update_rate else None
+
+
+def _values(parameter: nn.Parameter) -> Tensor:
+    """A parameter's values: all of them under FSDP2, this process's part under ZeRO-3."""
+    if is_partitioned(parameter):
+        return own_part(parameter)
+    return parameter.full_tensor() if is_sharded(parameter) else parameter  # type: ignore[operator]
+
+
+def _any_process(flag: Tensor) -> Tensor:
+    """Whether `flag` is set in any process."""
+    number = flag.to(torch.int32)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number > 0
 
 
 def as_fractions(counts: Tensor, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.blocks import read_by
-from ..host_internals import FAKE_TENSOR_LOG, FakeTensorMode
+from ..host_internals import FAKE_TENSOR_LOG, FakeTensorMode, is_partitioned
 from .base import snapshot
 from .modules import device_of
 
@@ -43,6 +43,10 @@ def probe(model: PreTrainedModel, names: Iterable[str]) -> list[Call]:
     weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
     weights.
     """
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        # DeepSpeed has no whole weights here outside of its own engine: the same modules do.
+        with torch.device("meta"):
+            model = type(model)(model.config)
     modules = {name: model.get_submodule(name) for name in names}
     if not any(hasattr(module, "_hf_hook") for module in model.modules()):
         # It would print the traceback of an operator without a fake implementation.

@@ -8,6 +8,7 @@ import sys
 import torch
 from core.mixtures import causal, tokens
 from torch import nn
+from training.runs import LOSSES, assert_same, gradients
 
 LATER = """
 import sys
@@ -68,3 +69,20 @@ def test_an_output_that_a_hook_on_all_modules_kept_is_not_written_into():
     finally:
         handle.remove()
     assert kept and all(torch.equal(*pair) for pair in kept)
+
+
+def test_an_alias_of_the_input_is_the_same_input():
+    """DeepSpeed's hooks give each linear a tensor of its own: a site was routed once a linear, and
+    its router losses counted as often.
+    """
+    model = causal(**LOSSES).train()
+    ids = tokens()
+    expected = gradients(model, input_ids=ids, labels=ids)
+    calls = []
+    for router in model.moelora.router_list:
+        router.register_forward_hook(lambda *_: calls.append(1))
+    for name in model.moelora.linears():
+        linear = model.get_submodule(name)
+        linear.register_forward_pre_hook(lambda module, args: (args[0].view_as(args[0]),))
+    assert_same(gradients(model, input_ids=ids, labels=ids), expected, 1e-6)
+    assert len(calls) == len(model.moelora.router_list)
