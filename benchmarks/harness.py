@@ -48,14 +48,19 @@ class Timings:
         )
 
 
-def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Timings:
+def in_turns(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
     """Call every candidate once a round, `rounds` times after `warmup` uncounted rounds."""
     timings = Timings({name: [] for name in candidates})
     for round_ in range(warmup + rounds):
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if round_ >= warmup:
                 timings.seconds[name].append(elapsed)
     return timings

@@ -50,6 +50,7 @@ class MixtureContext(nn.Module):
         tiles: the tuned tiles of this machine's GPU, by name; "" are the defaults.
         loss_scale: d(backward)/d(loss) where no loss passes through the model (see
             `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
+        counts_load: count who is chosen in training also where no router loss asks for it.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
         by_token: whether a routing has a row for each token, not for each sequence.
@@ -74,6 +75,7 @@ class MixtureContext(nn.Module):
         self._backend: str | None = None
         self.tiles = ""
         self.loss_scale: float | None = None
+        self.counts_load = False
         # A list, whose changes are atomic.
         self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts

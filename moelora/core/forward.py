@@ -157,7 +157,7 @@ def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     if own.expert_targets is not None or own.output_expert_routing:
         return True
     rates = (config.router_aux_loss_coef, config.router_z_loss_coef, config.router_bias_update_rate)
-    return learning and any(rates)
+    return learning and (any(rates) or mixture.counts_load)
 
 
 def _loss_scale(model: Any, has_labels: bool, learning: bool) -> LossScale:

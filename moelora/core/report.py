@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routers import Routing
+from .collapse import ENOUGH, collapse_in_words
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -27,6 +28,7 @@ class RoutingReport:
     probabilities: `[batch, C]` the softmax of the logits, mean over a sequence's tokens and over
     routers; where experts are forced, by_sequence.
     routing: one `Routing` a router, as they came.
+    config: of the mixture.
     shared_experts: those that act on every token beside the chosen ones; no share counts them.
     """
 
@@ -36,6 +38,7 @@ class RoutingReport:
     by_sequence: Tensor
     probabilities: Tensor
     routing: tuple[Routing, ...]
+    config: MoeLoraConfig
     shared_experts: tuple[str, ...] = ()
 
     @property
@@ -46,6 +49,19 @@ class RoutingReport:
     def top_experts(self) -> list[str]:
         """For each sequence the name of the most probable choice."""
         return [self.choice_names[i] for i in self.probabilities.argmax(1).tolist()]
+
+    def collapse(self) -> str:
+        """Which router leaves most of its experts idle on this batch, in words with what to change;
+        "" where none does, or where too few rows were routed to say (20 slots a choice).
+
+        It means something for a batch of all the kinds of text that the experts are for.
+        """
+        slots = [int((own.expert_ids >= 0).sum()) for own in self.routing]
+        rows = len(self.routing[0].expert_ids)
+        if min(slots) < ENOUGH * len(self.choice_names):
+            return ""
+        in_use = max(min(slots) // rows, 1)
+        return collapse_in_words(self.by_router, in_use, self.config, self.router_names)
 
     def __str__(self) -> str:
         shares = ", ".join(
@@ -81,7 +97,8 @@ class RoutingReport:
             probable = [_by_sequence(logits.softmax(-1), present) for logits in asked]
             probabilities = sum((_shares(own) / len(routing) for own in probable), zero)
         routers = list(mixture.router_names)
-        return cls(names, routers, by_router, by_sequence, probabilities, routing, shared)
+        of_batch = (by_router, by_sequence, probabilities, routing)
+        return cls(names, routers, *of_batch, mixture.config, shared)
 
 
 def _slots(routing: Routing, names: list[str], config: MoeLoraConfig) -> Tensor:

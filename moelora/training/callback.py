@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.modeling_utils import unwrap_model
+from transformers.utils import logging
+
+from ..core.collapse import ENOUGH, collapse_in_words
+from ..registry import router_class
+
+# Beside transformers' own loggers, whose verbosity it follows.
+logger = logging.get_logger("transformers.moelora")
 
 
 class MoeLoraCallback(TrainerCallback):
-    """Logs how evenly the experts are used, and tells the model how the loop scales its loss.
+    """Logs how evenly the experts are used, warns once where a router has collapsed, and tells the
+    model how the loop scales its loss.
 
     Training needs it only where the loop computes the loss outside of the model (label smoothing,
     `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by
     itself.
     """
+
+    def __init__(self):
+        # Who was chosen since collapse was looked for, `[num_routers, C]`.
+        self._counts: Tensor | None = None
+        self._has_warned = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Have the model count who is chosen, and begin to watch anew."""
+        _mixture_of(model).counts_load = True
+        self._counts = None
+        self._has_warned = False
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Read by how much the loop multiplies its loss before it calls backward."""
@@ -25,15 +45,27 @@ class MoeLoraCallback(TrainerCallback):
             scale *= args.world_size
         _mixture_of(model).loss_scale = scale
 
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Add up who was chosen."""
+        mixture = _mixture_of(model)
+        # Bans and forced experts are meant.
+        if mixture.load is None or mixture.overridden or self._has_warned:
+            return
+        counts = mixture.load.current
+        fits = self._counts is not None and self._counts.shape == counts.shape
+        self._counts = self._counts + counts if fits else counts.clone()  # type: ignore[operator]
+
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Forget the scale: another loop may have another one."""
         _mixture_of(model).loss_scale = None
+        _mixture_of(model).counts_load = False
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """Add the experts' peak load: the largest share, times the number of experts.
 
         It is 1 where all are used alike, and the number of experts where one takes all. There are
-        two: the worst router's, and the mean over routers.
+        two: the worst router's, and the mean over routers. Where a router has collapsed, a warning
+        says so once, with what to change.
         """
         load = _mixture_of(model).load
         if logs is None or load is None or not bool(load.current.any()):
@@ -47,6 +79,22 @@ class MoeLoraCallback(TrainerCallback):
         # its callbacks.
         if state.log_history:
             state.log_history[-1].update(figures)
+        self._warn_of_collapse(_mixture_of(model), state.is_world_process_zero)
+
+    def _warn_of_collapse(self, mixture: Any, is_main: bool) -> None:
+        """Say what is wrong with who was chosen since the last time, if those were enough."""
+        counts = self._counts
+        if counts is None or int(counts.sum(1).min()) < ENOUGH * counts.shape[1]:
+            return
+        self._counts = None
+        config = mixture.config
+        decides = router_class(config.router).decides_how_many
+        in_use = 1 if decides else config.num_experts_per_tok
+        shares = (counts / counts.sum(1, keepdim=True)).cpu()
+        words = collapse_in_words(shares, in_use, config, mixture.router_names)
+        self._has_warned = bool(words)
+        if words and is_main:
+            logger.warning(words)
 
 
 def _mixture_of(model: Any) -> Any:

@@ -21,7 +21,14 @@ from ..core.model import MixtureModel, keeping_modes
 from ..validation import check_choice, check_names
 from .datasets import PadRouting, Texts, texts_of
 from .evaluation import alone, check_not_overridden
-from .gate import GateReport, check_options, labelled_texts, routers_training, train_gate
+from .gate import (
+    GateReport,
+    check_options,
+    check_routers_learn,
+    labelled_texts,
+    routers_training,
+    train_gate,
+)
 from .oracle import OracleLabels, check_oracle_texts, oracle_targets
 
 
@@ -212,6 +219,8 @@ def only_training(model: MixtureModel, expert: str, routers: bool) -> Iterator[N
 
     Afterwards what was frozen is so again, and what took gradients takes them again.
     """
+    if routers:
+        check_routers_learn(model)
     mixture = model.moelora
     trained = model.moelora_config.expert_index(expert)
     others = frozenset(range(mixture.num_experts)) - {trained}

@@ -113,6 +113,15 @@ def check_options(**options: Any) -> None:
         SETTINGS[name](name, value)
 
 
+def check_routers_learn(model: MixtureModel) -> None:
+    """Raise where the routers have no parameters, so that there is nothing to train."""
+    if not any(True for _ in model.moelora.routers.parameters()):
+        raise ValueError(
+            f"router={model.moelora_config.router!r} has no parameters, so there is nothing to "
+            "train: make the mixture with another router."
+        )
+
+
 @torch.no_grad()
 def prompt_features(model: MixtureModel, texts: Texts, batch_size: int = 32) -> Tensor:
     """What the model's first router reads of each prompt, `[n, d]` fp32 on the CPU.
@@ -164,11 +173,7 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
     """All texts with expert_targets, of which at least one must count."""
     check_not_overridden(model)
     names = model.moelora_config.choice_names
-    if not any(True for _ in model.moelora.routers.parameters()):
-        raise ValueError(
-            f"router={model.moelora_config.router!r} has no parameters, so there is nothing to "
-            "train: make the mixture with another router."
-        )
+    check_routers_learn(model)
     if isinstance(texts, Mapping):
         check_names(texts, names)
         for name, own in texts.items():

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from benchmarks import bench_generation, bench_training
+from benchmarks import bench_generation, bench_routers, bench_training
 from benchmarks.harness import Timings, in_turns, table
+from moelora import ROUTERS
 
 
 def test_training(tmp_path, capsys):
@@ -31,6 +32,14 @@ def test_generation(tmp_path):
         (8, 0.85),
     ]
     assert "X-LoRA" in rows[-1]["what"] and rows[-1]["tokens/s"] > 0
+
+
+def test_routers(tmp_path):
+    words = "--base tiny --layers 1 --batch 2 --length 8 --rounds 1 --clock cpu --output"
+    bench_routers.main([*words.split(), str(tmp_path)])
+    rows = json.loads((tmp_path / "routers_cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["what"].split()[0] for row in rows} == set(ROUTERS) - {"top_k"}
+    assert all(row["ratio"] > 0 and row["target"] == 1.10 for row in rows)
 
 
 def test_ratios_are_taken_round_by_round():

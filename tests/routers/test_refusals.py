@@ -12,6 +12,7 @@ from training.tasks import gate, tasks
 
 from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
 from moelora.training import train_gate
+from moelora.training.fitting import only_training
 
 DECIDING = sorted(name for name, cls in ROUTERS.items() if cls.decides_how_many)
 
@@ -74,6 +75,8 @@ def test_nothing_teaches_a_router_without_parameters():
     model = gate(router="random", router_input_norm=False)
     with pytest.raises(ValueError, match=r"'random' has no parameters.*another router"):
         train_gate(model, tasks(4))
+    with pytest.raises(ValueError, match="'random' has no parameters"):
+        only_training(model, "red", routers=True).__enter__()
     model = causal(router="random").train()
     targets = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"expert_targets teach.*'random'"):

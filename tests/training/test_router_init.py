@@ -81,6 +81,24 @@ def test_prototypes_route_texts_that_they_have_not_seen(scope: str, level: str) 
         assert report is not None
 
 
+@pytest.mark.parametrize("router", ["noisy_top_k", "soft", "top_p", "threshold", "sparsegen"])
+def test_prototypes_set_every_router_with_linear_scores(router: str) -> None:
+    fields = {"num_experts_per_tok": None, "router_scope": "layer", "expert_names": EXPERTS}
+    like, model = (
+        causal("llama", num_experts=3, router=kind, **fields) for kind in ("top_k", router)
+    )
+    for one in (like, model):
+        initialise(one, "prototype", texts_of())
+    for one, two in zip(model.moelora.router_list, like.moelora.router_list):
+        assert torch.equal(one.get_parameter("weight"), two.get_parameter("weight"))
+
+
+@pytest.mark.parametrize("router", ["mlp", "arrow", "cosine", "random"])
+def test_prototypes_refuse_the_others(router: str) -> None:
+    with pytest.raises(ValueError, match=rf"linear scores \(.*top_k.*top_p\), not '{router}'"):
+        initialise(mixture(router=router), "prototype", texts_of())
+
+
 def test_discriminants_are_those_of_the_closed_form() -> None:
     torch.manual_seed(0)
     centres = torch.tensor([[4.0, 10.0, 0.0], [0.0, 10.0, 4.0]])
