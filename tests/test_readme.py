@@ -44,7 +44,7 @@ def run(code: str, base: str) -> None:
 
 
 def test_the_adapters_example_runs(tmp_path, monkeypatch):
-    _, code, _ = blocks()
+    _, code, *_ = blocks()
     monkeypatch.chdir(tmp_path)
     base_with_tokenizer(Path("base"))
     adapters_on(Path("base"))
@@ -54,7 +54,7 @@ def test_the_adapters_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_selector_example_runs(tmp_path, monkeypatch, capsys):
-    _, _, code = blocks()
+    _, _, code, *_ = blocks()
     monkeypatch.chdir(tmp_path)
     base_with_tokenizer(Path("base"))
     adapters_on(Path("base"))
@@ -63,8 +63,16 @@ def test_the_selector_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    code, _, _ = blocks()
+    code, *_ = blocks()
     monkeypatch.chdir(tmp_path)
     base_with_tokenizer(Path("base"))
     run(code, "base")
     assert "RoutingReport(8 routers" in capsys.readouterr().out
+
+
+def test_the_outside_context_example_runs(tmp_path, monkeypatch, capsys):
+    *_, code = blocks()
+    monkeypatch.chdir(tmp_path)
+    base_with_tokenizer(Path("base"))
+    run(code, "base")
+    assert "RoutingReport(1 routers" in capsys.readouterr().out
