@@ -118,14 +118,36 @@ def test_numbers_of_tokens_share_a_graph(path: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_decoding_compiles_as_one_graph() -> None:
-    _, inputs = make(CASE, torch.float32)
+@pytest.mark.parametrize("path", ["matmul", "grouped"])
+def test_a_shared_lora_A_compiles_as_one_graph(path: str) -> None:
+    case = replace(CASE, ranks=(4, 4, 4))
+    ids, inputs = make(case, torch.float32)
+    inputs["lora_A"] = inputs["lora_A"][:4]
+    shared = Layout([case.offsets], shared=True)
+
+    def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        plan = build_plan(ids, weights, 3, total_rank=12, tokens_per_row=2, path=path)
+        (h,) = shrink(x, lora_A, shared, plan, backend="triton")
+        return expand(h, lora_B, case.layout, plan, out, backend="triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted = run(function, inputs)
+    for name, value in run(lambda **tensors: compiled(**tensors), inputs).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_decoding_compiles_as_one_graph(shared: bool) -> None:
+    case = replace(CASE, ranks=(4, 4, 4)) if shared else CASE
+    _, inputs = make(case, torch.float32)
     router = TopK(torch.randn(3, 16))
+    layout = Layout([case.offsets], shared=shared)
+    lora_A = inputs["lora_A"][:4] if shared else inputs["lora_A"]
 
     def step(x: Tensor, out: Tensor) -> Tensor:
         plan = build_decode_plan(router, 10, 2)
-        (h,) = shrink(x, inputs["lora_A"], CASE.layout, plan)
-        return expand(h, inputs["lora_B"], CASE.layout, plan, out)
+        (h,) = shrink(x, lora_A, layout, plan)
+        return expand(h, inputs["lora_B"], case.layout, plan, out)
 
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
