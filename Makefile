@@ -50,6 +50,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_generation
 	$(BIN)/python -m benchmarks.bench_kernels
 	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
+	$(BIN)/python -m benchmarks.bench_mixtures $(if $(TASKS),--tasks $(TASKS))
 
 # Needs a GPU and a plain python3 with what pyproject.toml names, torch >= 2.11 and so on: nothing is
 # installed. Where .git did not travel along: make gpu COMMIT=abc. Without a GPU: make gpu ARGS=--tiny

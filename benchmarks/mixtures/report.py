@@ -1,0 +1,121 @@
+"""Tables and pictures of what the store holds, made without any measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_routing import CORPUS, HARDER, NAMES, SOURCE
+from benchmarks.harness import table
+from benchmarks.mixtures import existing, sequential
+from benchmarks.mixtures.figures import Figures, Group, figures, groups
+from benchmarks.mixtures.plots import plot_interference, plot_joint
+from benchmarks.mixtures.store import Store
+from benchmarks.routing.tasks import DOMAINS
+
+NAME = "mixtures_cpu"
+TITLES = {
+    "joint": "All tasks at once",
+    "sequential": "Tasks one after another, old data gone",
+    "existing": "Adapters that exist, of different ranks and targets",
+    "interference": "Tasks that conflict",
+}
+Row = dict[str, Any]
+
+
+def write(store: Store, folder: Path) -> str:
+    """Write `mixtures_cpu.md` and the pictures into `folder`; returns the Markdown."""
+    found = groups(store.records())
+    sections = [section(group) for group in found]
+    targets = [row for group in found for row in _targets(group)]
+    if targets:
+        sections.append("## Targets\n\n" + table(targets))
+    markdown = "\n\n".join(sections) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{NAME}.md").write_text(markdown, encoding="utf-8")
+    for number, group in enumerate(g for g in found if g.part == "joint"):
+        plot_joint(group, folder / f"mixtures_joint{number or ''}.png")
+    conflicts = [group for group in found if group.part == "interference"]
+    if conflicts:
+        plot_interference(conflicts, folder / "mixtures_interference.png")
+    return markdown
+
+
+def section(group: Group) -> str:
+    """One comparison under its caption."""
+    own = group.settings
+    title = TITLES[group.part] + (f": {group.case}" if group.case else "")
+    seeds = sorted({record["settings"]["seed"] for record in group.records})
+    steps = f"{own['steps']} steps of {own['batch']} rows"
+    if group.part in ("sequential", "existing"):
+        steps += " a task"
+    caption = (
+        f"{len(own['tasks'])} tasks ({', '.join(own['tasks'])}), {steps}, seeds {seeds}: loss on "
+        "the answers, nats a token, and share of right answers; means over seeds (least-greatest)."
+        f" {source(own['tasks'])}"
+    )
+    return f"## {title}\n\n{caption}\n\n{table([_line(group, own) for own in figures(group)])}"
+
+
+def source(tasks: Sequence[str]) -> str:
+    """What the data is, and its terms."""
+    words = " ".join(tasks)
+    if any(name in words for name in (*NAMES.split(","), *HARDER.split(","))):
+        return SOURCE
+    return CORPUS if any(name in words for name in DOMAINS) else "Made of the data above."
+
+
+def _line(group: Group, own: Figures) -> Row:
+    row: Row = {"model": own.model, "rate": own.rate, "loss": own.loss.text()}
+    if group.part in ("joint", "interference"):
+        row["over the best LoRA"] = f"{own.loss.mean / group.best_single:.4f}"
+        row["trainable, M"] = own.parameters / 1e6
+    else:
+        row["over the oracle"] = f"{own.loss.mean / group.oracle:.4f}"
+    if own.lost is not None:
+        row["worst task lost"] = f"{own.lost.mean:+.1%}"
+    if own.accuracy is not None:
+        row["right"] = f"{own.accuracy.mean:.1%}"
+    if len(group.settings["tasks"]) <= 8:
+        row |= own.by_task
+    return row
+
+
+def _targets(group: Group) -> list[Row]:
+    found = {own.model: own for own in figures(group)}
+    where = f"{group.part}{', ' if group.case else ''}{group.case}"
+    rows = []
+
+    def row(what: str, value: float, target: float) -> None:
+        met = "yes" if value <= target else "**no**"
+        rows.append(
+            {
+                "what": f"{where}: {what}",
+                "came": f"{value:.4f}",
+                "target": f"≤ {target}",
+                "met": met,
+            }
+        )
+
+    if group.part == "joint" and group.mixtures and group.singles:
+        best = min(group.mixtures, key=lambda own: own.loss.mean)
+        goal = 1.0 if set(group.settings["tasks"]) <= set(DOMAINS) else 0.96
+        row(f"{best.model} over the best LoRA", best.loss.mean / group.best_single, goal)
+    if group.part == "interference":
+        for own in group.mixtures:
+            equal = group.equal_to(own.model)
+            if equal is not None:
+                row(f"{own.model} over {equal.model}", own.loss.mean / equal.loss.mean, 0.95)
+    if group.part == "sequential" and {sequential.ORACLE, sequential.ONE} <= set(found):
+        for name in (sequential.OURS, sequential.DESCRIBED):
+            if name in found:
+                own = found[name]
+                row(f"{name}, over the oracle", own.loss.mean / group.oracle, 1.02)
+                one = found[sequential.ONE].loss.mean
+                row(f"{name}, over {sequential.ONE}", own.loss.mean / one, 0.7)
+                row(f"{name}, worst task lost", own.lost.mean, 0.01)
+    if group.part == "existing" and existing.GATED in found and existing.ORACLE in found:
+        gated = found[existing.GATED].loss.mean
+        row("gate trained, over the oracle", gated / group.oracle, 1.01)
+    return rows
