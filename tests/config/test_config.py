@@ -19,6 +19,7 @@ from moelora.config_checks import (
     ROUTER_SCOPES,
     ROUTING_LEVELS,
 )
+from moelora.placement import PLACEMENTS
 
 COUNTS = {
     "num_experts": 1,
@@ -41,6 +42,7 @@ FLAGS = ["use_rslora", "share_lora_A", "norm_topk_prob", "router_input_norm", "n
 CHOICES = {
     "router": ROUTERS,
     "expert_init": EXPERT_INITS,
+    "expert_placement": PLACEMENTS,
     "routing_level": ROUTING_LEVELS,
     "router_scope": ROUTER_SCOPES,
     "router_pooling": ROUTER_POOLINGS,
@@ -48,8 +50,9 @@ CHOICES = {
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
 # Checked by tests of their own: router_options in tests/routers/test_options.py, layers and
-# patterns in tests/injection/test_by_layer.py.
+# patterns in tests/injection/test_by_layer.py, forms of experts in tests/core/test_bottleneck.py.
 FREE = {
+    *("expert_activation", "target_blocks"),
     *("format_version", "sites", "expert_ranks", "expert_scaling", "router_options"),
     *("experts_per_layer", "layer_experts", "rank_pattern", "alpha_pattern"),
 }
