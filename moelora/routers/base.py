@@ -231,7 +231,8 @@ class Router(nn.Module):
             x = self.pool(x, prompt_mask)
         elif prompt_mask is not None:
             raise ValueError(f"prompt_mask is for prompts x [B, S, d]; x is {tuple(x.shape)}.")
-        return self._decided(self.score(self._prepared(x)), selection_bias, banned)
+        x = self._prepared(x)
+        return self._decided(x, self.score(x), selection_bias, banned)
 
     def _prepared(self, x: Tensor) -> Tensor:
         """x `[N, d]` as `score` takes it: in fp32, normalised and, in training, with noise."""
@@ -243,9 +244,9 @@ class Router(nn.Module):
         return x
 
     def _decided(
-        self, logits: Tensor, selection_bias: Tensor | None, banned: Tensor | None
+        self, x: Tensor, logits: Tensor, selection_bias: Tensor | None, banned: Tensor | None
     ) -> Routing:
-        """What is chosen by `logits` `[N, num_choices]`; the other arguments as in `forward`."""
+        """What is chosen for rows x by `logits` `[N, num_choices]`; the rest as in `forward`."""
         if banned is not None:
             choices = nn.functional.pad(banned, (0, int(self.null_expert)))
             logits = logits.masked_fill(choices, -torch.inf)

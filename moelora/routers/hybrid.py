@@ -121,4 +121,4 @@ class HybridRouter(TopKRouter):
         of_token = self.score(tokens).log_softmax(-1)
         odds = torch.as_tensor(self.log_odds()).to(tokens)
         blend = torch.logaddexp(of_prompt + logsigmoid(odds), of_token + logsigmoid(-odds))
-        return self._decided(blend, selection_bias, banned)
+        return self._decided(tokens, blend, selection_bias, banned)
