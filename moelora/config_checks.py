@@ -244,7 +244,7 @@ def check_reads(router: Any, values: Mapping[str, Any]) -> None:
     Args:
         router: the class of the routers.
         values: of the fields router, routing_level, router_pooling, router_input_norm,
-            router_jitter_noise and router_bias_update_rate.
+            norm_topk_prob, router_jitter_noise and router_bias_update_rate.
     """
     own = f"router={values['router']!r}"
     if router.reads_prompt and values["routing_level"] != "token":
@@ -257,7 +257,8 @@ def check_reads(router: Any, values: Mapping[str, Any]) -> None:
     what = {"input_ids": "the ids of tokens", "context": "router_context"}[router.reads]
     unused = {"router_pooling": "mean"}
     if router.reads == "input_ids":
-        unused |= {"router_input_norm": False}
+        # Nor does it weigh its choices.
+        unused |= {"router_input_norm": False, "norm_topk_prob": True}
         unused |= {"router_jitter_noise": 0.0, "router_bias_update_rate": 0.0}
     for name, default in unused.items():
         if values[name] != default:

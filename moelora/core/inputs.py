@@ -59,7 +59,9 @@ class OwnInputs:
             )
         if self.router_mask is not None and not context.reads_prompts:
             raise ValueError(
-                "router_mask marks the prompt for routing_level='sequence'; at token level drop it."
+                "router_mask marks the prompt for routing_level='sequence' and router='hybrid'; "
+                f"router={context.config.router!r} at "
+                f"routing_level={context.config.routing_level!r} reads none: drop it."
             )
         if self.router_context is not None:
             _check_context(self.router_context, context, batch)

@@ -122,7 +122,7 @@ def class_for(public: type, base: type[PreTrainedModel]) -> type:
 
 OWN_INPUTS_DOC = """
 With a mixture of LoRA experts inside, forward (and generate) also take:
-    router_mask (`Tensor` [batch, length], bool): the prompt's tokens, for a sequence router.
+    router_mask (`Tensor` [batch, length], bool): the prompt's tokens, for a router that reads them.
     expert_routing (`tuple[Routing, ...]`): the routing of an earlier forward, to use again.
     expert_targets (`Tensor` [batch] or [batch, length], int): the expert that each sequence or
         token should choose, −100 for none; without labels the routers train alone.

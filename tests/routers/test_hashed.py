@@ -178,6 +178,7 @@ def test_what_it_cannot_read_is_refused():
     [
         {"router_pooling": "last", "routing_level": "sequence"},
         {"router_input_norm": True},
+        {"norm_topk_prob": False},
         {"router_jitter_noise": 0.1},
         {"router_bias_update_rate": 0.01},
     ],
