@@ -172,7 +172,7 @@ def compose(
     router: Annotated[str | None, Option(help="Else top_k, or as --router-init needs.")] = None,
     router_option: Annotated[list[str] | None, Option(help="NAME=VALUE of its settings.")] = None,
     router_init: Annotated[str, Option(help="random, or arrow (from the weights).")] = "random",
-    top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts a token.")] = None,
+    top_k: Annotated[int | None, Option("--top-k", "-k", help="Experts; else 2, or all.")] = None,
     routing_level: Annotated[str, Option(help="token or sequence.")] = "token",
     router_scope: Annotated[str, Option(help="projection, site, layer or model.")] = "site",
     split: Annotated[str | None, Option(help="Of one adapter several: copy or svd.")] = None,
@@ -187,10 +187,11 @@ def compose(
     if (split, experts) != (None, None):
         sources = _parts(sources, split, experts)
     options = {name: _value(text) for name, text in _pairs(router_option or [])}
+    slots: Any = 1 if top_k is None and len(sources) == 1 else top_k
     with busy(f"composing {len(sources)} adapters"):
         config = MoeLoraConfig(
             num_experts=len(sources),
-            num_experts_per_tok=1 if top_k is None and len(sources) == 1 else top_k,
+            num_experts_per_tok=slots,
             router=router or ("arrow" if router_init == "arrow" else "top_k"),
             router_options=options,
             routing_level=routing_level,

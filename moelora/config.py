@@ -148,7 +148,8 @@ class MoeLoraConfig(PreTrainedConfig):
 
     router: str = "top_k"
     router_options: dict[str, Any] | None = None
-    num_experts_per_tok: int | None = None
+    # None only until `validate` has counted.
+    num_experts_per_tok: int = None  # type: ignore[assignment]
     routing_level: str = "token"
     router_scope: str = "site"
     router_layer: int = 0

@@ -176,7 +176,7 @@ def set_experts(
     """
     if config.may_use_all_experts:
         # All of the new ones, which `validate` counts.
-        config.num_experts_per_tok = None
+        config.num_experts_per_tok = None  # type: ignore[assignment]
     config.num_experts = len(experts)
     config.expert_names = list(names)
     config.r = _one_or_list([expert.r for expert in experts])

@@ -54,8 +54,11 @@ class RoutingReport:
         """Which router leaves most of its experts idle on this batch, in words with what to change;
         "" where none does, or where too few rows were routed to say (20 slots a choice).
 
-        It means something for a batch of all the kinds of text that the experts are for.
+        It means something for a batch of all the kinds of text that the experts are for. Where
+        experts are forced, no router has chosen, and there is nothing to say.
         """
+        if any(own.logits.shape[-1] != len(self.choice_names) for own in self.routing):
+            return ""
         slots = [int((own.expert_ids >= 0).sum()) for own in self.routing]
         rows = len(self.routing[0].expert_ids)
         if min(slots) < ENOUGH * len(self.choice_names):

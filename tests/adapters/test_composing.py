@@ -272,3 +272,12 @@ def test_factors_of_one_adapter_for_a_mixture(tmp_path, pair):
     other = save_adapter(tmp_path / "other", causal_base(hidden_size=64))
     with pytest.raises(ValueError, match="wrong shapes"):
         adapter_factors(other, model)
+
+
+@pytest.mark.parametrize("router", ["soft", "sparsegen"])
+def test_routers_that_may_use_all_experts_use_all_adapters(pair, router):
+    config = MoeLoraConfig(router=router)
+    model = MoeLoraForCausalLM.from_adapters(causal_base(), pair, config)
+    assert model.moelora_config.num_experts_per_tok == 2
+    model.add_expert("law")
+    assert model.moelora_config.num_experts_per_tok == 3

@@ -241,6 +241,9 @@ def test_rows_below_a_high_threshold_have_no_expert():
     router.threshold_bias.data += 9.0
     routing = router(0.1 * inputs(20))
     assert bool((routing.expert_ids == -1).all()) and not routing.expert_weights.any()
+    (1e9 * routing.expert_weights).sum().backward()
+    for parameter in router.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 def test_equal_scores_share_the_weight():

@@ -137,6 +137,8 @@ def test_a_report_says_it_too():
         f"router of {model.moelora.router_names[3]}"
         in model.route(input_ids=tokens(8, 12)).collapse()
     )
+    with model.use_experts("expert_0"):
+        assert model.route(input_ids=tokens(8, 12)).collapse() == ""
     # Of a few tokens nothing can be said.
     assert model.route(input_ids=tokens(1, 4)).collapse() == ""
     assert causal().route(input_ids=tokens(8, 12)).collapse() == ""
