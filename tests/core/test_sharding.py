@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reentrant": False,
     },
     "accumulated": {"fields": {}, "micro": 2},
+    "shared, by layer": {"fields": {"num_shared_experts": 1, "experts_per_layer": [2, 3]}},
 }
 EDITS = {
     "freeze": lambda model: model.freeze_experts(["expert_1"]),
