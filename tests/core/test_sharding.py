@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
             "expert_activation": "gelu",
         }
     },
+    "shared, by layer": {"fields": {"num_shared_experts": 1, "experts_per_layer": [2, 3]}},
 }
 EDITS = {
     "freeze": lambda model: model.freeze_experts(["expert_1"]),
