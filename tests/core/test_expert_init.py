@@ -170,6 +170,21 @@ def test_a_weight_that_nobody_shows_is_refused_with_the_remedy():
     assert made("orthogonal", base).moelora.num_experts == 4
 
 
+class Bent(Opaque):
+    """Integers again, and a bend behind the product: no matrix says what it does."""
+
+    def forward(self, x):
+        return (x.cumsum(-1) ** 2)[..., : self.out_features]
+
+
+def test_what_is_not_linear_has_no_singular_vectors():
+    base = causal_base()
+    layer = base.model.layers[0].self_attn
+    layer.q_proj = Bent(layer.q_proj)
+    with pytest.raises(ValueError, match=r"q_proj, and this Bent.*not linear.*'orthogonal'"):
+        made("svd", base)
+
+
 def test_an_offloaded_base_and_one_without_values_yet():
     expected = expert_parameters(made("svd"))
     offloaded = causal_base()
