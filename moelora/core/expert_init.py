@@ -16,6 +16,7 @@ from .linear import Site
 
 # The root mean square of a row that PEFT's initialisation draws, uniform in ±1/√d_in.
 ROW_NORM = 1 / math.sqrt(3)
+ASKED_AT = 1024.0
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -136,6 +137,8 @@ def _weight(model: Any, name: str, size: tuple[int, int], device: torch.device) 
 
 def _asked(linear: nn.Module, name: str, directions: Tensor) -> Tensor:
     """W `[d_out, d_in]` from what a linear gives for the directions `[d_in, d_in]` and for 0."""
+    # Large, since in 16 bits a bias beside small products would round them off.
+    directions = directions * ASKED_AT
     first = directions[:1]
     try:
         # Its forward alone, for the hooks around it add the experts' part.
@@ -150,4 +153,4 @@ def _asked(linear: nn.Module, name: str, directions: Tensor) -> Tensor:
             f"expert_init='svd' needs the weight of {name}, and this {type(linear).__name__} does "
             f"not show it ({error}): use expert_init='orthogonal'."
         ) from error
-    return outputs.T
+    return outputs.T.to(torch.promote_types(outputs.dtype, torch.float32)) / ASKED_AT
