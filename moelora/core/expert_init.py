@@ -16,6 +16,7 @@ from .linear import Site
 
 # The root mean square of a row that PEFT's initialisation draws, uniform in ±1/√d_in.
 ROW_NORM = 1 / math.sqrt(3)
+ASKED_AT = 1024.0
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -120,7 +121,7 @@ def right_singular_vectors(weight: Tensor, whole: bool = False) -> Tensor:
 def _weight(model: Any, name: str, size: tuple[int, int], device: torch.device) -> Tensor:
     """The frozen weight of a linear, `[d_out, d_in]` as `size` says, as floating point."""
     linear = model.get_submodule(name)
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     if weight is not None and is_sharded(weight):
         raise ValueError(
             f"expert_init='svd' reads the weight of {name}, of which this process has a part: make "
@@ -136,13 +137,20 @@ def _weight(model: Any, name: str, size: tuple[int, int], device: torch.device) 
 
 def _asked(linear: nn.Module, name: str, directions: Tensor) -> Tensor:
     """W `[d_out, d_in]` from what a linear gives for the directions `[d_in, d_in]` and for 0."""
+    # Large, since in 16 bits a bias beside small products would round them off.
+    directions = directions * ASKED_AT
+    first = directions[:1]
     try:
         # Its forward alone, for the hooks around it add the experts' part.
-        outputs = linear.forward(directions) - linear.forward(torch.zeros_like(directions[:1]))
+        at_zero = linear.forward(torch.zeros_like(first))
+        outputs = linear.forward(directions) - at_zero
+        scaled = linear.forward(-2 * first) - at_zero
+        if float((scaled + 2 * outputs[:1]).norm()) > 0.2 * float(scaled.norm()):
+            raise ValueError("it is not linear")
     except Exception as error:
         # Of whatever kind: each way of quantising has kernels of its own.
         raise ValueError(
             f"expert_init='svd' needs the weight of {name}, and this {type(linear).__name__} does "
             f"not show it ({error}): use expert_init='orthogonal'."
         ) from error
-    return outputs.T
+    return outputs.T.to(torch.promote_types(outputs.dtype, torch.float32)) / ASKED_AT

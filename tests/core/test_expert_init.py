@@ -161,6 +161,26 @@ class Opaque(nn.Linear):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
+class Biased(Opaque):
+    """With a large bias, and a forward that works."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.codes = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes, self.codes.new_full((len(self.codes),), 3.0))
+
+
+def test_a_large_bias_does_not_round_the_weight_off():
+    base = causal_base().to(torch.bfloat16)
+    mlp = base.model.layers[0].mlp
+    mlp.up_proj = Biased(mlp.up_proj)
+    A = made("svd", base).moelora.expert(0)["model.layers.0.mlp.up_proj"].A.double()
+    Vh = torch.linalg.svd(mlp.up_proj.codes.double(), full_matrices=False).Vh[:2]
+    assert float((A @ Vh.T).square().sum()) > 0.99 * 2 / 3
+
+
 def test_a_weight_that_nobody_shows_is_refused_with_the_remedy():
     base = causal_base()
     mlp = base.model.layers[0].mlp
@@ -168,6 +188,21 @@ def test_a_weight_that_nobody_shows_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"up_proj, and this Opaque.*no kernel.*'orthogonal'"):
         made("svd", base)
     assert made("orthogonal", base).moelora.num_experts == 4
+
+
+class Bent(Opaque):
+    """Integers again, and a bend behind the product: no matrix says what it does."""
+
+    def forward(self, x):
+        return (x.cumsum(-1) ** 2)[..., : self.out_features]
+
+
+def test_what_is_not_linear_has_no_singular_vectors():
+    base = causal_base()
+    layer = base.model.layers[0].self_attn
+    layer.q_proj = Bent(layer.q_proj)
+    with pytest.raises(ValueError, match=r"q_proj, and this Bent.*not linear.*'orthogonal'"):
+        made("svd", base)
 
 
 def test_an_offloaded_base_and_one_without_values_yet():

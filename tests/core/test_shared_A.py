@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training.runs import NO_LOSSES, assert_bits, assert_same, batch, bits, gradients, gradients_of
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, resume_optimizer
+from moelora.training.fitting import only_training
 
 SHARED = {"share_lora_A": True}
 NAMES = [f"expert_{e}" for e in range(4)]
@@ -151,6 +152,21 @@ def test_while_an_expert_is_frozen_so_is_what_it_shares():
     assert not torch.equal(logits(model, "expert_1"), frozen)
 
 
+def test_training_one_expert_alone_trains_its_B():
+    model = shared()
+    before = {name: logits(model, name) for name in NAMES}
+    state = bits(model)
+    with only_training(model, "expert_2", routers=False):
+        trained = [name for name, p in own_parameters(model).items() if p.requires_grad]
+        assert trained and not any("lora_A" in name for name in trained)
+        _step(model)
+    changed = [name for name in NAMES if not torch.equal(logits(model, name), before[name])]
+    assert changed == ["expert_2"]
+    assert all(p.requires_grad for p in own_parameters(model).values())
+    after = bits(model)
+    assert all(torch.equal(after[n], state[n]) for n in state if "lora_A" in n)
+
+
 def test_experts_come_and_go_and_the_shared_rows_stay():
     model = shared()
     optimizer = _step(model)
@@ -248,7 +264,7 @@ def test_checkpointed_layers_have_the_same_gradients(reentrant):
 
 def test_compiled_it_has_the_same_gradients_in_one_graph():
     torch._dynamo.reset()
-    model = shared(**NO_LOSSES).train()
+    model = shared(target_modules=["q_proj", "v_proj"], **NO_LOSSES).train()
     expected = gradients(model, window=None, **batch())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()
