@@ -19,7 +19,7 @@ from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
 from ..placement import ends_of, site_name
 from .base import snapshot
-from .blocks import Sizes, sizes_of
+from .blocks import Sizes, probe_blocks, sizes_of
 from .modules import decoder_layer, device_of, features
 from .sites import find_sites, saved_modules
 
@@ -77,6 +77,8 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     mixture = Mixture(config)
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
+    if config.block_sizes is None:
+        config.block_sizes = probe_blocks(model, config)
     sizes = sizes_of(model, config, chain.from_iterable(config.sites))
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)

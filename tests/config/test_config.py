@@ -18,6 +18,7 @@ from moelora.config_checks import (
     ROUTER_SCOPES,
     ROUTING_LEVELS,
 )
+from moelora.placement import PLACEMENTS
 
 COUNTS = {
     "num_experts": 1,
@@ -42,10 +43,13 @@ CHOICES = {
     "router_scope": ROUTER_SCOPES,
     "router_pooling": ROUTER_POOLINGS,
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
+    "expert_placement": PLACEMENTS,
 }
-NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
-# Checked by tests of their own; router_options in tests/routers/test_options.py.
+NAME_LISTS = ["expert_names", "modules_to_save", "target_modules", "target_blocks"]
+# Checked by tests of their own; router_options in tests/routers/test_options.py, expert_activation
+# in tests/adapters/test_not_lora.py.
 FREE = {"format_version", "sites", "expert_ranks", "expert_scaling", "router_options"}
+FREE |= {"expert_activation", "block_sizes"}
 
 
 def test_every_field_is_in_one_of_these_tests():
