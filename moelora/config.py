@@ -114,6 +114,8 @@ class MoeLoraConfig(PreTrainedConfig):
         base_folder: where the base is inside the checkpoint, if it was saved too.
         base_subfolder: the folder of the base inside its repository.
         sites: the adapted linears that read one tensor, site by site.
+        block_sizes: of each block in `sites` the width of what its experts read and of what it
+            gives, by its name.
 
     Raises:
         ValueError, TypeError: a field that does not exist, or a value of another type or out of
@@ -173,6 +175,7 @@ class MoeLoraConfig(PreTrainedConfig):
     base_folder: str | None = None
     base_subfolder: str | None = None
     sites: list[list[str]] | None = None
+    block_sizes: dict[str, list[int]] | None = None
 
     # Beside the fields, since transformers saves and compares all that lies in __dict__.
     __slots__ = ("as_read",)
@@ -249,7 +252,7 @@ class MoeLoraConfig(PreTrainedConfig):
         """A copy that says nothing about a base, for use with any."""
         config = copy.deepcopy(self)
         for name in self.field_names():
-            if name.startswith("base_") or name == "sites":
+            if name.startswith("base_") or name in ("sites", "block_sizes"):
                 setattr(config, name, None)
         return config
 

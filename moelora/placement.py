@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from .validation import check_choice, string_list
+from .validation import check_choice, check_type, string_list
 
 # φ(0) = 0 for each: what pads smaller ranks in the kernels stays 0.
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -45,8 +45,10 @@ def check_placement(values: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for a form of experts that there is not.
 
     Args:
-        values: of the fields expert_activation, expert_placement, target_blocks and expert_init.
+        values: of the fields expert_activation, expert_placement, target_blocks, block_sizes and
+            expert_init.
     """
+    check_block_sizes(values["block_sizes"])
     if values["expert_activation"] is not None:
         check_choice("expert_activation", values["expert_activation"], ACTIVATIONS)
     check_choice("expert_placement", values["expert_placement"], PLACEMENTS)
@@ -69,6 +71,24 @@ def check_placement(values: Mapping[str, Any]) -> None:
                 f"expert_placement='series' experts read an output. Name {ends[1]!r} alone, in "
                 "target_modules if it is a linear."
             )
+
+
+def check_block_sizes(sizes: Any) -> None:
+    """Raise TypeError for sizes of blocks that `save_pretrained` could not have written.
+
+    Args:
+        sizes: the value of the field block_sizes.
+    """
+    if sizes is None:
+        return
+    pairs = sizes.values() if isinstance(sizes, dict) else [None]
+    is_right = all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(width) is int and width > 0 for width in pair)
+        for pair in pairs
+    )
+    check_type("block_sizes", sizes, is_right, "two widths a block; leave it to save_pretrained")
 
 
 def checked_blocks(blocks: Any) -> list[str] | None:

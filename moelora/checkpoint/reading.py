@@ -168,6 +168,12 @@ def _check_sizes(path: Path, config: MoeLoraConfig, shapes: Mapping[str, Iterabl
     with suppress(Exception), torch.device("meta"):
         router = ROUTERS[config.router](config, 1)
         asked |= {next(iter(tensor.shape), 1) for tensor in router.state_dict().values()}
+    widths = {width for sizes in (config.block_sizes or {}).values() for width in sizes}
+    if unheld := widths - {width for shape in shapes.values() for width in [*shape][-1:]}:
+        raise ValueError(
+            f"{path} does not fit: its block_sizes are {sorted(unheld)[:6]} wide, and no tensor in "
+            "the file is."
+        )
     if asked - held:
         raise ValueError(
             f"{path} does not fit: its configuration asks for tensors of {sorted(asked - held)[:6]}"

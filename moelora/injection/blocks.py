@@ -67,23 +67,35 @@ def _checked_block(model: nn.Module, head: str, first: str, last: str) -> str:
     return f"{head}{SPAN}{tail}"
 
 
-def sizes_of(
-    model: PreTrainedModel, config: MoeLoraConfig, names: Iterable[str]
-) -> dict[str, Sizes]:
+def probe_blocks(model: PreTrainedModel, config: MoeLoraConfig) -> dict[str, list[int]] | None:
+    """For each block how wide what its experts read is, and what they add to; None without blocks.
+
+    Raises:
+        ValueError: a block that does not read and give one tensor with a row a token.
+    """
+    if not config.target_blocks:
+        return None
+    blocks = find_blocks(model, config)
+    calls = probe(model, {end for name in blocks for end in ends_of(name)})
+    is_series = config.expert_placement == "series"
+    return {name: list(_size_of_block(model, name, calls, is_series)) for name in blocks}
+
+
+def sizes_of(model: nn.Module, config: MoeLoraConfig, names: Iterable[str]) -> dict[str, Sizes]:
     """For each adapted linear and block how wide what its experts read is, and what they add to.
 
     Raises:
-        ValueError: one that is neither a linear nor what target_blocks names, or a block that does
-            not read and give one tensor with a row a token.
+        ValueError: one that is neither a linear nor what target_blocks names.
     """
     modules = dict(model.named_modules())
-    blocks = find_blocks(model, config) if config.target_blocks else []
-    calls = probe(model, {end for name in blocks for end in ends_of(name)}) if blocks else []
+    blocks = find_blocks(model, config)
+    known = config.block_sizes or {}
     is_series = config.expert_placement == "series"
     sizes = {}
     for name in names:
-        if name in blocks:
-            sizes[name] = _size_of_block(model, name, calls, is_series)
+        if name in blocks and name in known:
+            d_in, d_out = known[name]
+            sizes[name] = (d_in, d_out)
             continue
         size = features(modules[name]) if name in modules else None
         if size is None:

@@ -105,6 +105,8 @@ def test_a_checkpoint_keeps_its_form(field, value, tmp_path):
         ({"expert_placement": None}, ValueError, "parallel, series"),
         ({"target_blocks": "mlp"}, TypeError, "list of non-empty strings"),
         ({"target_blocks": []}, ValueError, "target_blocks is empty"),
+        ({"block_sizes": {"mlp": [32, 0]}}, TypeError, "block_sizes.*two widths a block"),
+        ({"block_sizes": [[32, 32]]}, TypeError, "leave it to save_pretrained"),
         ({"target_blocks": ["a->b->c"]}, ValueError, "'a->b->c'.*fc1->fc2"),
         ({"target_blocks": ["fc1 -> fc2"]}, ValueError, "'fc1 -> fc2'"),
         ({"target_blocks": ["->fc2"]}, ValueError, "'->fc2'"),

@@ -194,6 +194,7 @@ def test_wrong_types_and_sizes_in_every_field_of_the_configuration(folder):
         ({"router": "mlp", "router_options": {"hidden_size": MAX_WIDTH}}, "asks for tensors of"),
         ({"sites": None, "target_modules": "(a+a+)+$" + "x" * 50}, "sites is empty"),
         ({"sites": [[LINEAR]] * 2}, "a linear is in two sites"),
+        ({"block_sizes": {LINEAR: [10**12, 32]}}, "block_sizes are .1000000000000. wide"),
         ({"base_folder": "../../elsewhere"}, "not the name of a base's folder"),
         ({"base_config": {"dtype": "nn"}}, "dtype 'nn', which torch lacks"),
         ({"model_type": "llama"}, "not of model_type 'moelora'"),

@@ -183,13 +183,15 @@ def test_another_base_can_be_given_as_folder_or_model(tmp_path):
         load(tmp_path / "experts", base=causal_base(), output_hidden_states=True)
 
 
-def test_no_probe_runs_at_loading(tmp_path, monkeypatch):
-    model = saved(tmp_path)
+@pytest.mark.parametrize("fields", [{}, {"target_blocks": ["mlp", "q_proj->o_proj"]}])
+def test_no_probe_runs_at_loading(fields, tmp_path, monkeypatch):
+    model = saved(tmp_path, **fields)
 
     def fail(*args, **kwargs):
         raise AssertionError("the sites are in the checkpoint")
 
-    monkeypatch.setattr(moelora.injection.sites, "probe_inputs", fail)
+    for room in (moelora.injection.sites, moelora.injection.blocks):
+        monkeypatch.setattr(room, "probe", fail)
     assert same(load(tmp_path / "experts"), model)
 
 

@@ -42,17 +42,17 @@ FLAGS = ["use_rslora", "share_lora_A", "norm_topk_prob", "router_input_norm", "n
 CHOICES = {
     "router": ROUTERS,
     "expert_init": EXPERT_INITS,
-    "expert_placement": PLACEMENTS,
     "routing_level": ROUTING_LEVELS,
     "router_scope": ROUTER_SCOPES,
     "router_pooling": ROUTER_POOLINGS,
     "router_aux_loss_window": AUX_LOSS_WINDOWS,
+    "expert_placement": PLACEMENTS,
 }
-NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
+NAME_LISTS = ["expert_names", "modules_to_save", "target_modules", "target_blocks"]
 # Checked by tests of their own: router_options in tests/routers/test_options.py, layers and
-# patterns in tests/injection/test_by_layer.py, forms of experts in tests/core/test_bottleneck.py.
+# patterns in tests/injection/test_by_layer.py, expert_activation in tests/adapters/test_not_lora.py.
 FREE = {
-    *("expert_activation", "target_blocks"),
+    *("expert_activation", "block_sizes"),
     *("format_version", "sites", "expert_ranks", "expert_scaling", "router_options"),
     *("experts_per_layer", "layer_experts", "rank_pattern", "alpha_pattern"),
 }
