@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.bench_routing import HARDER, NAMES
 from benchmarks.harness import RESULTS
 from benchmarks.mixtures import existing, interference, joint, sequential
+from benchmarks.mixtures.conflicts import CASES
 from benchmarks.mixtures.data import Split
 from benchmarks.mixtures.report import write
 from benchmarks.mixtures.setup import Setup, Sizes
@@ -82,6 +83,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task-steps", type=int, help="of each task's own adapter")
     parser.add_argument("--conflict-steps", type=int, help="of part interference")
     parser.add_argument("--conflicts", help="how many conflicting tasks, such as 2,4,8")
+    parser.add_argument("--cases", default="domain,word", help=f"of {', '.join(CASES)}")
     parser.add_argument("--validation", type=int, help="rows a task to choose learning rates on")
     parser.add_argument("--scored", type=int, help="test rows a task (default: all)")
     parser.add_argument("--rates", help="learning rates for all models, such as 1e-3,2e-3")
@@ -93,6 +95,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     for name in ("seeds", "workers"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)}: expected 1 at least.")
+    if unknown := sorted({*options.cases.split(",")} - {*CASES}):
+        raise ValueError(f"cases: {unknown} unknown; the cases are {', '.join(CASES)}.")
     return options
 
 
@@ -104,6 +108,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
         "interference_steps": options.conflict_steps,
         "validation": options.validation,
         "interference_tasks": tuple(_numbers(options.conflicts, int)) or None,
+        "cases": tuple(options.cases.split(",")),
     }
     return Sizes(**{name: value for name, value in given.items() if value is not None})
 

@@ -11,14 +11,14 @@ from typing import Any
 from benchmarks.mixtures.data import Split, batches
 from benchmarks.mixtures.evaluation import evaluate, mean
 from benchmarks.mixtures.models import Candidate, build, lora
+from benchmarks.mixtures.rates import search
 from benchmarks.mixtures.setup import Setup, Trial, settings_of
 from benchmarks.mixtures.store import key_of
 from benchmarks.mixtures.training import contiguous_head, fit
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
-RATES = (1e-3, 2e-3, 4e-3)
 RANK = 8
-MODEL = lora(RANK, RATES)
+MODEL = lora(RANK)
 
 
 def trial(setup: Setup, split: Split) -> Trial:
@@ -47,24 +47,24 @@ def adapter(setup: Setup, split: Split, made: Candidate, rate: float, seed: int)
 
 def best_rate(setup: Setup) -> float:
     """The learning rate of all tasks' own adapters: by seed 0, on their validation rows."""
-    rates = setup.rates or MODEL.rates
-    if len(rates) == 1:
-        return rates[0]
-    losses: dict[float, list[float]] = {rate: [] for rate in rates}
+    return search(lambda rate: _validation_loss(setup, rate), setup.rates)
+
+
+def _validation_loss(setup: Setup, rate: float) -> float:
+    losses = []
     for split in setup.splits:
-        own = trial(setup, split)
-        for rate in rates:
-            settings = settings_of(setup, own, MODEL, rate, 0) | {"evaluated": "validation"}
+        settings = settings_of(setup, trial(setup, split), MODEL, rate, 0)
 
-            def run(split: Split = split, rate: float = rate) -> Mapping[str, Any]:
-                folder = adapter(setup, split, MODEL, rate, 0)
-                model = composed(setup, {split.name: folder}, num_experts_per_tok=1)
-                sheets = {split.name: split.sheet("validation", setup.tokenizer)}
-                with model.use_experts(split.name):
-                    return {"model": MODEL.name, **evaluate(model, sheets)}
+        def run(split: Split = split) -> Mapping[str, Any]:
+            folder = adapter(setup, split, MODEL, rate, 0)
+            model = composed(setup, {split.name: folder})
+            sheets = {split.name: split.sheet("validation", setup.tokenizer)}
+            with model.use_experts(split.name):
+                return {"model": MODEL.name, **evaluate(model, sheets)}
 
-            losses[rate].append(mean(setup.store.once(settings, run)["loss"]))
-    return min(rates, key=lambda rate: sum(losses[rate]))
+        record = setup.store.once(settings | {"evaluated": "validation"}, run)
+        losses.append(mean(record["loss"]))
+    return sum(losses) / len(losses)
 
 
 def composed(setup: Setup, folders: Mapping[str, Path], **fields: Any) -> Any:

@@ -92,7 +92,7 @@ def kinds(count: int) -> list[Candidate]:
             made.append(adapters.MODEL)
             continue
         fields = {"r": rank, "lora_alpha": SCALE * rank, "target_modules": targets}
-        made.append(Candidate(f"LoRA r={rank}", fields, (), single=True))
+        made.append(Candidate(f"LoRA r={rank}", fields, single=True))
     return made
 
 

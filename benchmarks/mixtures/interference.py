@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.mixtures.conflicts import CASES, conflicting, limit
+from benchmarks.mixtures.conflicts import conflicting, limit
 from benchmarks.mixtures.data import Split
 from benchmarks.mixtures.models import SEQUENCE, Candidate, equal_lora, mixture
 from benchmarks.mixtures.setup import Setup, Trial, compared
 
 PART = "interference"
-RATES = (1e-3, 2e-3, 4e-3)
 RANK = 4
 # So many rows in all are enough to choose a rate on, and to measure.
-VALIDATION = 64
-TEST = 256
+VALIDATION = 32
+TEST = 128
 
 
 def models(setup: Setup, count: int) -> list[Candidate]:
     """The models for so many conflicting tasks: an expert a task, experts by token, and LoRAs."""
-    known = mixture("an expert a task, r=4", count, RANK, 1, RATES, **SEQUENCE)
-    token = mixture("8 x r=4, top 2", 8, RANK, 2, RATES)
+    known = mixture("an expert a task, r=4", count, RANK, 1, **SEQUENCE)
+    token = mixture("8 x r=4, top 2", 8, RANK, 2)
     return [known, token, equal_lora(setup.base, known), equal_lora(setup.base, token)]
 
 
 def lanes(setup: Setup) -> list[str]:
     """Cases by number of tasks and model."""
     found = []
-    for case in CASES:
+    for case in setup.sizes.cases:
         for count in setup.sizes.interference_tasks:
             if count <= limit(setup.splits, case):
                 made = setup.wanted(models(setup, count))

@@ -23,7 +23,7 @@ class Candidate:
     """One model to train.
 
     fields: of `MoeLoraConfig`, or for a single LoRA of PEFT's `LoraConfig`.
-    rates: the learning rates that it is tried with. router_rate: the routers', as a multiple.
+    router_rate: the routers' learning rate, as a multiple of the experts'.
     init: "slices", all experts of a site together begin as rows of one orthogonal matrix.
     labels: rows tell the routers whose task they are.
     single: one LoRA, by PEFT.
@@ -31,26 +31,23 @@ class Candidate:
 
     name: str
     fields: dict[str, Any]
-    rates: tuple[float, ...]
     router_rate: float = 1.0
     init: str | None = None
     labels: bool = False
     single: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What decides what comes out, and the name; the rates to try do not."""
-        return {k: v for k, v in asdict(self).items() if k != "rates"}
+        """What decides what comes out, and the name."""
+        return asdict(self)
 
 
-def lora(rank: int, rates: tuple[float, ...]) -> Candidate:
+def lora(rank: int) -> Candidate:
     """A single LoRA of that rank on all linears."""
     fields = {"r": rank, "lora_alpha": SCALE * rank, "target_modules": "all-linear"}
-    return Candidate(f"LoRA r={rank}", fields, rates, single=True)
+    return Candidate(f"LoRA r={rank}", fields, single=True)
 
 
-def mixture(
-    name: str, experts: int, rank: int, top: int, rates: tuple[float, ...], **more: Any
-) -> Candidate:
+def mixture(name: str, experts: int, rank: int, top: int, **more: Any) -> Candidate:
     """A mixture on all linears; of `more` what is no field of `Candidate` is one of the config."""
     own = {k: more.pop(k) for k in ("router_rate", "init", "labels") if k in more}
     # Weights that sum to 1 over `top` experts would make each of them a part of a LoRA's step.
@@ -63,11 +60,9 @@ def mixture(
         "target_modules": "all-linear",
         **more,
     }
-    return Candidate(name, fields, rates, **own)
+    return Candidate(name, fields, **own)
 
 
-SINGLE_RATES = (1e-3, 2e-3, 4e-3)
-RATES = (1e-3, 2e-3, 4e-3)
 SEQUENCE = {
     "routing_level": "sequence",
     "router_scope": "model",
@@ -77,21 +72,21 @@ SEQUENCE = {
 MIXTURES = {
     made.name: made
     for made in (
-        mixture("8 x r=4, top 2", 8, 4, 2, RATES),
-        mixture("16 x r=2, top 4", 16, 2, 4, RATES),
-        mixture("32 x r=1, top 8", 32, 1, 8, RATES),
-        mixture("sequence: a task an expert, r=8", 8, 8, 1, RATES, **SEQUENCE),
+        mixture("8 x r=4, top 2", 8, 4, 2),
+        mixture("16 x r=2, top 4", 16, 2, 4),
+        mixture("32 x r=1, top 8", 32, 1, 8),
+        mixture("sequence: a task an expert, r=8", 8, 8, 1, **SEQUENCE),
     )
 }
-LORAS = {made.name: made for made in (lora(r, SINGLE_RATES) for r in (4, 8, 16, 32))}
+LORAS = {made.name: made for made in map(lora, (4, 8, 16, 32))}
 
 
 @functools.cache
 def equal_lora(path: str, made: Candidate) -> Candidate:
     """The single LoRA with the trainable parameters of a mixture, to the nearest rank."""
-    per_rank = count_trainable(build(lora(1, made.rates), path, seed=0))
+    per_rank = count_trainable(build(lora(1), path, seed=0))
     rank = max(1, round(count_trainable(build(made, path, seed=0)) / per_rank))
-    return replace(lora(rank, made.rates), name=f"LoRA r={rank}, parameters of {made.name}")
+    return replace(lora(rank), name=f"LoRA r={rank}, parameters of {made.name}")
 
 
 def load_base(path: str, dtype: str = "bfloat16") -> PreTrainedModel:

@@ -17,6 +17,7 @@ from benchmarks.mixtures.data import Split, batches
 from benchmarks.mixtures.evaluation import evaluate, mean
 from benchmarks.mixtures.gating import decided, gate_texts, prompts
 from benchmarks.mixtures.models import build
+from benchmarks.mixtures.rates import search
 from benchmarks.mixtures.setup import Setup
 from benchmarks.mixtures.store import Record
 from benchmarks.mixtures.training import contiguous_head, fit
@@ -70,11 +71,11 @@ def settings_of(setup: Setup, method: str, rate: float, seed: int, part: str) ->
 
 def best_rate_of_one(setup: Setup) -> float:
     """The learning rate after which one LoRA, trained on, knows all tasks best."""
-    rates = setup.rates or adapters.RATES
-    if len(rates) == 1:
-        return rates[0]
-    tried = {r: one_after_another(setup, r, 0, "validation") for r in rates}
-    return min(tried, key=lambda rate: mean(tried[rate]["loss"]))
+
+    def loss(rate: float) -> float:
+        return mean(one_after_another(setup, rate, 0, "validation")["loss"])
+
+    return search(loss, setup.rates)
 
 
 def one_after_another(setup: Setup, rate: float, seed: int, part: str) -> Record:

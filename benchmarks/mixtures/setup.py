@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.mixtures.data import Split, batches, fingerprint
 from benchmarks.mixtures.evaluation import evaluate, mean
 from benchmarks.mixtures.models import Candidate, build
+from benchmarks.mixtures.rates import search
 from benchmarks.mixtures.store import Record, Store, key_of
 from benchmarks.mixtures.training import count_trainable, fit
 from benchmarks.routing import bases
@@ -25,17 +26,18 @@ class Sizes:
     """How much is learned: steps of `batch` rows.
 
     task_steps: of each task's own adapter, and of the one LoRA that learns task after task.
-    interference_steps: where tasks conflict, whose rows are short. interference_tasks: how many
-    conflicting tasks are tried.
+    interference_steps: where tasks conflict, whose rows are short. cases: of `conflicts.CASES`.
+    interference_tasks: how many conflicting tasks are tried.
     """
 
     steps: int = 100
     batch: int = 4
     validation: int = 20
     task_steps: int = 25
-    interference_steps: int = 150
-    interference_batch: int = 8
-    interference_tasks: tuple[int, ...] = (2, 4, 8, 16)
+    interference_steps: int = 60
+    interference_batch: int = 4
+    interference_tasks: tuple[int, ...] = (2, 4, 8)
+    cases: tuple[str, ...] = ("domain", "word")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Setup:
     """One start of the benchmark.
 
     base: a folder or id. dtype: what the frozen base is loaded in; experts are in fp32.
-    work: a folder for adapters and half-done things. rates: in place of every model's own.
+    work: a folder for adapters and half-done things. rates: to choose among, in place of a search.
     """
 
     base: str
@@ -149,12 +151,14 @@ def measured(
 
 def best_rate(setup: Setup, trial: Trial, made: Candidate) -> float:
     """The learning rate with the lowest mean loss on the validation rows, by seed 0."""
-    rates = setup.rates or made.rates
-    if len(rates) == 1:
-        return rates[0]
-    tried = {r: measured(setup, trial, made, r, 0, "validation") for r in rates}
-    best = min(tried, key=lambda rate: mean(tried[rate]["loss"]))
-    for rate in rates:
+    tried: list[float] = []
+
+    def loss(rate: float) -> float:
+        tried.append(rate)
+        return mean(measured(setup, trial, made, rate, 0, "validation")["loss"])
+
+    best = search(loss, setup.rates)
+    for rate in tried:
         if rate != best:
             settings = settings_of(setup, trial, made, rate, 0)
             _parameters(setup, settings).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.mixtures.conflicts import COLOURS, conflicting, permutation
 from benchmarks.mixtures.evaluation import mean
 from benchmarks.mixtures.figures import groups
 from benchmarks.mixtures.gating import decided
+from benchmarks.mixtures.rates import search
 from benchmarks.mixtures.store import Store
 from benchmarks.routing import bases
 from benchmarks.routing.tasks import Task
@@ -133,6 +135,27 @@ def test_a_rate_is_chosen_on_validation_rows_and_its_model_is_not_trained_twice(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1e-3, [1e-3, 2e-3, 5e-4]),
+        (4e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
+        # The search ends somewhere.
+        (1.0, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]),
+    ],
+)
+def test_the_search_goes_on_until_the_best_rate_lies_between_others(best, tried):
+    asked = []
+
+    def loss(rate: float) -> float:
+        asked.append(rate)
+        return abs(math.log(rate / best))
+
+    assert search(loss) == min(tried, key=lambda rate: abs(math.log(rate / best)))
+    assert asked == pytest.approx(tried)
+    assert search(loss, [0.5]) == 0.5 and search(loss, [0.5, 2.0]) in (0.5, 2.0)
+
+
 def test_parts_of_existing_adapters_and_of_tasks_in_turn(folder):
     bench_mixtures.main(options(folder, "--only sequential --only existing"))
     found = {
@@ -153,7 +176,8 @@ def test_parts_of_existing_adapters_and_of_tasks_in_turn(folder):
 
 
 def test_a_case_of_conflicting_tasks(folder):
-    own = bench_mixtures.setup_of(bench_mixtures.arguments(options(folder, "--conflict-steps 1")))
+    words = options(folder, "--conflict-steps 1 --conflicts 2,4,16 --cases domain,word,formats")
+    own = bench_mixtures.setup_of(bench_mixtures.arguments(words))
     for lane in ("word|2|an expert a task, r=4", "word|2|8 x r=4, top 2"):
         interference.run(own, lane)
     (group,) = groups(own.store.records())
@@ -162,6 +186,8 @@ def test_a_case_of_conflicting_tasks(folder):
     # As many as each case has: colours in three tasks, at most eight formats.
     assert not any(lane.startswith(("domain|4", "formats|16")) for lane in lanes)
     assert any(lane.startswith("word|16") for lane in lanes)
+    with pytest.raises(ValueError, match=r"cases: \['languages'\] unknown"):
+        bench_mixtures.arguments(["--cases", "languages"])
 
 
 def test_conventions_disagree_on_every_input():
@@ -204,7 +230,7 @@ def test_inside_decided_a_choice_weighs_one_and_afterwards_what_it_did(tokenizer
 
 def test_slices_are_orthogonal_and_routers_have_a_rate_of_their_own(tmp_path):
     path = bases.prepare("tiny", 1, tmp_path)
-    made = models.mixture("m", 4, 2, 2, (1e-3,), init="slices", router_rate=0.5)
+    made = models.mixture("m", 4, 2, 2, init="slices", router_rate=0.5)
     model = models.build(made, path, seed=0)
     weight = next(iter(model.moelora.sites.values())).lora_A.weight
     gram = weight @ weight.T
