@@ -81,7 +81,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 _INHERITED_KEYWORDS = {
     *("name_or_path", "_name_or_path", "model_type", "num_labels", "torch_dtype", "_commit_hash"),
     *("attn_implementation", "_attn_implementation_internal"),
-    *("experts_implementation", "_experts_implementation_internal"),
+    *("experts_implementation", "_experts_implementation_internal", "auto_map"),
     *("output_attentions", "_output_attentions"),
 }
 

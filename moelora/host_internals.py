@@ -49,7 +49,12 @@ def is_data_parallel_replica(model: nn.Module) -> bool:
 
 def inside_backward() -> bool:
     """Whether a backward pass is computing something again; torch tells it by this number alone."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward pass that is running in this thread; −1 outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def checkpoint_functions(model: nn.Module) -> list[nn.Module]:

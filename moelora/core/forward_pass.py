@@ -86,6 +86,7 @@ class ForwardPass:
         shrunk: by site what it has computed for linears that have not asked yet: x, h of each,
         plan.
         closed: the model has returned; whatever runs now recomputes.
+        opener: what began it at the backbone, past the model's own forward; else None.
         outer: the pass that was running when this one began.
     """
 
@@ -105,6 +106,7 @@ class ForwardPass:
     shared: Plan | None = None
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     closed: bool = False
+    opener: object | None = None
     outer: ForwardPass | None = None
 
     @property
@@ -114,14 +116,22 @@ class ForwardPass:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` with this as the pass of the thread; afterwards the one before is that again."""
-        self.outer = _running.innermost
-        _running.innermost = self
+        self.begin()
         try:
             return call()
         finally:
-            _running.innermost = self.outer
-            self.outer = None
-            self.shrunk.clear()
+            self.end()
+
+    def begin(self) -> None:
+        """Be the pass of this thread, until `end`."""
+        self.outer = _running.innermost
+        _running.innermost = self
+
+    def end(self) -> None:
+        """Let the pass before be that of the thread again."""
+        _running.innermost = self.outer
+        self.outer = None
+        self.shrunk.clear()
 
     def close(self) -> None:
         """The model has returned: let go of what held the graph."""
