@@ -71,6 +71,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "router_pooling": partial(check_choice, choices=ROUTER_POOLINGS),
     "router_aux_loss_window": partial(check_choice, choices=AUX_LOSS_WINDOWS),
     "base_config": partial(_check_optional, kind=dict, word="dict"),
+    "expert_sources": partial(_check_optional, kind=dict, word="dict"),
     "base_architecture": _check_optional,
     "base_model_name_or_path": _check_optional,
     "base_revision": _check_optional,
@@ -98,6 +99,7 @@ class MoeLoraConfig(PreTrainedConfig):
         expert_names: the experts' names, fit for folders; by default expert_0, expert_1 …
         expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`.
         expert_scaling: single linears' scalings, one an expert; set by `from_adapters`.
+        expert_sources: by expert where it came from; set by what adds experts.
         target_modules: the linears to adapt, as in PEFT: names, a regex, "all-linear"; None: PEFT's
             table for the architecture, else all linears but those that PEFT refuses.
         layers_to_transform: the numbers of the layers to adapt, as in PEFT; None for all.
@@ -151,6 +153,7 @@ class MoeLoraConfig(PreTrainedConfig):
     expert_names: list[str] | None = None
     expert_ranks: dict[str, list[int]] | None = None
     expert_scaling: dict[str, list[float]] | None = None
+    expert_sources: dict[str, str] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     modules_to_save: list[str] | None = None

@@ -100,6 +100,7 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
     composed.target_modules = list(dict.fromkeys(n for expert in experts for n in expert.linears))
     composed.layers_to_transform = None
     set_experts(composed, list(adapters), experts, composed.target_modules)
+    composed.expert_sources = {name: adapter.source for name, adapter in adapters.items()}
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
     for name in FROM_ADAPTERS:

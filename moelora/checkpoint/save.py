@@ -33,6 +33,7 @@ from ..host_internals import PEFT_ATTACHED
 from ..injection.base import check_no_peft, snapshot
 from ..injection.inject import take_out_parts
 from .atomic import atomic_files
+from .card import CARD, may_write_card, model_card, without_paths
 from .reading import BASE_FOLDER, is_ours, sealed
 from .state import digest, fingerprint, tensors_to_save
 
@@ -49,9 +50,13 @@ def save(
     folder: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor] | None = None,
     save_base: bool = False,
+    for_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
+    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`.
+
+    for_hub: name no folder of this machine.
+    """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
             f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a folder"
@@ -63,6 +68,8 @@ def save(
     tensors = tensors_to_save(model, state_dict)
     base_print = fingerprint(model, tensors, state_dict)
     config = _described(model, folder)
+    if for_hub:
+        without_paths(config)
     if save_base:
         model.moelora.check_resident("save its base")
         # Else it is None, or where this model's base lies in this folder already.
@@ -70,6 +77,8 @@ def save(
     text = json.dumps(config.own_fields(), indent=2) + "\n"
     with atomic_files(folder, commit=SAFE_WEIGHTS_NAME) as staging:
         _write_for_auto_classes(model, config, staging)
+        if may_write_card(folder):
+            model_card(config, model.auto_class.__name__).save(staging / CARD)
         if model.can_generate():
             model.generation_config.save_pretrained(staging)
         metadata = sealed(text, json.dumps(base_print))
@@ -86,13 +95,19 @@ def _write_for_auto_classes(model: MixtureModel, config: MoeLoraConfig, staging:
     names = {"AutoConfig": MoeLoraConfig.__name__, model.auto_class.__name__: public.__name__}
     fields = {
         **config.own_fields(),
-        "architectures": [public.__name__],
+        # A class of transformers: `transformers serve` and TRL load by what they find there.
+        "architectures": [model.auto_class.__name__],
         "auto_map": {auto: f"{MODULE}.{name}" for auto, name in names.items()},
     }
     text = json.dumps(fields, indent=2) + "\n"
     (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
     imported = f"from moelora import {', '.join(sorted(names.values()))}  # noqa: F401\n"
     (staging / f"{MODULE}.py").write_text(imported, encoding="utf-8")
+
+
+def prepare_upload(model: MixtureModel, folder: str | os.PathLike[str]) -> None:
+    """Rewrite what `save_pretrained` wrote into `folder` as it goes to the hub."""
+    save(model, folder, for_hub=True)
 
 
 def _described(model: MixtureModel, folder: Path) -> MoeLoraConfig:

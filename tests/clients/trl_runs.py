@@ -29,17 +29,17 @@ SETTINGS = {
 
 
 def words_tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token, w0 …"""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    """One word a token, w00 …, none of which begins another."""
+    words = Tokenizer(models.WordLevel({f"w{i:02}": i for i in range(VOCAB)}, unk_token="w00"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w2", bos_token="w1"
+        tokenizer_object=words, pad_token="w00", eos_token="w02", bos_token="w01"
     )
 
 
 def text(*ids: int) -> str:
     """The words of token ids."""
-    return " ".join(f"w{i}" for i in ids)
+    return " ".join(f"w{i:02}" for i in ids)
 
 
 def unpadded(inputs: dict[str, Tensor]) -> list[dict[str, list[int]]]:

@@ -46,12 +46,19 @@ CHOICES = {
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules"]
 # Checked by tests of their own; router_options in tests/routers/test_options.py.
 FREE = {"format_version", "sites", "expert_ranks", "expert_scaling", "router_options"}
+FREE |= {"expert_sources"}
 
 
 def test_every_field_is_in_one_of_these_tests():
     listed = {*COUNTS, *NUMBERS, *FLAGS, *CHOICES, *NAME_LISTS, *FREE}
     own = {name for name in MoeLoraConfig.field_names() if not name.startswith("base_")}
     assert own == listed, "a new field needs a check and a line in this file"
+
+
+def test_sources_are_by_expert():
+    with pytest.raises(TypeError, match="expert_sources is not a dict"):
+        MoeLoraConfig(expert_sources="somewhere")
+    assert MoeLoraConfig(expert_sources={"expert_0": "one"}).expert_sources == {"expert_0": "one"}
 
 
 def refused(error, match, **fields):
