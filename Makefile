@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
 
 # `make test-models` alone is what a change to moelora needs.
-.PHONY: test test-models test-interpreted test-offline test-transformers demo bench gpu test-oldest docs lint format clean
+.PHONY: test test-models test-interpreted test-offline test-transformers test-clients demo bench gpu test-oldest docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them. Three runs, two at a time: what
 # compiles for chips that are not there takes as long as what interprets, and the rest as both.
@@ -40,6 +40,21 @@ $(SUITE)/.unpacked: $(VENV)/.dev tests/transformers_suite/unpack.py
 	  --dest $(SUITE) "transformers==$$version" && \
 	$(BIN)/python tests/transformers_suite/unpack.py $(SUITE)/transformers-$$version.tar.gz $(SUITE)
 	$(PIP) --no-deps --target $(SUITE) parameterized
+	touch $@
+
+# Other people's programs, in an environment of their own: what they ask for stays out of ours.
+CLIENTS := .venv-clients
+CLIENTS_PIP := $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check
+
+test-clients: $(CLIENTS)/.installed
+	$(TEST_ENV) $(CLIENTS)/bin/python -m pytest tests/clients
+
+# torch first, as below.
+$(CLIENTS)/.installed: constraints.txt constraints-clients.txt pyproject.toml
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS_PIP) "$$(grep '^torch==' constraints.txt)"
+	$(CLIENTS_PIP) -c constraints.txt -c constraints-clients.txt --editable . \
+	  trl lm-eval 'transformers[serving]' deepspeed pytest
 	touch $@
 
 demo: $(VENV)/.demo
@@ -109,4 +124,4 @@ $(VENV)/.docs: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ from .validation import check_depth, check_names, check_type, shown, string_list
 _INHERITED_KEYWORDS = {
     *("name_or_path", "_name_or_path", "model_type", "num_labels", "torch_dtype", "_commit_hash"),
     *("attn_implementation", "_attn_implementation_internal"),
-    *("experts_implementation", "_experts_implementation_internal"),
+    *("experts_implementation", "_experts_implementation_internal", "auto_map"),
     *("output_attentions", "_output_attentions"),
 }
 
@@ -68,6 +68,7 @@ class MoeLoraConfig(PreTrainedConfig):
         expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`,
             by patterns and by layers.
         expert_scaling: single linears' scalings, one an expert; set likewise.
+        expert_sources: by expert where it came from; set by what adds experts.
         layer_experts: the numbers of the routed experts that single decoder layers have, by the
             layer's full name; set by `experts_per_layer`.
         target_modules: the linears to adapt, as in PEFT: names, a regex, "all-linear"; None: PEFT's
@@ -141,6 +142,7 @@ class MoeLoraConfig(PreTrainedConfig):
     expert_ranks: dict[str, list[int]] | None = None
     expert_scaling: dict[str, list[float]] | None = None
     layer_experts: dict[str, list[int]] | None = None
+    expert_sources: dict[str, str] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     target_blocks: list[str] | None = None

@@ -73,6 +73,7 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "router_pooling": partial(check_choice, choices=ROUTER_POOLINGS),
     "router_aux_loss_window": partial(check_choice, choices=AUX_LOSS_WINDOWS),
     "base_config": partial(_check_optional, kind=dict, word="dict"),
+    "expert_sources": partial(_check_optional, kind=dict, word="dict"),
     "base_architecture": _check_optional,
     "base_model_name_or_path": _check_optional,
     "base_revision": _check_optional,

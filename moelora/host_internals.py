@@ -69,7 +69,12 @@ def gradient_is_elsewhere(parameter: Tensor) -> bool:
 
 def inside_backward() -> bool:
     """Whether a backward pass is computing something again; torch tells it by this number alone."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward pass that is running in this thread; −1 outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def checkpoint_functions(model: nn.Module) -> list[nn.Module]:

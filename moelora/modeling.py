@@ -40,8 +40,7 @@ class MoeLoraModel(MixtureModel):
     def from_base(
         cls, base: Folder | PreTrainedModel, config: MoeLoraConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Put a new mixture into a base; until the first step its logits are the base's, bit for
-        bit.
+        """Put a new mixture into a base; until the first step its logits stay the same bits.
 
         Args:
             base: a hub id, a folder, or a loaded model, which is changed in place (`unload()` gives
@@ -353,7 +352,7 @@ class MoeLoraModel(MixtureModel):
             is_main_process: False writes nothing.
             state_dict: the model's tensors, where someone else has gathered them.
             save_base: write the base too, in a folder of its own inside.
-            kwargs: those of transformers, such as max_shard_size for the base.
+            kwargs: max_shard_size … for the base; for_hub=True names no folder of this machine.
 
         Raises:
             OSError: the folder cannot be written; the checkpoint that was there is left as it was.
@@ -362,14 +361,17 @@ class MoeLoraModel(MixtureModel):
         if is_main_process:
             save.save(self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs)
 
+    def _upload_modified_files(self, working_dir: Folder, *args: Any, **kwargs: Any) -> Any:
+        save.prepare_upload(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load tensors; missing keys of the base are forgiven, missing keys of the mixture never.
 
         Args:
-            state_dict: by the model's names; a factor's frozen and trained rows may be one tensor.
-            strict, assign: as in `torch.nn.Module`.
+            state_dict, strict, assign: as in torch; a factor's rows may be one tensor.
 
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.

@@ -206,8 +206,8 @@ def load_tokenizer(model: MixtureModel, checkpoint: str | Path) -> Any:
     Raises:
         ValueError: there is none.
     """
-    base = model.config.name_or_path
-    places = (str(checkpoint), base, model.moelora_config.base_model_name_or_path)
+    base = model.moelora_config.base_model_name_or_path
+    places = (str(checkpoint), base)
     for place in filter(None, places):
         if not Path(place).is_dir() or (Path(place) / "tokenizer_config.json").is_file():
             with suppress(OSError, ValueError):

@@ -132,6 +132,7 @@ def composed_config(config: MoeLoraConfig, adapters: Mapping[str, Adapter]) -> M
         setattr(composed, name, None)
     composed.expert_init = "kaiming"
     set_experts(composed, list(adapters), experts, composed.target_modules)
+    composed.expert_sources = {name: adapter.source for name, adapter in adapters.items()}
     default = MoeLoraConfig()
     default.expert_names = [f"expert_{e}" for e in range(config.num_experts)]
     for name in FROM_ADAPTERS:

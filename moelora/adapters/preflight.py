@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..core.model import MixtureModel
 from ..injection.base import ACCESS, check_no_peft
 from ..injection.modules import features
 from ..validation import expert_name_problem, shown
@@ -216,6 +217,8 @@ def _skeleton(base: Any, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTr
     """The base, or its modules without weights, and its name."""
     if isinstance(base, PreTrainedModel):
         check_no_peft(base)
+        if isinstance(base, MixtureModel):
+            return base, base.moelora_config.base_model_name_or_path or ""
         return base, base.config.name_or_path or ""
     if not isinstance(base, (str, PathLike)):
         raise TypeError(

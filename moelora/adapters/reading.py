@@ -58,6 +58,18 @@ class Target:
     nbytes: int
 
 
+def source_name(source: object) -> str:
+    """A repository's id, a folder's name without its path, or what else an adapter is."""
+    if not isinstance(source, (str, PathLike)):
+        return f"a {type(source).__name__}"
+    parts = str(source).replace("\\", "/").rstrip("/").split("/")
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached:
+        # In the hub's cache.
+        return "/".join(cached[0].split("--")[1:])
+    return str(source) if len(parts) <= 2 and not Path(source).exists() else parts[-1]
+
+
 @dataclass
 class Adapter:
     """A PEFT LoRA, described; its tensors are read when they are asked for, linear by linear.
@@ -78,6 +90,11 @@ class Adapter:
     saved: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict, repr=False)
     _read: Callable[[list[str]], list[Tensor]] = field(default=lambda keys: [], repr=False)
+
+    @property
+    def source(self) -> str:
+        """What to call it where no path of this machine may stand."""
+        return source_name(self.where)
 
     @property
     def nbytes(self) -> int:

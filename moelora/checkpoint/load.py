@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..config import MoeLoraConfig
-from ..core.model import MixtureModel
+from ..core.model import MixtureModel, rename
 from ..host_internals import AUTO_KEYWORDS, attention_of
 from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
@@ -92,6 +92,7 @@ def load(
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error
+    rename(restored, str(folder))
     if generation is not None and restored.can_generate():
         restored.generation_config = generation
     return (restored, info) if output_loading_info else restored

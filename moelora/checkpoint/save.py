@@ -28,11 +28,12 @@ from transformers.utils import (
 )
 
 from ..config import MoeLoraConfig
-from ..core.model import MixtureModel, base_class
+from ..core.model import MixtureModel, base_class, public_class
 from ..host_internals import PEFT_ATTACHED
-from ..injection.base import snapshot
+from ..injection.base import check_no_peft, snapshot
 from ..injection.inject import take_out_parts
 from .atomic import atomic_files
+from .card import CARD, may_write_card, model_card, without_paths
 from .reading import BASE_FOLDER, is_ours, sealed
 from .state import digest, fingerprint, tensors_to_save
 
@@ -40,6 +41,8 @@ from .state import digest, fingerprint, tensors_to_save
 # here.
 BASE_KEYWORDS = frozenset({"max_shard_size", "save_original_format"})
 IDLE_KEYWORDS = frozenset({"safe_serialization", "save_function", "save_peft_format", "token"})
+# What a process that never imported moelora runs under trust_remote_code=True.
+MODULE = "modeling_moelora"
 
 
 def save(
@@ -47,26 +50,35 @@ def save(
     folder: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor] | None = None,
     save_base: bool = False,
+    for_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`."""
+    """Write `model` into `folder`; see `MoeLoraModel.save_pretrained`.
+
+    for_hub: name no folder of this machine.
+    """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
             f"save_directory={folder!r} is a {type(folder).__name__}; expected the path of a folder"
         )
     folder = Path(folder)
     _check_keywords(kwargs)
+    _check_no_adapter(model)
     _check_nothing_foreign(folder)
     tensors = tensors_to_save(model, state_dict)
     base_print = fingerprint(model, tensors, state_dict)
     config = _described(model, folder)
+    if for_hub:
+        without_paths(config)
     if save_base:
         model.moelora.check_resident("save its base")
         # Else it is None, or where this model's base lies in this folder already.
         config.base_folder = f"base-{digest(base_print)}"
     text = json.dumps(config.own_fields(), indent=2) + "\n"
     with atomic_files(folder, commit=SAFE_WEIGHTS_NAME) as staging:
-        (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+        _write_for_auto_classes(model, config, staging)
+        if may_write_card(folder):
+            model_card(config, model.auto_class.__name__).save(staging / CARD)
         if model.can_generate():
             model.generation_config.save_pretrained(staging)
         metadata = sealed(text, json.dumps(base_print))
@@ -75,6 +87,27 @@ def save(
             keywords = {k: v for k, v in kwargs.items() if k in BASE_KEYWORDS}
             with as_base(model) as base:
                 base.save_pretrained(staging / config.base_folder, **keywords)
+
+
+def _write_for_auto_classes(model: MixtureModel, config: MoeLoraConfig, staging: Path) -> None:
+    """`config.json`, and the module that it names, which imports the classes."""
+    public = public_class(type(model))
+    names = {"AutoConfig": MoeLoraConfig.__name__, model.auto_class.__name__: public.__name__}
+    fields = {
+        **config.own_fields(),
+        # A class of transformers: `transformers serve` and TRL load by what they find there.
+        "architectures": [model.auto_class.__name__],
+        "auto_map": {auto: f"{MODULE}.{name}" for auto, name in names.items()},
+    }
+    text = json.dumps(fields, indent=2) + "\n"
+    (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+    imported = f"from moelora import {', '.join(sorted(names.values()))}  # noqa: F401\n"
+    (staging / f"{MODULE}.py").write_text(imported, encoding="utf-8")
+
+
+def prepare_upload(model: MixtureModel, folder: str | os.PathLike[str]) -> None:
+    """Rewrite what `save_pretrained` wrote into `folder` as it goes to the hub."""
+    save(model, folder, for_hub=True)
 
 
 def _described(model: MixtureModel, folder: Path) -> MoeLoraConfig:
@@ -120,6 +153,17 @@ def _check_keywords(kwargs: Mapping[str, Any]) -> None:
             f"save_pretrained has no keyword {unknown}. It takes save_directory, is_main_process, "
             f"state_dict, save_base, and for the base {', '.join(sorted(BASE_KEYWORDS))}."
         )
+
+
+def _check_no_adapter(model: MixtureModel) -> None:
+    """Raise ValueError where PEFT has put an adapter inside, which a checkpoint would not hold."""
+    try:
+        check_no_peft(model)
+    except ValueError as error:
+        raise ValueError(
+            f"This mixture cannot be saved with an adapter beside its experts: {error} An adapter "
+            "alone is saved by PeftModel.save_pretrained, where get_peft_model put it on top."
+        ) from error
 
 
 def _check_nothing_foreign(folder: Path) -> None:

@@ -51,6 +51,9 @@ class MixtureContext(nn.Module):
         loss_scale: d(backward)/d(loss) where no loss passes through the model (see
             `MoeLoraCallback`); None: the model sees the scale by itself, or it is 1.
         counts_load: count who is chosen in training also where no router loss asks for it.
+        mean_loss_scale: the same of a loop that does not tell the model num_items_in_batch, so that
+            a micro-batch's router losses are a mean; None: `loss_scale` is right there too.
+        loss_is_token_mean: the loop's loss is the negative mean of the tokens' log-probabilities.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
         by_token: whether a routing has a row for each token, not for each sequence.
@@ -76,6 +79,8 @@ class MixtureContext(nn.Module):
         self.tiles = ""
         self.loss_scale: float | None = None
         self.counts_load = False
+        self.mean_loss_scale: float | None = None
+        self.loss_is_token_mean = False
         # A list, whose changes are atomic.
         self.overrides_entered: list[str] = []
         self.num_experts = config.num_experts

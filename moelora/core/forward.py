@@ -56,19 +56,13 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
             "Start one process a GPU instead (torchrun or accelerate launch, with "
             "DistributedDataParallel), or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
-    mixture: Mixture = model.moelora
     own = OwnInputs.taken_from(kwargs)
     if args:
         # Positional arguments by their names.
         bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
         kwargs.update(list(bound.items())[1:])
     learning = model.training and torch.is_grad_enabled()
-    running = _begin(model, own, kwargs, learning)
-    if learning:
-        mixture.check_resident("train")
-    losses = running.losses if learning else None
-    if losses is not None:
-        mixture.load.begin_forward(mixture.trained_router_parameter())
+    running = prepare(model, own, kwargs, learning)
     try:
         outputs = running.run(lambda: base_forward(model, **kwargs))
     except RoutingDone:
@@ -77,16 +71,45 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
         running.close()
     if running.routing_only:
         return RoutingOutput(expert_routing=running.kept_routings())
-    if losses is not None:
-        mixture.load.end_forward(losses.counts)
+    note(outputs, running, learning)
+    return extended(outputs, running, learning, kwargs.get("labels") is not None)
+
+
+def prepare(
+    model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool, of_client: bool = False
+) -> ForwardPass:
+    """A forward pass that is ready to run; labels inside of a prefix prompt are masked in `kwargs`.
+
+    Args:
+        model: the `MixtureModel`.
+        own: our inputs.
+        kwargs: the base's.
+        learning: a backward pass may follow.
+        of_client: a client computes the loss itself, from what the backbone gives.
+    """
+    mixture: Mixture = model.moelora
+    running = _begin(model, own, kwargs, learning, of_client)
+    if learning:
+        mixture.check_resident("train")
+        if running.losses is not None:
+            mixture.load.begin_forward(mixture.trained_router_parameter())
+    return running
+
+
+def note(outputs: Any, running: ForwardPass, learning: bool) -> None:
+    """What a pass leaves behind: the experts' load, and on a cache what the prompt decided."""
+    mixture = running.context
+    if learning and running.losses is not None:
+        mixture.load.end_forward(running.losses.counts)
     if mixture.reads_prompts and not running.forced and (kept := running.kept_prompts()):
         note_on_cache(outputs, kept)
     if running.router_context is not None:
         note_context_on_cache(outputs, running.router_context)
-    return _extended(outputs, running, learning, kwargs.get("labels") is not None)
 
 
-def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -> ForwardPass:
+def _begin(
+    model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool, of_client: bool
+) -> ForwardPass:
     """The forward pass; labels inside of a prefix prompt are masked in `kwargs`."""
     mixture: Mixture = model.moelora
     batch, length = batch_shape(kwargs)
@@ -112,16 +135,19 @@ def _begin(model: Any, own: OwnInputs, kwargs: dict[str, Any], learning: bool) -
         _begin_prompts(model, running, own, kwargs, learning)
     if not (running.forced or own.routing_only) and _wants_losses(mixture, own, learning):
         has_labels = kwargs.get("labels") is not None
+        targeted = own.expert_targets is not None
+        num_items = kwargs.get("num_items_in_batch")
         running.losses = RouterLosses(
             mixture,
             batch,
             length,
-            scale=_loss_scale(model, has_labels, learning),
+            scale=_loss_scale(model, has_labels, learning, num_items is not None),
             token_mask=token_mask(kwargs.get("attention_mask"), batch, length),
             targets=own.expert_targets,
-            num_items=kwargs.get("num_items_in_batch"),
+            num_items=num_items,
             sequences_are_items=model.is_classifier,
-            has_loss=learning and (has_labels or own.expert_targets is not None),
+            labels=kwargs.get("labels") if of_client else None,
+            has_loss=learning and (has_labels or targeted) and not of_client,
         )
     return running
 
@@ -160,13 +186,17 @@ def _wants_losses(mixture: Mixture, own: OwnInputs, learning: bool) -> bool:
     return learning and (any(rates) or mixture.counts_load)
 
 
-def _loss_scale(model: Any, has_labels: bool, learning: bool) -> LossScale:
+def _loss_scale(model: Any, has_labels: bool, learning: bool, has_items: bool) -> LossScale:
     """The scale to begin with: what is right where the loop computes the loss from the logits.
 
     Raises:
         ValueError: it does, and how it scales that loss cannot be known.
     """
-    scale = model.moelora.loss_scale
+    mixture: Mixture = model.moelora
+    scale = mixture.loss_scale
+    if not has_items and mixture.mean_loss_scale is not None:
+        scale = mixture.mean_loss_scale
+    assumed = scale is None and not has_items
     device = compute_device(model)
     unknown = ""
     if scale is None and learning:
@@ -180,7 +210,7 @@ def _loss_scale(model: Any, has_labels: bool, learning: bool) -> LossScale:
         # In a compiled graph, where nothing can be raised, NaN says it.
         scale = float("nan") if unknown else 1.0
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    return LossScale(torch.full((), scale, dtype=dtype, device=device), unknown)
+    return LossScale(torch.full((), scale, dtype=dtype, device=device), unknown, assumed)
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:
@@ -188,7 +218,7 @@ def compute_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def _extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bool) -> Any:
+def extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bool) -> Any:
     """The base's outputs with the loss probed and ours added; a tuple stays as long as it is."""
     losses = running.losses
     probe = learning and has_labels
@@ -199,7 +229,7 @@ def _extended(outputs: Any, running: ForwardPass, learning: bool, has_labels: bo
     gained: dict[str, Any] = {}
     if losses is not None and losses.values:
         gained["expert_aux_loss"] = losses.total()
-        if losses.targets is not None and not has_labels:
+        if losses.targets is not None and not has_labels and "logits" in outputs:
             # Nothing but the choice of experts is learned: Trainer asks for a loss all the same.
             gained["loss"] = losses.alone(outputs.logits)
     if running.keep_routings:

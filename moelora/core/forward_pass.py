@@ -101,6 +101,7 @@ class ForwardPass:
         plan.
         read: by the name of a span what its first module read, until the last one has given.
         closed: the model has returned; whatever runs now recomputes.
+        opener: what began it at the backbone, past the model's own forward; else None.
         outer: the pass that was running when this one began.
     """
 
@@ -125,6 +126,7 @@ class ForwardPass:
     shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     closed: bool = False
+    opener: object | None = None
     outer: ForwardPass | None = None
 
     @property
@@ -134,15 +136,23 @@ class ForwardPass:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` with this as the pass of the thread; afterwards the one before is that again."""
-        self.outer = _running.innermost
-        _running.innermost = self
+        self.begin()
         try:
             return call()
         finally:
-            _running.innermost = self.outer
-            self.outer = None
-            self.shrunk.clear()
-            self.read.clear()
+            self.end()
+
+    def begin(self) -> None:
+        """Be the pass of this thread, until `end`."""
+        self.outer = _running.innermost
+        _running.innermost = self
+
+    def end(self) -> None:
+        """Let the pass before be that of the thread again."""
+        _running.innermost = self.outer
+        self.outer = None
+        self.shrunk.clear()
+        self.read.clear()
 
     def close(self) -> None:
         """The model has returned: let go of what held the graph."""

@@ -52,6 +52,8 @@ class LoadWindow(nn.Module):
         self.register_buffer("last_seen", torch.empty(0, device=device), persistent=False)
         # Whether a backward pass has gone through a router since the window began.
         self.learned = False
+        # The backward pass of the window whose scale was assumed, by its number.
+        self.backward: int | None = None
 
     def resize(self, keep: Sequence[int | None]) -> None:
         """Expert i becomes the former `keep[i]`, or where None a new one without counts.
@@ -100,7 +102,17 @@ class LoadWindow(nn.Module):
             self.bias += torch.where(stepped, step, 0.0)
         if parameter.grad is None:
             self.learned = False
+            self.backward = None
+        elif self.backward is not None and bool(stepped):
+            # A loop that sets its gradients to 0 instead.
+            self.backward = None
         self.last_seen = values.detach().clone()
+
+    def is_one_backward(self, number: int) -> bool:
+        """Whether the backward pass called `number` is the first one of this window."""
+        if self.backward is None:
+            self.backward = number
+        return self.backward == number
 
     def end_forward(self, counts: dict[int, Tensor]) -> None:
         """Add one forward pass's counts `[C]` by router, summed over all processes."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..host_internals import backward_number
 from ..routers import Routing
 from .context import MixtureContext
 from .load_window import as_fractions
@@ -53,11 +54,13 @@ class LossScale:
     Args:
         value: 0-dim fp32; the factor that is assumed until a backward pass shows it at the loss.
         unknown: why nothing may be assumed, or "".
+        assumed: nobody said by how much a loss that is a mean over its own batch is multiplied.
         seen: whether a backward pass has shown it.
     """
 
     value: Tensor
     unknown: str = ""
+    assumed: bool = False
     seen: bool = False
 
 
@@ -66,6 +69,13 @@ UNKNOWN_SCALE = (
     "or several processes, so the model cannot see how it is scaled and the router losses would be "
     "off. Add moelora.training.MoeLoraCallback() to the Trainer's callbacks, or set "
     "model.moelora.loss_scale."
+)
+
+ACCUMULATED = (
+    "The loss is computed outside of the model, and several micro-batches make one optimizer step, "
+    "so the model cannot see by how much each is scaled and the router losses would be off. Add "
+    "moelora.training.MoeLoraCallback() to the Trainer's callbacks, or set "
+    "model.moelora.loss_scale to what your loop multiplies each micro-batch's loss with."
 )
 
 
@@ -82,6 +92,7 @@ class RouterLosses:
         targets: `[batch]` or `[batch, length]` expert numbers, −100 to leave out; or None.
         num_items: the loss's denominator over all micro-batches of the optimizer step, if the loop
             gave one.
+        labels: `[batch, length]`, those that a client takes its loss on, outside of the model.
         sequences_are_items: `num_items` counts sequences (classification), not tokens.
         has_loss: the model's output will have a loss that is meant to be learned from.
         riding: under torch.compile, the router losses that get their gradient at that loss.
@@ -96,6 +107,7 @@ class RouterLosses:
     token_mask: Tensor | None = None
     targets: Tensor | None = None
     num_items: Tensor | int | None = None
+    labels: Tensor | None = None
     sequences_are_items: bool = False
     has_loss: bool = False
     riding: list[Tensor] = field(default_factory=list)
@@ -141,6 +153,18 @@ class RouterLosses:
     def probe(self, loss: Tensor) -> Tensor:
         """`loss` unchanged; a backward pass through it shows by how much the loop scales it."""
         return _ProbeLoss.apply(loss, self.scale, *(own.to(loss) for own in self.riding))  # type: ignore[return-value]
+
+    def probe_tokens(self, log_probs: Tensor) -> Tensor:
+        """`log_probs` `[batch, tokens]` unchanged; where the loss is their mean over the labels, a
+        backward pass through them shows how it is scaled, as at the model's own loss.
+        """
+        if self.labels is None or self.num_items is not None:
+            return log_probs
+        tokens = self.batch * self.length if self.token_mask is None else self.token_mask.sum()
+        labels = (self.labels[:, 1:] != IGNORE).sum()
+        own = (labels.to(log_probs), torch.as_tensor(tokens).to(log_probs))
+        certain = self.context.loss_is_token_mean
+        return _ProbeTokens.apply(log_probs, self.scale, *own, certain)  # type: ignore[return-value]
 
     def alone(self, logits: Tensor) -> Tensor:
         """The router losses as a loss of their own, 0-dim: backward reaches what is tied alone.
@@ -227,6 +251,8 @@ class _AttachLoss(torch.autograd.Function):
             ctx.load.learned = True
             if scale.unknown and not scale.seen:
                 raise RuntimeError(scale.unknown)
+            if scale.assumed and not (scale.seen or ctx.load.is_one_backward(backward_number())):
+                raise RuntimeError(ACCUMULATED)
         # A copy: the next backward pass through the same graph may write another scale.
         return grads[0], scale.value.to(ctx.like, copy=True), None, None
 
@@ -252,3 +278,33 @@ class _ProbeLoss(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.scale.seen = True
         return grads[0], None, *[grads[0]] * ctx.riding
+
+
+class _ProbeTokens(torch.autograd.Function):
+    """Tokens' log-probabilities unchanged; the backward pass reads the scale of a mean over them.
+
+    A loss −c · Σ log p has the gradient −c at each token. With c = 1 / labels it is the mean over
+    this very batch; another c is that of a mean only where the loop says so (`certain`), since
+    other losses (DPO, KTO) may by chance have the same gradient at all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs, scale, labels, tokens, certain):
+        ctx.scale = scale
+        ctx.certain = certain
+        ctx.save_for_backward(labels, tokens)
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        labels, tokens = ctx.saved_tensors
+        size = grads[0].abs().amax()
+        own = (size * tokens).to(ctx.scale.value)
+        if ctx.certain:
+            ctx.scale.value.copy_(own)
+            ctx.scale.seen = True
+        else:
+            even = (grads[0] + size).abs().amax() <= 1e-4 * size
+            mean = even & ((size * labels - 1).abs() < 1e-4)
+            ctx.scale.value.copy_(torch.where(mean, own, ctx.scale.value))
+        return grads[0], None, None, None, None

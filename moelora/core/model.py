@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import PEFT_ATTACHED, dispatched_forward, set_dispatched_forward
 from ..routers import Routing
+from .clients import call_of_client, unwatch_backbones, watch_backbones
 from .expert_init import begin_experts
 from .forward import OWN_OUTPUTS, make_output_classes, run_forward
 from .generation import Generating, step_signature
@@ -25,6 +26,8 @@ from .mixture import Mixture
 
 # What the class of a model is made of, and what an instance of it is pickled by.
 MADE_OF = "_moelora_made_of"
+# The base's name, while the model's is that of the mixture.
+BASE_NAME = "_moelora_base_name"
 
 
 class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
@@ -51,6 +54,12 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
         def add_expert(self, name: str, **options: Any) -> Any: ...
         def remove_expert(self, name: str) -> Any: ...
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; a forward that a client has put in the place of ours is watched."""
+        if "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        return call_of_client(self, super().__call__, args, kwargs)
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs
     ) -> None:
@@ -66,6 +75,14 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
                 f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base."
             )
         return super()._from_config(config, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: a checkpoint names this package's classes, and is given no copy of their code.
+
+        Args:
+            auto_class: that loaded one under trust_remote_code=True.
+        """
 
     def _get_name(self) -> str:
         # Trainer looks this up to decide whether label smoothing shifts the labels.
@@ -145,8 +162,19 @@ def become(model: PreTrainedModel, public: type) -> Any:
     if getattr(model, "is_quantized", False):
         # What Trainer looks for before it trains on a quantised base: that adapters are attached.
         setattr(model, PEFT_ATTACHED, True)
+    model.__dict__[BASE_NAME] = model.config.name_or_path
+    # Clients load it again by its name, for a reference, or note it as what was adapted (PEFT): the
+    # bare base would be silently wrong.
+    rename(model, "")
+    watch_backbones(model)
     _reroute(model)
     return model
+
+
+def rename(model: PreTrainedModel, name: str) -> None:
+    """Give `model` the name that clients load it by; "" where it can be loaded from nowhere."""
+    model.config.name_or_path = name
+    model.name_or_path = name
 
 
 def revert(model: MixtureModel) -> PreTrainedModel:
@@ -154,6 +182,11 @@ def revert(model: MixtureModel) -> PreTrainedModel:
     model.__class__ = base_class(type(model))  # type: ignore[assignment]
     model.config.__dict__.pop("keys_to_ignore_at_inference", None)
     model.__dict__.pop(PEFT_ATTACHED, None)
+    rename(model, model.__dict__.pop(BASE_NAME))
+    unwatch_backbones(model)
+    if dispatched_forward(model) is None:
+        # A client's, which calls ours.
+        model.__dict__.pop("forward", None)
     _reroute(model)
     return model
 
@@ -161,6 +194,11 @@ def revert(model: MixtureModel) -> PreTrainedModel:
 def base_class(cls: type) -> type[PreTrainedModel]:
     """The base's class of a class made by `class_for`, or of what an engine made of that."""
     return getattr(cls, MADE_OF)[1]
+
+
+def public_class(cls: type) -> type:
+    """The class of `moelora.modeling` of a class made by `class_for`."""
+    return getattr(cls, MADE_OF)[0]
 
 
 def rebuild(public: type, base: type[PreTrainedModel]) -> Any:

@@ -55,8 +55,8 @@ def read_prompt(
 
     Raises:
         ValueError, TypeError: the prompt cannot be known (labels taken out by the training loop, a
-            filled cache without routing, packed sequences), or `router_mask` has the wrong shape or
-            an empty row.
+            filled cache without routing, packed sequences), `router_mask` has the wrong shape or
+            an empty row, or no label is left to learn from.
     """
     labels = kwargs.get("labels")
     batch, length = batch_shape(kwargs)
@@ -80,7 +80,10 @@ def read_prompt(
     prefix = attended & (attended.cumsum(1) <= prefix_tokens)
     from_start = ~tokens.any(1, keepdim=True)
     # A logit inside the prefix depends on the prefix tokens after it: it must not predict them.
+    given = labels
     labels = labels.masked_fill(from_start & prefix, IGNORE)
+    if answers and not torch.compiler.is_compiling():
+        _check_labels_left(given, labels, prefix_tokens)
     return torch.where(from_start, prefix, tokens), labels
 
 
@@ -174,6 +177,19 @@ def _refuse_cached_and_packed(kwargs: dict[str, Any], in_training: bool) -> None
             "These rows are packed (position_ids start again inside a row, or cu_seq_lens_q is "
             "given), so a row has no single prompt: use routing_level='token', one sequence a row, "
             "or pass expert_routing."
+        )
+
+
+def _check_labels_left(given: Tensor, labels: Tensor, prefix_tokens: int) -> None:
+    """Raise ValueError where the prefix prompts have taken every label of the batch."""
+    kept = bool((labels != IGNORE).any())
+    if not kept and bool((given != IGNORE).any()):
+        raise ValueError(
+            f"No label is left in this batch: its texts have labels from their start and are no "
+            f"longer than router_prefix_tokens={prefix_tokens}, the part that the sequence router "
+            "reads and that takes no loss. Set router_prefix_tokens lower (from_pretrained takes "
+            "it too), leave shorter texts out or join them, or say where the prompts end: labels "
+            "of −100 on prompt tokens, or router_mask [batch, length]."
         )
 
 

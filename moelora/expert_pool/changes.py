@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.composing import ExpertShape, adapter_factors, set_experts, usual_shape
 from ..adapters.merging import seeded
+from ..adapters.reading import source_name
 from ..core.experts import LoraFactors
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel
@@ -42,7 +43,9 @@ def add_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
     # Shared experts stay the last.
     routed = model.moelora_config.num_routed_experts
     keep = [*range(routed), None, *range(routed, len(names))]
-    return _rebuild(model, keep, [*names[:routed], name, *names[routed:]], new)
+    change = _rebuild(model, keep, [*names[:routed], name, *names[routed:]], new)
+    _note_source(model, name, origin)
+    return change
 
 
 def replace_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
@@ -50,7 +53,9 @@ def replace_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
     names = model.moelora_config.expert_names or []
     index = model.moelora_config.expert_index(name)
     keep = [None if e == index else e for e in range(len(names))]
-    return _rebuild(model, keep, names, _newcomer(model, **origin))
+    change = _rebuild(model, keep, names, _newcomer(model, **origin))
+    _note_source(model, name, origin)
+    return change
 
 
 def remove_expert(model: MixtureModel, name: str) -> PoolChange:
@@ -69,7 +74,20 @@ def remove_expert(model: MixtureModel, name: str) -> PoolChange:
             )
     keep = [e for e in range(config.num_experts) if e != index]
     names = [own for own in config.expert_names or [] if own != name]
-    return _rebuild(model, keep, names, num_shared=config.num_shared_experts - int(shared))
+    change = _rebuild(model, keep, names, num_shared=config.num_shared_experts - int(shared))
+    _note_source(model, name, {})
+    return change
+
+
+def _note_source(model: MixtureModel, name: str, origin: Mapping[str, Any]) -> None:
+    """Note where expert `name` came from, for the model card; nothing where it was made here."""
+    config = model.moelora_config
+    sources = {own: source for own, source in (config.expert_sources or {}).items() if own != name}
+    if origin.get("adapter") is not None:
+        sources[name] = source_name(origin["adapter"])
+    elif origin.get("copy_of") is not None:
+        sources[name] = f"a copy of {origin['copy_of']}"
+    config.expert_sources = sources or None
 
 
 def freeze_experts(model: MixtureModel, names: Iterable[str] | str) -> PoolChange:

@@ -21,8 +21,8 @@ class MoeLoraCallback(TrainerCallback):
     model how the loop scales its loss.
 
     Training needs it only where the loop computes the loss outside of the model (label smoothing,
-    `compute_loss_func`) under fp16 or several processes; elsewhere the model sees the scale by
-    itself.
+    `compute_loss_func`, the trainers of TRL) under fp16, several processes or gradient
+    accumulation; elsewhere the model sees the scale by itself.
     """
 
     def __init__(self):
@@ -40,10 +40,15 @@ class MoeLoraCallback(TrainerCallback):
         """Read by how much the loop multiplies its loss before it calls backward."""
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
+        mixture = _mixture_of(model)
+        # Where no num_items_in_batch reaches the model, the loop takes means and divides their sum.
+        mixture.mean_loss_scale = scale / getattr(args, "gradient_accumulation_steps", 1)
+        # Of TRL's SFTConfig.
+        mixture.loss_is_token_mean = getattr(args, "loss_type", None) == "nll"
         if args.average_tokens_across_devices:
             # Trainer multiplies the loss by this, because DDP averages the gradients.
             scale *= args.world_size
-        _mixture_of(model).loss_scale = scale
+        mixture.loss_scale = scale
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Add up who was chosen."""
@@ -57,8 +62,11 @@ class MoeLoraCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Forget the scale: another loop may have another one."""
-        _mixture_of(model).loss_scale = None
-        _mixture_of(model).counts_load = False
+        mixture = _mixture_of(model)
+        mixture.loss_scale = None
+        mixture.mean_loss_scale = None
+        mixture.loss_is_token_mean = False
+        mixture.counts_load = False
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """Add the experts' peak load: the largest share, times the number of experts.

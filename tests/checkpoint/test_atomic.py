@@ -19,7 +19,7 @@ import moelora.checkpoint.load
 
 # What Python reports (sys.audit) before it changes anything on disk.
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
-TIDY = {"config.json", "generation_config.json", WEIGHTS}
+TIDY = {"README.md", "config.json", "generation_config.json", "modeling_moelora.py", WEIGHTS}
 
 
 def in_child(action) -> int:

@@ -77,7 +77,8 @@ def test_push_to_hub_uploads_the_checkpoint(tmp_path, monkeypatch):
         transformers.utils.hub, "create_and_tag_model_card", lambda *a, **k: ModelCard("# x")
     )
     model.push_to_hub("someone/experts")
-    assert sent.keys() == {"README.md", "config.json", "generation_config.json", WEIGHTS}
+    files = {"README.md", "config.json", "generation_config.json", "modeling_moelora.py", WEIGHTS}
+    assert sent.keys() == files
     here = safetensors.torch.load_file(tmp_path / "experts" / WEIGHTS)
     there = safetensors.torch.load(sent[WEIGHTS])
     assert here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)

@@ -47,8 +47,10 @@ def test_two_save_while_a_third_loads(tmp_path, save_base, through_auto):
         saver.join(60)
     assert [saver.exitcode for saver in savers] == [0, 0] and loads > 2
     assert {p.name for p in folder.iterdir() if not p.name.startswith("base-")} == {
+        "README.md",
         "config.json",
         "generation_config.json",
+        "modeling_moelora.py",
         WEIGHTS,
     }
     models[1].save_pretrained(folder, save_base=save_base)

@@ -58,9 +58,11 @@ def test_the_default_checkpoint_holds_no_base_and_is_a_moelora_config(tmp_path):
     folder = tmp_path / "experts"
     assert all(map(model.moelora.owns, safetensors.torch.load_file(folder / WEIGHTS)))
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         WEIGHTS,
+        "modeling_moelora.py",
     ]
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, MoeLoraConfig) and config.model_type == "moelora"

@@ -49,10 +49,10 @@ CHOICES = {
     "expert_placement": PLACEMENTS,
 }
 NAME_LISTS = ["expert_names", "modules_to_save", "target_modules", "target_blocks"]
-# Checked by tests of their own: router_options in tests/routers/test_options.py, layers and
-# patterns in tests/injection/test_by_layer.py, expert_activation in tests/adapters/test_not_lora.py.
+# Checked by tests of their own: router_options in routers/test_options.py, layers and patterns in
+# injection/test_by_layer.py, expert_activation in adapters/test_not_lora.py.
 FREE = {
-    *("expert_activation", "block_sizes"),
+    *("expert_activation", "block_sizes", "expert_sources"),
     *("format_version", "sites", "expert_ranks", "expert_scaling", "router_options"),
     *("experts_per_layer", "layer_experts", "rank_pattern", "alpha_pattern"),
 }
@@ -62,6 +62,12 @@ def test_every_field_is_in_one_of_these_tests():
     listed = {*COUNTS, *NUMBERS, *FLAGS, *CHOICES, *NAME_LISTS, *FREE}
     own = {name for name in MoeLoraConfig.field_names() if not name.startswith("base_")}
     assert own == listed, "a new field needs a check and a line in this file"
+
+
+def test_sources_are_by_expert():
+    with pytest.raises(TypeError, match="expert_sources is not a dict"):
+        MoeLoraConfig(expert_sources="somewhere")
+    assert MoeLoraConfig(expert_sources={"expert_0": "one"}).expert_sources == {"expert_0": "one"}
 
 
 def refused(error, match, **fields):

@@ -1,0 +1,122 @@
+"""A checkpoint's model card, and what is different of one that goes to the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..config import MoeLoraConfig
+
+CARD = "README.md"
+# By which a card is known that may be written anew.
+MARK = "<!-- Written by moelora, anew at each save; without this line it is left as it is. -->"
+# What transformers puts into a repository that has no card.
+EMPTY_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+HEADS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+
+
+def without_paths(config: MoeLoraConfig) -> None:
+    """Forget in `config` where on this machine the base is."""
+    name = config.base_model_name_or_path
+    if name is not None and is_path(name):
+        config.base_model_name_or_path = None
+        config.base_subfolder = None
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` is a folder's, not that of a repository on the hub."""
+    return os.path.isabs(name) or Path(name).is_dir()
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether there is no card in `folder` yet, or one that nobody has made his own."""
+    path = folder / CARD
+    if not path.is_file():
+        return True
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return MARK in text or EMPTY_CARD in text
+
+
+def model_card(config: MoeLoraConfig, auto_class: str) -> ModelCard:
+    """The card of a checkpoint: its base, experts and gate, its data as far as it is known, and how
+    to load it. It names no path.
+
+    Args:
+        config: as it is saved.
+        auto_class: the name of the Auto class that loads it.
+    """
+    name = config.base_model_name_or_path
+    on_hub = name is not None and not is_path(name) and config.base_folder is None
+    data = ModelCardData(
+        base_model=name if on_hub else None,
+        library_name="moelora",
+        pipeline_tag=HEADS[auto_class],
+        tags=["moelora", "lora", "mixture-of-experts"],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n{MARK}",
+        f"# A mixture of {config.num_experts} LoRA experts",
+        f"**Base**: {_base(config, name if on_hub else None)}",
+        f"**Gate**: {_gate(config)}",
+        "**Experts**:",
+        _experts(config),
+        "**Data**: what the experts and the gate were trained on is not recorded; describe it here "
+        "and take the first line of this card out.",
+        _loading(config, auto_class, needs_base=not on_hub and config.base_folder is None),
+    ]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def _base(config: MoeLoraConfig, name: str | None) -> str:
+    kind = f"`{config.base_architecture}`"
+    if config.base_folder is not None:
+        return f"{kind}, in `{config.base_folder}/`"
+    if name is None:
+        return f"{kind} of a folder or in memory, which this checkpoint does not name"
+    at = f" at `{config.base_revision}`" if config.base_revision else ""
+    return f"[{name}](https://huggingface.co/{name}){at}, {kind}"
+
+
+def _gate(config: MoeLoraConfig) -> str:
+    scope = {
+        "projection": "a router for each adapted linear",
+        "site": "a router for the linears that read one tensor",
+        "layer": "a router for each decoder layer",
+        "model": f"one router, at decoder layer {config.router_layer}",
+    }[config.router_scope]
+    base = ", or the base alone" if config.null_expert else ""
+    return (
+        f"`{config.router}`, {scope}; each {config.routing_level} takes "
+        f"{config.num_experts_per_tok} of the experts{base}"
+    )
+
+
+def _experts(config: MoeLoraConfig) -> str:
+    rows = ["| expert | rank | from |", "|---|---|---|"]
+    sources = config.expert_sources or {}
+    for name, rank in zip(config.expert_names or [], config.ranks, strict=True):
+        source = str(sources.get(name, "trained in this mixture")).replace("|", " ")
+        rows.append(f"| {name} | {rank} | {' '.join(source.split())} |")
+    return "\n".join(rows)
+
+
+def _loading(config: MoeLoraConfig, auto_class: str, needs_base: bool) -> str:
+    base = ', base="where the base is"' if needs_base else ""
+    return "\n".join(
+        [
+            "```python",
+            "import moelora  # pip install moelora",
+            f"from transformers import {auto_class}",
+            "",
+            f'model = {auto_class}.from_pretrained("where this checkpoint is"{base})',
+            "```",
+            "",
+            "In programs that do not import moelora, `trust_remote_code=True` does (it runs the "
+            "import that is in this folder).",
+        ]
+    )
