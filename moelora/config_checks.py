@@ -46,6 +46,13 @@ def _check_slots(name: str, value: Any) -> None:
         check_integer(name, value, low=1, high=MAX_EXPERTS)
 
 
+def _check_sources(name: str, value: Any) -> None:
+    is_table = isinstance(value, (dict, type(None))) and all(
+        isinstance(word, str) for pair in (value or {}).items() for word in pair
+    )
+    check_type(name, value, is_table, "a dict of strings by the expert's name")
+
+
 _check_share = partial(check_number, low=0.0, high=1.0, open_high=True)
 _check_coefficient = partial(check_number, low=0.0, high=math.inf)
 # The checks of single fields, as data; those that say more are functions.
@@ -73,7 +80,7 @@ FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "router_pooling": partial(check_choice, choices=ROUTER_POOLINGS),
     "router_aux_loss_window": partial(check_choice, choices=AUX_LOSS_WINDOWS),
     "base_config": partial(_check_optional, kind=dict, word="dict"),
-    "expert_sources": partial(_check_optional, kind=dict, word="dict"),
+    "expert_sources": _check_sources,
     "base_architecture": _check_optional,
     "base_model_name_or_path": _check_optional,
     "base_revision": _check_optional,
