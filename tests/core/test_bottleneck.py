@@ -11,7 +11,7 @@ import pytest
 import torch
 from bases import causal_base
 from core.adapter_forms import FFN, FORMS, PHI, Plain, form, made
-from core.mixtures import LEVELS, SCOPES, left_padded, own_parameters, tokens
+from core.mixtures import LEVELS, left_padded, own_parameters, tokens
 from training.runs import batch, gradients_of, open_window
 
 import moelora
@@ -119,7 +119,7 @@ def test_a_bf16_base(kind):
     assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["site", "layer"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ["series", "block"])
 def test_generation_with_the_cache_is_generation_without(kind, level, scope):
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, scope, reentrant)
         torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, kind", [("llama", "series"), ("opt", "block"), ("bloom", "both")])
+@pytest.mark.parametrize("name, kind", [("llama", "series"), ("opt", "block")])
 def test_compiled_gradients(name, kind):
     torch._dynamo.reset()
     model = made(name, kind, **LOSSES).train()
