@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,12 +82,40 @@ MIXTURES = {
 LORAS = {made.name: made for made in map(lora, (4, 8, 16, 32))}
 
 
-@functools.cache
+# What is tried one change at a time; measured only where it is asked for by name.
+VARIANTS = {
+    made.name: made
+    for made in (
+        mixture("8 x r=4, top 2, half the scale", 8, 4, 2, scale=SCALE),
+        mixture("8 x r=4, top 2, probabilities", 8, 4, 2, norm_topk_prob=False),
+        mixture("8 x r=4, top 2, slices", 8, 4, 2, init="slices"),
+        mixture("8 x r=4, top 2, input norm", 8, 4, 2, router_input_norm=True),
+        mixture("8 x r=4, top 2, routers x 5", 8, 4, 2, router_rate=5.0),
+        mixture("8 x r=4, top 2, routers x 0.2", 8, 4, 2, router_rate=0.2),
+        mixture("8 x r=4, top 2, no balancing", 8, 4, 2, router_aux_loss_coef=0.0),
+        mixture("8 x r=4, top 2, a router a layer", 8, 4, 2, router_scope="layer"),
+        mixture("8 x r=4, top 2, labels", 8, 4, 2, labels=True),
+        mixture("4 x r=8, top 1", 4, 8, 1),
+        mixture("8 x r=4, all experts", 8, 4, 8),
+        mixture("sequence, learned: 8 x r=4, top 2", 8, 4, 2, **{**SEQUENCE, "labels": False}),
+    )
+}
+
+
 def equal_lora(path: str, made: Candidate) -> Candidate:
     """The single LoRA with the trainable parameters of a mixture, to the nearest rank."""
-    per_rank = count_trainable(build(lora(1), path, seed=0))
-    rank = max(1, round(count_trainable(build(made, path, seed=0)) / per_rank))
+    rank = max(1, round(_trainable(path, made) / _trainable(path, lora(1))))
     return replace(lora(rank), name=f"LoRA r={rank}, parameters of {made.name}")
+
+
+def _trainable(path: str, made: Candidate) -> int:
+    return _counted(path, json.dumps(made.settings()))
+
+
+@functools.cache
+def _counted(path: str, settings: str) -> int:
+    """The trainable parameters of a model with these settings, which is built for it."""
+    return count_trainable(build(Candidate(**json.loads(settings)), path, seed=0))
 
 
 def load_base(path: str, dtype: str = "bfloat16") -> PreTrainedModel:

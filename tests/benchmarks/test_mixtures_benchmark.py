@@ -92,12 +92,16 @@ def test_every_model_sees_the_same_rows_in_the_same_order(tokenizer):
 
 
 def test_a_killed_run_goes_on_where_it_was(folder, monkeypatch):
-    words = options(folder, "--only joint --models r=4")
+    words = options(folder, "--only joint --models LoRA,scale")
     bench_mixtures.main(words)
     path = folder / "out" / bench_mixtures.FILE
     first = json.loads(path.read_text(encoding="utf-8"))["runs"]
     names = {run["model"] for run in first}
-    assert {"LoRA r=4", "8 x r=4, top 2"} <= names and not any("r=1" in name for name in names)
+    assert {"LoRA r=4", "8 x r=4, top 2, half the scale"} <= names and "8 x r=4, top 2" not in names
+    sizes = {run["model"]: run["parameters"] for run in first}
+    (equal,) = (name for name in names if name.endswith("parameters of 8 x r=4, top 2"))
+    # The routers are counted, and the rank is the nearest.
+    assert sizes[equal] / sizes["8 x r=4, top 2, half the scale"] == pytest.approx(1, abs=0.02)
     assert all(run["settings"]["evaluated"] == "test" for run in first)
     assert all(set(run["loss"]) == set(run["accuracy"]) == set(NAMES) for run in first)
 
