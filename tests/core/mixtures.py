@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from bases import CAUSAL, UNHEARD_OF, VOCAB, causal_base, classifier_base
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -162,6 +166,15 @@ def adapted(model: Any) -> dict[str, tuple[Any, int]]:
 def own_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The mixture's parameters, wherever they lie in the model, by their names in it."""
     return {name: p for name, p in model.named_parameters() if model.moelora.owns(name)}
+
+
+def refused_by_old_transformers(scope: str, reentrant: bool | None) -> Any:
+    """For a training step: holds that it is refused, and gives that refusal, where transformers
+    checkpoints a layer with its hooks inside, as before 5.23; else gives None.
+    """
+    if scope == "model" and reentrant and Version(transformers.__version__) < Version("5.23"):
+        return pytest.raises(ValueError, match="upgrade transformers")
+    return nullcontext()
 
 
 def expert_parameters(model: Any) -> dict[str, nn.Parameter]:

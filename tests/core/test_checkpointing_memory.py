@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, classifier, expert_parameters
+from core.mixtures import (
+    ALL_CAUSAL,
+    LEVELS,
+    SCOPES,
+    causal,
+    classifier,
+    expert_parameters,
+    refused_by_old_transformers,
+)
 from training.runs import (
     LOSSES,
     assert_same,
@@ -42,8 +50,9 @@ def test_checkpointing_has_the_gradients_of_none(level, scope, kind):
     inputs = {**batch(), "expert_targets": torch.tensor([0, 1, 2, -100])}
     expected = gradients(model, **inputs)
     counts = model.moelora.load.current.clone()
-    assert_same(gradients(_checkpointed(model, kind), **inputs), expected, FP32)
-    assert torch.equal(model.moelora.load.current, counts)
+    with refused_by_old_transformers(scope, KINDS[kind]) as refused:
+        assert_same(gradients(_checkpointed(model, kind), **inputs), expected, FP32)
+    assert refused or torch.equal(model.moelora.load.current, counts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,8 +157,9 @@ def test_recomputing_after_the_forcing_has_ended_still_forces(scope, kind):
 
     expected = forced_gradients()
     _checkpointed(model, kind)
-    for now, then in zip(forced_gradients(), expected, strict=True):
-        torch.testing.assert_close(now, then, rtol=FP32, atol=FP32)
+    with refused_by_old_transformers(scope, KINDS[kind]):
+        for now, then in zip(forced_gradients(), expected, strict=True):
+            torch.testing.assert_close(now, then, rtol=FP32, atol=FP32)
 
 
 def _accumulated(loss, parameters):

@@ -11,6 +11,7 @@ from core.mixtures import (
     causal,
     classifier,
     expert_parameters,
+    refused_by_old_transformers,
     tokens,
 )
 from transformers import Trainer, TrainingArguments
@@ -76,9 +77,12 @@ def test_the_gradient_is_that_of_the_attached_loss_however_layers_are_checkpoint
         if alone and reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if alone:
-            out = model(tokens(), expert_targets=targets)
-            assert torch.equal(out.loss, out.expert_aux_loss)
-            (out["loss"] / 4).backward()
+            with refused_by_old_transformers(scope, reentrant) as refused:
+                out = model(tokens(), expert_targets=targets)
+                assert torch.equal(out.loss, out.expert_aux_loss)
+                (out["loss"] / 4).backward()
+            if refused:
+                return
         else:
             model(tokens(), labels=tokens().fill_(-100), expert_targets=targets)
             out = model(tokens(), expert_targets=targets)

@@ -106,9 +106,12 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def every_launch() -> list[Launch]:
-    """One launch of each kernel with each of its default tiles, dtypes and flags."""
+def every_launch(hip: str | None) -> list[Launch]:
+    """One launch of each kernel with each of its default tiles, dtypes and flags, as a torch built
+    for NVIDIA's chips or AMD's makes it.
+    """
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "hip", hip)
         # An H200's: how many planes a decode expand holds depends on it.
         patch.setattr(tiles, "multiprocessors", lambda device: 132)
         # A model's experts are fp32 beside 16-bit activations: with those, and in fp32, every tile.
@@ -144,12 +147,14 @@ def every_launch() -> list[Launch]:
     return list({launch.name: launch for launch in launches}.values())
 
 
-LAUNCHES = every_launch()
+NVIDIA = every_launch(hip=None)
+AMD = every_launch(hip="6.4")
+WORK = [(of, on) for on in TARGETS for of in (AMD if on.startswith("gfx") else NVIDIA)]
 # These multiply in IEEE fp32 at least for some sizes, or not at all.
 NO_CORES = (
     "gate_grad_dense", "gate_grad_slots", "router", "router_grad", "gated", "poisoned", "screened"
 )  # fmt: skip
-NAMES = sorted({kernel_of(launch) for launch in LAUNCHES})
+NAMES = sorted({kernel_of(launch) for launch in NVIDIA})
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +162,14 @@ def figures() -> Iterator[dict[tuple[Launch, str], Figures]]:
     """What the compilers say of every launch on every target; printed as a table, a row for all
     tiles of a kernel.
     """
-    work = list(product(LAUNCHES, TARGETS))
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        results = dict(zip(work, pool.map(_compile, range(len(work)), chunksize=8)))
+        results = dict(zip(WORK, pool.map(_compile, range(len(WORK)), chunksize=8)))
     yield results
 
 
 def _compile(index: int) -> Figures:
     # Jitted functions do not travel between processes; a forked one has its own.
-    launch, target = list(product(LAUNCHES, TARGETS))[index]
+    launch, target = WORK[index]
     try:
         return compiled(launch, target)
     except RuntimeError:

@@ -8,6 +8,7 @@ ranks, so that it carries the logits of its x.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -220,14 +221,26 @@ def decode_expand(
         return
     tile = tile_for("decode_expand", num_tokens, job.total_rank, y.dtype, job.tiles)
     choices, d_in = router.weight.shape
+    tile, lanes = fitted(tile, choices)
     decode_expand_kernel[(ceil_div(num_tokens, tile.BLOCK_T), ceil_div(d, tile.BLOCK_D))](
         planes, lora_B, router.selection_bias, job.scales, job.experts, ids, weights,
         y if add else None, y,
         num_tokens, planes.shape[2] - job.total_rank, job.total_rank, d, d_in, job.num_experts,
         choices, *planes.stride()[:2], y.stride(0),
         INPUT_NORM=router.input_norm, SPLITS=planes.shape[0], K=ids.shape[1], NORM=router.norm,
-        BLOCK_E=fitting(choices, 64), **launch_options(tile), **chained(y.device),
+        BLOCK_E=lanes, **launch_options(tile), **chained(y.device),
     )  # fmt: skip
+
+
+def fitted(tile: Tile, choices: int) -> tuple[Tile, int]:
+    """The tile of decode_expand for this machine, and BLOCK_E."""
+    lanes = fitting(choices, 64)
+    if torch.version.hip:
+        # 128 ranks at once spill there; and each warp, of 64 lanes, needs a token of its own, or
+        # Triton 3.6 cannot compile the gather.
+        tile = replace(tile, BLOCK_R=min(tile.BLOCK_R, 64))
+        lanes = max(lanes, 64 * tile.num_warps // tile.BLOCK_T)
+    return tile, lanes
 
 
 def chained(device: torch.device) -> dict[str, bool]:

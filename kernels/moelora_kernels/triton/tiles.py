@@ -51,12 +51,12 @@ def default_tile(kernel: str, num_tokens: int, width: int, itemsize: int) -> Til
     bytes an element.
 
     No spill and shared memory within the chip's on sm_80, sm_90, sm_100, gfx942, with factors of
-    the same dtype or fp32: the compile tests hold it.
+    the same dtype or fp32, by Triton 3.6 and 3.9: the compile tests hold it.
     """
     if kernel not in KERNELS + ROUTING:
         raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
     if kernel == "gate_grad":
-        return Tile(16, fitting(width, 64), MIN_DOT, 4, 1)
+        return Tile(16, fitting(width, 64), MIN_DOT, 8 if width > 32 else 4, 1)
     if kernel == "top_k":
         return Tile(1, fitting(width, 2048), MIN_DOT, 8 if width > 512 else 4, 1)
     return (
@@ -76,27 +76,31 @@ def _tile_of_16_bits(kernel: str, num_tokens: int, width: int) -> Tile:
             return Tile(128, 128, 64, 8, 3)
         # With fp32 factors a third stage of these spills.
         stages = 2 if ranks == 128 or (tokens, ranks) == (64, 32) else 3
-        return Tile(tokens, ranks, 64, 8 if ranks == tokens == 64 else 4, stages)
+        return Tile(tokens, ranks, 64, 8 if ranks == 64 <= 2 * tokens else 4, stages)
     if kernel == "expand":
-        if tokens == 16 and 128 < width <= 256:
-            return Tile(16, 256, 64, 4, 1)
+        if tokens <= 32 and width > 128:
+            if tokens == 32:
+                return Tile(32, 32, 32, 8, 3)
+            return Tile(16, 256, 32, 8, 1) if width <= 256 else Tile(16, 16, 64, 4, 2)
         if num_tokens > 64 and width > 128:
             return Tile(64, 32, 128, 8, 2)
         ranks = fitting(width, 128) if width <= 128 else 32
         stages = 1 if ranks == 128 and tokens < 64 else 2
-        warps = 8 if tokens == 64 or (tokens == 32 and width > 128) else 4
+        warps = 8 if tokens == 64 else 4
         return Tile(tokens, ranks, 128 if width <= 64 else 64, warps, stages)
     if kernel == "expand_slots":
         ranks = fitting(width, 64)
         # Two stages of the largest put their barriers on the stack of sm_100.
-        stages = 1 if tokens == ranks == 64 else 2
+        stages = 1 if tokens == 64 and ranks >= 32 else 2
         return Tile(tokens, ranks, 64 if tokens == 16 else 128, 8 if tokens == 64 else 4, stages)
     if kernel == "weight_grad":
         ranks = fitting(width, 128)
         if ranks == 128:
-            return Tile(64, 128, 128, 8, 2)
+            # With as many tokens at once as of all experts, sorted ones of fp32 spill.
+            return Tile(64, 128, 128, 8, 2) if num_tokens > 64 else Tile(32, 128, 128, 8, 3)
         tokens = 16 if num_tokens <= 16 else 64
-        return Tile(tokens, ranks, 128 if ranks == 64 else 64, 8 if ranks == 64 else 4)
+        warps = 8 if ranks == 64 or (ranks == 32 and tokens == 64) else 4
+        return Tile(tokens, ranks, 128 if ranks == 64 else 64, warps)
     if kernel == "router":
         return Tile(tokens, fitting(width, 64), 64, 4, 3)
     if kernel == "router_grad":
@@ -111,7 +115,10 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     tokens = fitting(num_tokens, 32)
     if kernel == "shrink":
         return Tile(tokens, fitting(width, 64), 32, 4)
-    if tokens == 32 and (kernel == "expand_slots" or (kernel == "expand" and width > 32)):
+    if kernel == "expand" and width > 32:
+        # A second stage of these spills.
+        return Tile(32, 16, 64, 8, 1) if tokens == 32 else Tile(16, 16, 32, 4, 1)
+    if kernel == "expand_slots" and tokens == 32:
         return Tile(32, 16, 64, 8, 2)
     if kernel in ("expand", "expand_slots"):
         return Tile(tokens, fitting(width, 32), 64, 8 if tokens == 32 else 4, 2)
@@ -122,7 +129,7 @@ def _tile_of_fp32(kernel: str, num_tokens: int, width: int) -> Tile:
     if kernel == "decode_shrink":
         return Tile(tokens, fitting(width, 32), 64, 4)
     # With 16 tokens or ranks it spills: each thread then holds whole rows of the other side.
-    return Tile(32, 32, 32, 8, 1)
+    return Tile(32, 32, 32, 8, 2)
 
 
 @lru_cache(maxsize=1024)
