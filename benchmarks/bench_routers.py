@@ -58,7 +58,12 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
     for name, fields in candidates().items():
         if settings.only and not name.startswith(settings.only):
             continue
-        step = training_step(mixture(base, **fields), settings.batch, settings.length)
+        model = mixture(base, **fields)
+        router = model.moelora.router_list[0]
+        told = {}
+        if router.reads == "context":
+            told["router_context"] = torch.randn(settings.batch, router.in_features)
+        step = training_step(model, settings.batch, settings.length, **told)
         steps = {name: step, REFERENCE: reference}
         timings = in_turns(steps, settings.rounds, clock=CLOCKS[settings.clock])
         ratio, low, high = timings.ratio(name, REFERENCE)

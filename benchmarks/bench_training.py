@@ -29,15 +29,16 @@ TIME_TARGETS = ((FEW, LORA, 1.20), (MANY, FEW_SMALL, 1.30))
 MEMORY_TARGET = (FEW, LORA, 1.15)
 
 
-def training_step(model, batch: int, length: int) -> Callable[[], object]:
+def training_step(model, batch: int, length: int, **inputs: torch.Tensor) -> Callable[[], object]:
     """A step of AdamW on random tokens: forward, backward, update, gradients cleared."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def step() -> None:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -200,8 +200,6 @@ def labelled_texts(model: MixtureModel, texts: Mapping[str, Texts] | Texts) -> T
 def routers_training(model: MixtureModel, train: bool) -> Iterator[list[nn.Parameter]]:
     """The routers' parameters, which inside train or not; then their gradients are as before."""
     parameters = list(model.moelora.routers.parameters())
-    if train and not parameters:
-        raise ValueError(f"router={model.moelora_config.router!r} has nothing to learn.")
     with ExitStack() as stack:
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.mixtures import LEVELS, causal, prompt_mask, tokens
+from core.mixtures import LEVELS, causal, prompt_mask, rows_for, tokens
 from training.runs import LOSSES, assert_same, batch, gradients
 
 from moelora import ROUTERS, MoeLoraConfig
@@ -105,7 +105,7 @@ def test_a_compiler_traces_it_whole(router, training):
     # All routers share the code of `forward`, which is only compiled so often.
     torch.compiler.reset()
     compiled = torch.compile(one, backend="eager", fullgraph=True)
-    x = torch.randn(7, D)
+    x = rows_for(one, 7)
     torch.manual_seed(0)
     expected = one(x)
     torch.manual_seed(0)

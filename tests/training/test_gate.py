@@ -107,7 +107,7 @@ def test_a_blending_gate_learns_its_texts():
 
 def test_a_gate_without_parameters_is_refused():
     model = gate(router="hashed", router_input_norm=False)
-    with pytest.raises(ValueError, match="router='hashed' has nothing to learn"):
+    with pytest.raises(ValueError, match="router='hashed' has no parameters"):
         train_gate(model, tasks(4))
     with pytest.raises(ValueError, match="router='hashed' reads no hidden states"):
         prompt_features(model, tasks(4)["red"])
