@@ -9,14 +9,21 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
 
 # `make test-models` alone is what a change to moelora needs.
-.PHONY: test test-models test-interpreted test-offline test-transformers test-clients demo bench gpu test-oldest docs lint format clean
+.PHONY: test test-models test-core test-rooms test-interpreted test-offline test-transformers test-clients demo bench gpu test-oldest docs lint format clean
 
-# A process either compiles Triton's kernels or interprets them. Three runs, two at a time: what
-# compiles for chips that are not there takes as long as what interprets, and the rest as both.
+# A process either compiles Triton's kernels or interprets them. Four runs, two at a time: two halves
+# of what does neither, and what compiles for chips that are not there beside what interprets.
 OFFLINE := tests/kernels/test_offline.py
+CORE := tests/core tests/injection tests/kernels
 
 test: $(VENV)/.dev lint
-	$(MAKE) --jobs=2 --output-sync=target test-models test-interpreted test-offline
+	$(MAKE) --jobs=2 --output-sync=target test-core test-rooms test-interpreted test-offline
+
+test-core: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest --ignore=$(OFFLINE) $(CORE)
+
+test-rooms: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest $(addprefix --ignore=,$(CORE))
 
 test-models: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest --ignore=$(OFFLINE)

@@ -63,6 +63,9 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
         told = {}
         if router.reads == "context":
             told["router_context"] = torch.randn(settings.batch, router.in_features)
+        if model.moelora.reads_prompts:
+            prompt = torch.arange(settings.length) < settings.length // 2
+            told["router_mask"] = prompt.expand(settings.batch, -1)
         step = training_step(model, settings.batch, settings.length, **told)
         steps = {name: step, REFERENCE: reference}
         timings = in_turns(steps, settings.rounds, clock=CLOCKS[settings.clock])
