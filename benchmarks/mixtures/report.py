@@ -114,7 +114,8 @@ def _targets(group: Group) -> list[Row]:
                 row(f"{name}, over the oracle", own.loss.mean / group.oracle, 1.02)
                 one = found[sequential.ONE].loss.mean
                 row(f"{name}, over {sequential.ONE}", own.loss.mean / one, 0.7)
-                row(f"{name}, worst task lost", own.lost.mean, 0.01)
+                if own.lost is not None:
+                    row(f"{name}, worst task lost", own.lost.mean, 0.01)
     if group.part == "existing" and existing.GATED in found and existing.ORACLE in found:
         gated = found[existing.GATED].loss.mean
         row("gate trained, over the oracle", gated / group.oracle, 1.01)
