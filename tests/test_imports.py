@@ -25,6 +25,7 @@ ROOMS = (
     ("adapters",),
     ("expert_pool",),
     ("recipes",),
+    ("rooms",),
     ("modeling",),
     ("serving",),
     ("cli",),
