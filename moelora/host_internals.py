@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
 import torch
-from peft.tuners import tuners_utils as _peft
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor as _fake_tensor
 from torch.nn.modules import module as _module
 from torch.nn.modules.conv import _ConvNd
 
@@ -23,16 +22,20 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 # transformers: what the Auto classes add to the keywords of from_pretrained.
 AUTO_KEYWORDS = ("_from_auto", "adapter_kwargs")
 
-# PEFT's own rules of what an adapter can be put on; its public functions apply them to a PeftModel.
-check_mamba_targets = _peft._check_lora_target_modules_mamba
-include_all_linear = _peft._maybe_include_all_linear_layers
-in_out_features = _peft._get_in_out_features
+# What takes seconds to import, by its name here: imported when it is first asked for.
+_SLOW = {
+    # PEFT's own rules of what an adapter can be put on; its public functions apply them to a
+    # PeftModel.
+    "check_mamba_targets": ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba"),
+    "include_all_linear": ("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers"),
+    "in_out_features": ("peft.tuners.tuners_utils", "_get_in_out_features"),
+    # torch: a forward pass that computes shapes alone. The mode has no public name yet.
+    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+}
 # torch: the base class of all convolutions.
 Convolution = _ConvNd
-# torch: a forward pass that computes shapes alone. The mode has no public name yet; its log prints
-# tracebacks of what is met by a real forward.
-FakeTensorMode = _fake_tensor.FakeTensorMode
-FAKE_TENSOR_LOG = _fake_tensor.__name__
+# torch: the log that prints tracebacks of what FakeTensorMode meets and a real forward does.
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
 # torch: whether autograd knows a tensor as a view of another.
 is_view = Tensor._is_view
 # torch: the hooks on every module of the process, by number; one may keep what it was shown.
@@ -40,6 +43,14 @@ GLOBAL_FORWARD_HOOKS = _module._global_forward_hooks
 # The standard library's parser has had no public name since 3.11, and only the parsed form shows
 # repetitions inside of repetitions (moelora/backtracking.py).
 regex_parser: Any = re._parser  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    """One of `_SLOW`."""
+    if name not in _SLOW:
+        raise AttributeError(f"{__name__} has no {name!r}.")
+    module, own = _SLOW[name]
+    return getattr(import_module(module), own)
 
 
 def is_data_parallel_replica(model: nn.Module) -> bool:

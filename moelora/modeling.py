@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .adapters import composing, export
-from .checkpoint import load, save, state
+from . import rooms
 from .config import MoeLoraConfig
 from .core.expert_init import begin_experts
 from .core.forward import compute_device
@@ -20,12 +19,12 @@ from .core.inputs import ROUTING_ONLY
 from .core.model import MixtureModel
 from .core.overrides import Experts, overriding
 from .core.report import RoutingReport
-from .expert_pool import changes
-from .expert_pool.optimizer_state import PoolChange
-from .injection.base import base_for
-from .injection.inject import put_into, unload
 from .routers import Routing
-from .training import router_init
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .expert_pool.optimizer_state import PoolChange
 
 Folder = str | PathLike[str]
 Names = str | Iterable[str]
@@ -56,8 +55,8 @@ class MoeLoraModel(MixtureModel):
             raise TypeError(f"config is a {type(config).__name__}; expected a MoeLoraConfig.")
         config = config.without_base()
         config.validate()
-        model, _ = base_for(cls, base, config, kwargs)
-        return put_into(model, config, cls, then=begin_experts)
+        model, _ = rooms.base.base_for(cls, base, config, kwargs)
+        return rooms.inject.put_into(model, config, cls, then=begin_experts)
 
     @classmethod
     def from_adapters(
@@ -99,7 +98,7 @@ class MoeLoraModel(MixtureModel):
         kwargs |= {"router_init": router_init, "texts": texts, "tokenizer": tokenizer}
         kwargs |= {"split": split, "noise": noise, "seed": seed}
         kwargs["allow_base_mismatch"] = allow_base_mismatch
-        return composing.from_adapters(cls, base, adapters, config, **kwargs)
+        return rooms.composing.from_adapters(cls, base, adapters, config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -120,11 +119,11 @@ class MoeLoraModel(MixtureModel):
             ValueError: no such checkpoint, a damaged or newer one, or another base, with what
             differs.
         """
-        return load.load(cls, pretrained_model_name_or_path, **kwargs)
+        return rooms.load.load(cls, pretrained_model_name_or_path, **kwargs)
 
     def unload(self) -> PreTrainedModel:
         """Take the mixture out, in place; returns the base as it was before."""
-        return unload(self)
+        return rooms.inject.unload(self)
 
     @torch.no_grad()
     def route(self, **inputs: Any) -> RoutingReport:
@@ -184,7 +183,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             ValueError: another router, an unknown expert, no text, no tokenizer for strings.
         """
-        router_init.describe_experts(self, texts, tokenizer)
+        rooms.router_init.describe_experts(self, texts, tokenizer)
 
     def add_expert(
         self,
@@ -220,7 +219,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             ValueError, TypeError: a name or an adapter that does not fit, or arguments at odds.
         """
-        return changes.add_expert(
+        return rooms.changes.add_expert(
             self,
             name,
             adapter=adapter,
@@ -239,7 +238,7 @@ class MoeLoraModel(MixtureModel):
             name: of the expert.
             options: as those of `add_expert`, which raises the same errors.
         """
-        return changes.replace_expert(self, name, **options)
+        return rooms.changes.replace_expert(self, name, **options)
 
     def remove_expert(self, name: str) -> PoolChange:
         """Remove an expert with its router rows; the others keep their bits.
@@ -247,7 +246,7 @@ class MoeLoraModel(MixtureModel):
         Args:
             name: of the expert. At least num_experts_per_tok experts must remain.
         """
-        return changes.remove_expert(self, name)
+        return rooms.changes.remove_expert(self, name)
 
     def freeze_experts(self, names: Names) -> PoolChange:
         """Freeze experts: no gradient, no optimizer state, no weight decay.
@@ -255,7 +254,7 @@ class MoeLoraModel(MixtureModel):
         Args:
             names: of the experts. Hand what comes back to `resume_optimizer` if there is one.
         """
-        return changes.freeze_experts(self, names)
+        return rooms.changes.freeze_experts(self, names)
 
     def unfreeze_experts(self, names: Names) -> PoolChange:
         """Train frozen experts again.
@@ -263,7 +262,7 @@ class MoeLoraModel(MixtureModel):
         Args:
             names: as in `freeze_experts`.
         """
-        return changes.unfreeze_experts(self, names)
+        return rooms.changes.unfreeze_experts(self, names)
 
     def export_expert(
         self,
@@ -287,7 +286,7 @@ class MoeLoraModel(MixtureModel):
             ValueError, TypeError: no such expert, one without any rank or with NaN, no such dtype.
             FileExistsError, OSError: the folder is not empty, or cannot be written.
         """
-        export.export_expert(self, name, folder, dtype=dtype, overwrite=overwrite)
+        rooms.export.export_expert(self, name, folder, dtype=dtype, overwrite=overwrite)
 
     def export_merged(
         self,
@@ -299,7 +298,7 @@ class MoeLoraModel(MixtureModel):
         recipe: str = "linear",
         overwrite: bool = False,
         **options: Any,
-    ) -> export.MergeReport:
+    ) -> rooms.export.MergeReport:
         """Write a fixed mixture of experts as one LoRA folder for PEFT.
 
         Args:
@@ -317,7 +316,7 @@ class MoeLoraModel(MixtureModel):
             FileExistsError, OSError: as `export_expert`.
         """
         how = {"rank": rank, "recipe": recipe, "dtype": dtype, "overwrite": overwrite}
-        return export.export_merged(self, weights, folder, **how, **options)
+        return rooms.export.export_merged(self, weights, folder, **how, **options)
 
     def merge_and_unload(
         self, weights: Mapping[str, float], *, recipe: str = "linear", **options: Any
@@ -332,7 +331,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             ValueError, TypeError: as `export_merged`; a quantised, offloaded or tied linear.
         """
-        export.merge_into_base(self, weights, recipe, options)
+        rooms.export.merge_into_base(self, weights, recipe, options)
         return self.unload()
 
     def save_pretrained(
@@ -343,9 +342,7 @@ class MoeLoraModel(MixtureModel):
         save_base: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the experts, routers and config, and with `save_base` the base beside them.
-
-        Until the last file is in place the folder holds the checkpoint that was there before.
+        """Write experts, routers, config and card, with `save_base` the base too: all or nothing.
 
         Args:
             save_directory: the folder.
@@ -359,10 +356,12 @@ class MoeLoraModel(MixtureModel):
             ValueError, TypeError: another model in the folder, NaN, an unknown keyword.
         """
         if is_main_process:
-            save.save(self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs)
+            rooms.save.save(
+                self, save_directory, state_dict=state_dict, save_base=save_base, **kwargs
+            )
 
     def _upload_modified_files(self, working_dir: Folder, *args: Any, **kwargs: Any) -> Any:
-        save.prepare_upload(self, working_dir)
+        rooms.save.prepare_upload(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(
@@ -376,7 +375,7 @@ class MoeLoraModel(MixtureModel):
         Raises:
             RuntimeError: a key of the mixture is missing, too many, or of the wrong shape.
         """
-        return state.load_state_dict(self, state_dict, strict, assign)
+        return rooms.state.load_state_dict(self, state_dict, strict, assign)
 
 
 class MoeLoraForCausalLM(MoeLoraModel):

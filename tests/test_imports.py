@@ -26,6 +26,7 @@ ROOMS = (
     ("adapters",),
     ("expert_pool",),
     ("recipes",),
+    ("rooms",),
     ("modeling",),
     ("serving",),
     ("cli",),

@@ -121,8 +121,8 @@ def right_singular_vectors(weight: Tensor, whole: bool = False) -> Tensor:
 def _weight(model: Any, name: str, size: tuple[int, int], device: torch.device) -> Tensor:
     """The frozen weight of a linear, `[d_out, d_in]` as `size` says, as floating point."""
     linear = model.get_submodule(name)
-    weight: Any = getattr(linear, "weight", None)
-    if weight is not None and is_sharded(weight):
+    weight = getattr(linear, "weight", torch.empty(0))
+    if is_sharded(weight):
         raise ValueError(
             f"expert_init='svd' reads the weight of {name}, of which this process has a part: make "
             "the mixture before the model is sharded, or use expert_init='orthogonal'."

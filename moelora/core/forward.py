@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..host_internals import is_data_parallel_replica
@@ -27,6 +26,9 @@ from .prompts import (
     plans_on_cache,
     read_prompt,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OWN_OUTPUTS = ("expert_aux_loss", "expert_routing")
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..host_internals import PEFT_ATTACHED, dispatched_forward, set_dispatched_forward
@@ -23,6 +22,9 @@ from .generation import Generating, step_signature
 from .gradient_checkpointing import RoutedCheckpoint
 from .inputs import OWN_INPUTS
 from .mixture import Mixture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What the class of a model is made of, and what an instance of it is pickled by.
 MADE_OF = "_moelora_made_of"
@@ -70,7 +72,7 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs) -> Any:
-        if not issubclass(cls, PreTrainedModel):
+        if not hasattr(cls, MADE_OF):
             raise ValueError(
                 f"A {type(config).__name__} alone makes no model: use {cls.__name__}.from_base."
             )
