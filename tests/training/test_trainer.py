@@ -39,7 +39,10 @@ def _base_bits(model):
 def test_the_loss_falls_and_the_base_keeps_its_bits(level, router, tmp_path):
     model = causal(active=False, routing_level=level, router=router)
     before = _base_bits(model)
-    run = trainer(model, rows_of(batch(8)), tmp_path, per_device_train_batch_size=8, max_steps=30)
+    # Experts that are drawn, not chosen, learn more slowly.
+    steps = 90 if router == "random" else 30
+    settings = {"per_device_train_batch_size": 8, "max_steps": steps}
+    run = trainer(model, rows_of(batch(8)), tmp_path, **settings)
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
