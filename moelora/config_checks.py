@@ -47,10 +47,9 @@ def _check_slots(name: str, value: Any) -> None:
 
 
 def _check_sources(name: str, value: Any) -> None:
-    is_table = isinstance(value, (dict, type(None))) and all(
-        isinstance(word, str) for pair in (value or {}).items() for word in pair
-    )
-    check_type(name, value, is_table, "a dict of strings by the expert's name")
+    _check_optional(name, value, dict, "dict")
+    strings = all(isinstance(word, str) for pair in (value or {}).items() for word in pair)
+    check_type(name, value, strings, "a dict of strings by the expert's name")
 
 
 _check_share = partial(check_number, low=0.0, high=1.0, open_high=True)

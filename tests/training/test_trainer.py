@@ -40,7 +40,9 @@ def test_the_loss_falls_and_the_base_keeps_its_bits(level, router, tmp_path):
     before = _base_bits(model)
     inputs = batch(8)
     data = rows_of({**inputs, **told(model, inputs["input_ids"])})
-    run = trainer(model, data, tmp_path, per_device_train_batch_size=8, max_steps=40)
+    # Experts that are drawn, not chosen, learn more slowly.
+    steps = 90 if router == "random" else 40
+    run = trainer(model, data, tmp_path, per_device_train_batch_size=8, max_steps=steps)
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
