@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reentrant": True,
     },
     "model, sequence": {
-        "fields": {"router_scope": "model", "routing_level": "sequence"},
+        "fields": {"router_scope": "model", "routing_level": "sequence", "router_prefix_tokens": 3},
         "reentrant": False,
     },
     "accumulated": {"fields": {}, "micro": 2},

@@ -121,7 +121,7 @@ def test_a_model_called_inside_of_another_has_its_own_pass():
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_forward_without_backward_frees_its_graph_at_once(scope, level):
-    model = causal(router_scope=scope, routing_level=level).train()
+    model = causal(router_scope=scope, routing_level=level, router_prefix_tokens=3).train()
     ids = tokens()
     seen = []
     model.model.norm.register_forward_hook(lambda m, args, out: seen.append(weakref.ref(out)))
