@@ -122,7 +122,7 @@ def _weight(model: Any, name: str, size: tuple[int, int], device: torch.device) 
     """The frozen weight of a linear, `[d_out, d_in]` as `size` says, as floating point."""
     linear = model.get_submodule(name)
     weight: Any = getattr(linear, "weight", None)
-    if weight is not None and is_sharded(weight):
+    if is_sharded(weight):
         raise ValueError(
             f"expert_init='svd' reads the weight of {name}, of which this process has a part: make "
             "the mixture before the model is sharded, or use expert_init='orthogonal'."
