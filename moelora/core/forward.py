@@ -122,6 +122,7 @@ def _begin(
     running = ForwardPass(
         mixture,
         batch,
+        length,
         carried=own.expert_routing,
         override=override,
         keep_routings=bool(own.output_expert_routing) or mixture.routes_prompts,

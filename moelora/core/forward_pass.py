@@ -33,6 +33,13 @@ MISSING_IDS = (
 )
 
 
+PART_OF_PROMPT = (
+    "An adapted linear reads {length} of the {whole} tokens of each sequence (logits_to_keep), and "
+    "its router must read whole prompts: pass logits_to_keep=0, or leave the linear out of "
+    "target_modules."
+)
+
+
 class RoutingDone(Exception):
     """Ends a forward pass of which nothing but the routing is wanted; `run_forward` catches it."""
 
@@ -79,6 +86,7 @@ class ForwardPass:
     Args:
         context: of the mixture that it goes through.
         batch: of the input.
+        length: of the input in tokens, padding included; None where nobody knows.
         prompt_mask: `[batch, length]` bool, what a sequence router reads; None where it reads all.
         carried: one `Routing` a router, decided before: by an earlier step, or by the caller.
         plans: those of `carried` that the request's earlier steps have made.
@@ -107,6 +115,7 @@ class ForwardPass:
 
     context: MixtureContext
     batch: int
+    length: int | None = None
     prompt_mask: Tensor | None = None
     carried: tuple[Routing, ...] | None = None
     plans: RequestPlans | None = None
@@ -255,12 +264,14 @@ class ForwardPass:
             if self.router_context is None:
                 raise ValueError(MISSING_CONTEXT.format(width=router.in_features))
             return router(self.router_context.to(x.device), *choosing), length
+        known = self.known_prompts
+        if x.dim() == 3 and known is None and self.length not in (None, length):
+            raise ValueError(PART_OF_PROMPT.format(length=length, whole=self.length))
         mask = self.prompt_mask
         mask = None if mask is None or mask.shape[1] != length else mask.to(x.device)
         rows = x.reshape(self.batch, length, -1)
         if not router.reads_prompt:
             return router(rows, *choosing, prompt_mask=mask), length
-        known = self.known_prompts
         prompt = PromptScores(mask, None if known is None else known[index].logits.to(x.device))
         routing = router(rows, *choosing, prompt=prompt)
         if not self.closed and prompt.logits is not None:

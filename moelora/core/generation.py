@@ -100,6 +100,14 @@ class Generating:
         prefill = super()._prefill  # type: ignore[misc]
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _supports_logits_to_keep(self):
+        # An adapted head would choose by the one token that it is shown, not by the prompt.
+        mixture = self.moelora
+        reads_all = mixture.reads_prompts or mixture.router_list[0].reads == "input_ids"
+        if reads_all and any(site.layer is None for site in mixture.sites.values()):
+            return False
+        return super()._supports_logits_to_keep()  # type: ignore[misc]
+
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         # An assistant, also this model's own first layers, routes the prompt itself if it routes,
         # and keeps that on its own cache. What is outside it is told.

@@ -353,3 +353,19 @@ def test_plans_of_a_request_are_not_those_of_the_next():
         assert torch.equal(
             model(token, past_key_values=first, expert_routing=routing).logits, fresh
         )
+
+
+@pytest.mark.parametrize("fields", [{"routing_level": "sequence"}, {"router": "hybrid"}])
+def test_an_adapted_head_is_routed_by_the_whole_prompt(fields):
+    """`generate()` asks for the last token's logits alone, so the head's router read no more."""
+    model = causal(target_modules=["v_proj", "lm_head"], **fields)
+    ids = tokens()
+    expected = model(ids).logits[:, -1]
+    with pytest.raises(ValueError, match=r"reads 1 of the \d+ tokens.*logits_to_keep=0"):
+        model(ids, logits_to_keep=1)
+    made = model.generate(
+        ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert torch.allclose(made.logits[0], expected, atol=1e-6)
+    without_cache = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(made.sequences, without_cache)
