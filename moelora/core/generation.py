@@ -60,6 +60,11 @@ class Generating:
         if _reads_prompts(mixture, model_kwargs) and carried is None:
             model_kwargs.setdefault("router_mask", prompt)
         routing = model_kwargs.pop("expert_routing", None)
+        if routing is not None and not mixture.routes_prompts:
+            raise ValueError(
+                "expert_routing is of single tokens here, and generate() makes new ones that it "
+                "does not cover: pass expert_weights, or use routing_level='sequence'."
+            )
         expand = super()._expand_inputs_for_generation  # type: ignore[misc]
         input_ids, model_kwargs = expand(
             expand_size=expand_size,

@@ -369,3 +369,12 @@ def test_an_adapted_head_is_routed_by_the_whole_prompt(fields):
     assert torch.allclose(made.logits[0], expected, atol=1e-6)
     without_cache = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
     assert torch.equal(made.sequences, without_cache)
+
+
+def test_the_routing_of_single_tokens_is_refused_by_generate():
+    """With beams its rows were repeated in another order than the tokens'."""
+    model = causal()
+    ids = tokens()
+    routing = model(ids, output_expert_routing=True).expert_routing
+    with pytest.raises(ValueError, match=r"of single tokens.*expert_weights"):
+        model.generate(ids, expert_routing=routing, max_new_tokens=1, num_beams=2)
