@@ -14,7 +14,7 @@ ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py
 # A process either compiles Triton's kernels or interprets them. Four runs, two at a time: two halves
 # of what does neither, and what compiles for chips that are not there beside what interprets.
 OFFLINE := tests/kernels/test_offline.py
-CORE := tests/core tests/injection tests/kernels
+CORE := tests/config tests/core tests/injection tests/kernels tests/routers
 
 test: $(VENV)/.dev lint
 	$(MAKE) --jobs=2 --output-sync=target test-core test-rooms test-interpreted test-offline
