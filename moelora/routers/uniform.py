@@ -20,7 +20,8 @@ class RandomRouter(Router):
     router.
     """
 
-    fills_every_slot = True
+    # In evaluation an expert that a layer lacks leaves its slot empty.
+    fills_every_slot = False
     takes_any_dtype = True
     takes_selection_bias: ClassVar[bool] = False
 

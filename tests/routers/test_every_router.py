@@ -170,3 +170,22 @@ def test_it_learns_is_saved_and_changes_size_in_a_model(
     again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base()).eval()
     assert torch.equal(again(ids, **more).logits, logits)
     assert again.moelora_config.router_options == model.moelora_config.router_options
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@every_router
+def test_layers_may_lack_experts_and_share_others(router, shared):
+    fields = {"experts_per_layer": [2, 3], "num_experts": 3 + shared, "num_shared_experts": shared}
+    model = causal(**suited(router=router, **fields))
+    ids = tokens()
+    more = told(model, ids)
+    labels = ids.masked_fill(prompt_mask(ids, 4), -100)
+    model.train()(ids, labels=labels, **more).loss.backward()
+    first = model.eval().route(input_ids=ids, **more).routing[0]
+    lacking = (first.expert_ids == 2) & (first.expert_weights != 0)
+    assert not bool(lacking.any())
+    made = [
+        model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=cache, **more)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*made)
