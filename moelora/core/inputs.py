@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,6 +79,14 @@ class OwnInputs:
 
 
 OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
+
+
+def by_name(forward: Callable, module: Any, args: tuple) -> dict[str, Any]:
+    """Positional arguments of `forward`, a plain function of `module`, by their names."""
+    if not args:
+        return {}
+    bound = inspect.signature(forward).bind_partial(module, *args).arguments
+    return dict(list(bound.items())[1:])
 
 
 def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
