@@ -154,7 +154,7 @@ def _check_targets(
     config = context.config
     shapes = [(batch,), (batch, length)] if context.by_token else [(batch,)]
     what = f"expert numbers at routing_level={config.routing_level!r}"
-    if not any(True for router in context.router_list for _ in router.parameters()):
+    if not context.routers_have_parameters:
         raise ValueError(
             f"expert_targets teach the routers, and router={config.router!r} has nothing to learn: "
             "drop them."
