@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..placement import SPAN, ends_of
 from .modules import decoder_layer, ending_in, features, is_in_layers, nearest
-from .probe import NOT_CALLED, Call, probe
+from .probe import NOT_CALLED, Call
 
 Sizes = tuple[int, int]
 
@@ -62,16 +61,14 @@ def _checked_block(model: nn.Module, head: str, first: str, last: str) -> str:
     return f"{head}{SPAN}{tail}"
 
 
-def probe_blocks(model: PreTrainedModel, config: MoeLoraConfig) -> dict[str, list[int]] | None:
-    """For each block how wide what its experts read is, and what they add to; None without blocks.
+def block_sizes(
+    model: nn.Module, config: MoeLoraConfig, blocks: Iterable[str], calls: Sequence[Call]
+) -> dict[str, list[int]]:
+    """For each block how wide what its experts read is, and what they add to, by a probe's calls.
 
     Raises:
         ValueError: a block that does not read and give one tensor with a row a token.
     """
-    if not config.target_blocks:
-        return None
-    blocks = find_blocks(model, config)
-    calls = probe(model, {end for name in blocks for end in ends_of(name)})
     is_series = config.expert_placement == "series"
     return {name: list(_size_of_block(model, name, calls, is_series)) for name in blocks}
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import check_mamba_targets, include_all_linear
 from ..placement import ends_of
-from .blocks import find_blocks
+from .blocks import block_sizes, find_blocks
 from .left_out import (
     FUSED,
     check_all_match,
@@ -37,12 +37,14 @@ def find_sites(
 ) -> list[list[str]]:
     """Group the targets that read the same tensor in one decoder layer; in series each is alone.
 
-    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
+    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why;
+    `config.block_sizes` with how wide the blocks are.
     """
     targets, named = find_targets(model, config, is_classifier)
     blocks = find_blocks(model, config)
     places = [*targets, *blocks]
-    read = first_inputs(probe(model, with_ancestors(chain.from_iterable(map(ends_of, places)))))
+    calls = probe(model, with_ancestors(chain.from_iterable(map(ends_of, places))))
+    read = first_inputs(calls)
     groups: dict[tuple, list[str]] = {}
     for name in places:
         first, _ = ends_of(name)
@@ -64,6 +66,8 @@ def find_sites(
         report_fused(model, fused)
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
+    if blocks:
+        config.block_sizes = block_sizes(model, config, blocks, calls)
     return list(groups.values())
 
 
