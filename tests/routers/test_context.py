@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from bases import causal_base
+from core.decoding import CLOSE, GREEDY
 from core.mixtures import (
     LEVELS,
     NO_ROUTER_LOSS,
@@ -19,14 +20,12 @@ from core.mixtures import (
     tokens,
     told,
 )
-from training.runs import batch, rows_of, trainer
+from training.runs import assert_bits, batch, rows_of, trainer
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, PadRouting
 from moelora.routers import ContextRouter
 
 WIDTH = 6
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def made(**options):
@@ -199,8 +198,7 @@ def test_checkpointing_has_the_gradients_of_none_the_context_s_too(scope, kind):
         trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append({**trained, "outside": outside.weight.grad})
     assert all(bool(g.any()) for g in found[0].values())
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
+    assert_bits(*found)
 
 
 WRONG = {
