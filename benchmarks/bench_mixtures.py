@@ -92,9 +92,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="tables and pictures alone")
     options = parser.parse_args(words)
-    for name in ("seeds", "workers"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name}={getattr(options, name)}: expected 1 at least.")
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 at least.")
     if unknown := sorted({*options.cases.split(",")} - {*CASES}):
         raise ValueError(f"cases: {unknown} unknown; the cases are {', '.join(CASES)}.")
     return options
