@@ -32,7 +32,7 @@ from benchmarks.routing.tasks import corpus_tasks, read_tasks
 
 PARTS = ("joint", "sequential", "existing", "interference")
 FILE = "mixtures_cpu.json"
-# Rows of each of the demo's domains, to learn from and to be measured on.
+# Rows of each of the corpus' domains, to learn from and to be measured on.
 CORPUS_ROWS = (200, 100)
 
 
