@@ -112,9 +112,9 @@ def test_routers_that_read_more_than_a_token_are_refused(router, level):
         _batched(model)
     with pytest.raises(ValueError, match=r"routing_level='token'"):
         model.init_continuous_batching()
-    with pytest.raises(ValueError, match="Continuous batching"):
-        with model.continuous_batching_context_manager():
-            pass
+    manager = model.continuous_batching_context_manager()
+    with pytest.raises(ValueError, match="Continuous batching"), manager:
+        pass
     assert model.config._attn_implementation == before
 
 
