@@ -1,5 +1,5 @@
 """`python -m moelora`, where the console script is not on the path."""
 
-from .cli import main
+from moelora_cli import main
 
 main()

@@ -29,7 +29,6 @@ ROOMS = (
     ("rooms",),
     ("modeling",),
     ("serving",),
-    ("cli",),
     ("__main__",),
 )
 LEVELS = {room: level for level, line in enumerate(ROOMS) for room in line}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -15,11 +16,21 @@ from .layout import Layout, Offsets, layout_of
 from .plan import Plan, TopK, build_decode_plan, build_plan, check_router
 from .sharing import repeated
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
-if HAS_TRITON:
+
+def _triton() -> ModuleType:
+    # Triton takes longer to import than all the rest of this package, and a CPU has no use for it.
     from . import triton
 
-    BACKENDS["triton"] = triton
+    return triton
+
+
+# What gives each backend's module, by its name.
+BACKENDS: dict[str, Callable[[], ModuleType]] = {
+    "eager": lambda: eager,
+    "reference": lambda: reference,
+}
+if HAS_TRITON:
+    BACKENDS["triton"] = _triton
 
 
 def shrink(
@@ -239,10 +250,10 @@ def plan_decoding(
 
 def _backend(name: str) -> ModuleType:
     """The backend's module; a name never falls back to another."""
-    module = BACKENDS.get(name)
-    if module is None:
+    backend = BACKENDS.get(name)
+    if backend is None:
         raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    return module
+    return backend()
 
 
 def _check_runs(module: ModuleType, x: Tensor, weights: Tensor) -> None:

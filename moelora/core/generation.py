@@ -16,10 +16,17 @@ from torch import Tensor
 from ..routers import Routing
 from .inputs import OWN_INPUTS, check_expert_weights
 from .mixture import Mixture
+from .overrides import entered_override
 from .prompts import carried_by_cache, on_cache
 
 # Nothing is learned while generating.
 CARRIED = [name for name in OWN_INPUTS if name != "expert_targets"]
+
+INSTEAD = (
+    "call generate() instead (`transformers serve` does without --continuous-batching), or route "
+    "single tokens by what they are (routing_level='token', a router that reads no prompt and no "
+    "context)."
+)
 
 
 class Generating:
@@ -124,6 +131,32 @@ class Generating:
         generator = super()._get_candidate_generator  # type: ignore[misc]
         return generator(*args, model_kwargs=others, **kwargs)
 
+    def generate_batch(self, inputs, *args, **kwargs):
+        """As the base's (continuous batching), which passes no inputs of ours on.
+
+        Args:
+            inputs: the prompts, lists of token ids.
+
+        Raises:
+            ValueError: inputs of ours, or as `init_continuous_batching`.
+        """
+        if own := [name for name in OWN_INPUTS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{', '.join(own)}: continuous batching hands the model its tokens alone, so this "
+                "would not be used: call generate() instead."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the base's: requests come and go while the model runs on all of them, in one row.
+
+        Raises:
+            ValueError: the routers need more than the tokens of that row, or this is inside of
+                `use_experts`, which the thread that computes does not see.
+        """
+        _check_batching(self.moelora)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
 
 def step_signature(base: type) -> Callable:
     """`prepare_inputs_for_generation` with the base's signature, in which `generate()` looks
@@ -136,6 +169,28 @@ def step_signature(base: type) -> Callable:
     signature = inspect.signature(base.prepare_inputs_for_generation)  # type: ignore[attr-defined]
     prepare_inputs_for_generation.__signature__ = signature  # type: ignore[attr-defined]
     return prepare_inputs_for_generation
+
+
+def _check_batching(mixture: Mixture) -> None:
+    """Raise where continuous batching would compute something else than `generate()`."""
+    if mixture.reads_prompts:
+        # What the model is called with names no request, and no prompt of which it is a chunk.
+        raise ValueError(
+            "Continuous batching lays the tokens of all requests into one row, prompts in chunks, "
+            "and does not say whose they are, and these routers read whole prompts "
+            f"(router={mixture.config.router!r}, "
+            f"routing_level={mixture.config.routing_level!r}): {INSTEAD}"
+        )
+    if mixture.router_list[0].reads == "context":
+        raise ValueError(
+            "Continuous batching hands the model its tokens alone, and router='context' reads "
+            f"router_context: {INSTEAD}"
+        )
+    if entered_override(mixture) is not None:
+        raise ValueError(
+            "use_experts holds in the thread that entered it, and continuous batching computes in "
+            "a thread of its own, so it would not be used: call generate(), or leave use_experts."
+        )
 
 
 def _reads_prompts(mixture: Mixture, model_kwargs: dict[str, Any]) -> bool:

@@ -86,6 +86,15 @@ class MixtureModel(PreTrainedModel if TYPE_CHECKING else object):
             auto_class: that loaded one under trust_remote_code=True.
         """
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source of the class's module, and this one has no attention.
+        return base_class(cls)._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return base_class(cls)._can_set_experts_implementation()
+
     def _get_name(self) -> str:
         # Trainer looks this up to decide whether label smoothing shifts the labels.
         return base_class(type(self)).__name__

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.cli import app
 from moelora.training.router_init import initialise
+from moelora_cli import app
 
 WHY = {
     "bottleneck": "expert_activation='tanh' acts between A and B",

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.checkpoint.reading import read, sealed
-from moelora.cli import app
+from moelora_cli import app
 from tests.adapters.peft_folders import base_of, save_adapter
 
 INPUT = torch.arange(2 * 6).view(2, 6) % 11 + 3

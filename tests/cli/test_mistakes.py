@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import moelora
-from moelora.cli import app
+from moelora_cli import app
 from tests.adapters.peft_folders import base_of, save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]

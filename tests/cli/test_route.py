@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
-from moelora.cli import app
 from moelora.serving import RoutedPrompt, context_length, load_tokenizer, route_lines, route_prompts
+from moelora_cli import app
 
 EXPERTS = ["math", "code", "law"]
 TEMPLATE = (

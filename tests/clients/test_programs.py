@@ -103,11 +103,18 @@ def test_trls_command_line_trains_a_folder(checkpoint, tmp_path):
     assert not before(ids).logits.equal(after(ids).logits)
 
 
-def test_transformers_serve_answers(checkpoint, tmp_path):
+# By default its cache takes what memory there is.
+BATCHED = "--continuous-batching --cb-num-blocks 16 --cb-block-size 16 --cb-max-batch-tokens 32"
+
+
+@pytest.mark.parametrize("level,flags", [("sequence", ""), ("token", BATCHED)])
+def test_transformers_serve_answers(level, flags, checkpoint, tmp_path):
+    causal(routing_level=level).save_pretrained(checkpoint, save_base=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     words = ["serve", checkpoint, "--trust-remote-code", "--device", "cpu", "--port", port]
+    words += flags.split()
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
             [str(PROGRAMS / "transformers"), *map(str, words)],
@@ -125,6 +132,7 @@ def test_transformers_serve_answers(checkpoint, tmp_path):
     model = MoeLoraForCausalLM.from_pretrained(checkpoint)
     ids = model.generate(tensor([[5, 6]]), max_new_tokens=3, do_sample=False)[0, 2:]
     assert found["choices"][0]["text"].split() == [f"w{i:02}" for i in ids]
+    assert ("CB: True" in (tmp_path / "log").read_text()) == bool(flags)
 
 
 def answered(address, asked, server):

@@ -9,6 +9,7 @@ from core.mixtures import LEVELS, causal, tokens
 from transformers import LlamaForCausalLM
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM, MoeLoraForSequenceClassification
+from moelora.core.model import base_class
 
 SMALL = MoeLoraConfig(num_experts=2, r=2)
 
@@ -62,3 +63,13 @@ def test_from_pretrained_names_a_folder_of_the_wrong_type(folder: object) -> Non
     with pytest.raises(TypeError, match="NoneType|int") as error:
         MoeLoraForCausalLM.from_pretrained(folder)
     assert "save_pretrained" in str(error.value) or "folder" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mixtral"])
+def test_what_can_be_exchanged_is_what_the_base_can(name: str) -> None:
+    """transformers reads it in the source of the module that a class says it is of."""
+    ours = type(causal(name))
+    base = base_class(ours)
+    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        # Ours first: an answer of the base would be inherited.
+        assert getattr(ours, question)() == getattr(base, question)()

@@ -1,6 +1,8 @@
 """The console command `moelora`: check, compose, info, export, merge, route.
 
-A command's errors are a message on standard error and exit status 1, not a traceback.
+A command's errors are a message on standard error and exit status 1, not a traceback. The module
+stands beside the package, and each command imports what it needs of it: to import the package takes
+torch and transformers, seconds that `moelora --help` has no use for.
 """
 
 from __future__ import annotations
@@ -75,9 +77,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from importlib.metadata import version
 
-        out.print(f"moelora {__version__}")
+        out.print(f"moelora {version('moelora')}")
         raise typer.Exit
 
 
@@ -99,14 +101,14 @@ def busy(what: str) -> AbstractContextManager[Any]:
 
 def public_class(classifier: bool) -> Any:
     """The model class for a language model or a classifier."""
-    from .modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
+    from moelora.modeling import MoeLoraForCausalLM, MoeLoraForSequenceClassification
 
     return MoeLoraForSequenceClassification if classifier else MoeLoraForCausalLM
 
 
 def read_checkpoint(folder: Path) -> tuple[Any, Any, Any]:
     """The tensors, the configuration and the base's fingerprint in a folder."""
-    from .checkpoint.load import read
+    from moelora.checkpoint.load import read
 
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -146,7 +148,7 @@ def check(
     classifier: Classifier = False,
 ) -> None:
     """List all that is wrong with a set of adapters. Exit status 1 where anything is."""
-    from .adapters.preflight import COLUMNS, preflight
+    from moelora.adapters.preflight import COLUMNS, preflight
 
     sources = _pairs(adapter)
     auto_class = public_class(classifier).auto_class
@@ -181,7 +183,7 @@ def compose(
     classifier: Classifier = False,
 ) -> None:
     """Make one mixture of adapters, and save it (experts and routers, not the base)."""
-    from .config import MoeLoraConfig
+    from moelora.config import MoeLoraConfig
 
     sources: list[tuple[str, Any]] = _pairs(adapter)
     if (split, experts) != (None, None):
@@ -288,7 +290,7 @@ def route(
     "expert", "probabilities" and the line's "id", or "error". One line out for each line in, in
     order, batch by batch. Exit status 1 where any line could not be routed.
     """
-    from .serving import load_tokenizer, route_lines
+    from moelora.serving import load_tokenizer, route_lines
 
     failed = 0
     total = 0
@@ -337,7 +339,7 @@ def _parts(
     sources: list[tuple[str, Any]], split: str | None, experts: int | None
 ) -> list[tuple[str, Any]]:
     """One adapter as so many, by names with numbers."""
-    from .adapters.splitting import split_adapter
+    from moelora.adapters.splitting import split_adapter
 
     if len(sources) != 1 or split is None or experts is None:
         raise ValueError(
@@ -361,7 +363,7 @@ def _widths(
     """d_in + d_out of each adapted linear, or d_out where A is no expert's own, from the experts'
     own tensors: a quantised base's weights have other shapes.
     """
-    from .placement import site_name
+    from moelora.placement import site_name
 
     # Without what says where in the model a site is, and with its - for all dots.
     shapes = {
