@@ -302,6 +302,19 @@ def test_a_base_is_saved_along_quantised_or_not_at_all(kind, folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_experts_begin_along_the_spectrum_of_what_the_codes_stand_for(kind, folder):
+    base = loaded(folder, kind)
+    plain = dequantised(base, AutoModelForCausalLM.from_pretrained(folder))
+    config = MoeLoraConfig(**ALL, expert_init="svd")
+    found = MoeLoraForCausalLM.from_base(base, config).moelora.expert(0)
+    expected = MoeLoraForCausalLM.from_base(plain, config).moelora.expert(0)
+    for linear, factors in found.items():
+        # Neighbours in the spectrum may mix: the space is compared.
+        same = factors.A @ expected[linear].A.T * 3
+        torch.testing.assert_close(same @ same.T, torch.eye(4), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_not_trained(kind, folder):
     base = loaded(folder, kind)
     with pytest.raises(ValueError, match="down_proj|quantised, and codes cannot be trained"):
