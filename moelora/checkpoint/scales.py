@@ -43,6 +43,7 @@ def _scales(linear: Any, weight: Any) -> Tensor:
         return host_internals.dequantize_blockwise(state.absmax, state.state2) + state.offset
     # bitsandbytes, 8 bits: the first forward takes them to another place.
     for owner in (weight, getattr(linear, "state", None)):
-        if isinstance(getattr(owner, "SCB", None), Tensor):
-            return owner.SCB.reshape(-1)
+        scales = getattr(owner, "SCB", None)
+        if isinstance(scales, Tensor):
+            return scales.reshape(-1)
     return torch.empty(0)
