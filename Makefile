@@ -61,7 +61,7 @@ $(CLIENTS)/.installed: constraints.txt constraints-clients.txt pyproject.toml
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS_PIP) "$$(grep '^torch==' constraints.txt)"
 	$(CLIENTS_PIP) -c constraints.txt -c constraints-clients.txt --editable . \
-	  trl lm-eval 'transformers[serving]' deepspeed pytest
+	  trl lm-eval 'transformers[serving]' deepspeed bitsandbytes torchao optimum-quanto pytest
 	touch $@
 
 demo: $(VENV)/.demo

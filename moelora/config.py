@@ -108,7 +108,7 @@ class MoeLoraConfig(PreTrainedConfig):
         router_bias_update_rate: step of the bias that balances experts (arXiv:2408.15664).
         expert_target_loss_coef: weight of the cross-entropy on `expert_targets`.
         format_version: of the checkpoint; set by `save_pretrained`, as are all that follow.
-        base_config: the base's own configuration.
+        base_config: the base's own configuration, with how it was quantised when it was loaded.
         base_architecture: the name of the base's class.
         base_model_name_or_path: where the base is.
         base_revision: its revision on the hub.

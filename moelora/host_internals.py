@@ -29,6 +29,8 @@ _SLOW = {
     "check_mamba_targets": ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba"),
     "include_all_linear": ("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers"),
     "in_out_features": ("peft.tuners.tuners_utils", "_get_in_out_features"),
+    # bitsandbytes: the scales of a 4-bit weight whose scales are quantised.
+    "dequantize_blockwise": ("bitsandbytes.functional", "dequantize_blockwise"),
     # torch: a forward pass that computes shapes alone. The mode has no public name yet.
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
 }
@@ -36,6 +38,12 @@ _SLOW = {
 Convolution = _ConvNd
 # torch: the log that prints tracebacks of what FakeTensorMode meets and a real forward does.
 FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
+# bitsandbytes: whether a 4-bit linear packs its weight in eval mode, for CPUs with AVX512-BF16; and
+# whether the state of one says that it is packed.
+PACKS_IN_EVAL = "support_avx512bf16_for_cpu"
+IS_PACKED = "packing_format_for_cpu"
+# bitsandbytes: what a 4-bit weight, whose storage may be of any dtype, has beside its numbers.
+QUANTISED_STATE = "quant_state"
 # torch: whether autograd knows a tensor as a view of another.
 is_view = Tensor._is_view
 # torch: the hooks on every module of the process, by number; one may keep what it was shown.

@@ -113,7 +113,7 @@ class MoeLoraModel(MixtureModel):
                 checkpoint names; `allow_base_mismatch`, to take a base with other weights than
                 those the experts were trained on; num_experts_per_tok and what else leaves the
                 tensors' meaning alone, instead of what was saved; `output_loading_info`; all others
-                go to the base's `from_pretrained`.
+                go to the base's `from_pretrained` (its quantization_config is else what it was).
 
         Raises:
             ValueError: no such checkpoint, a damaged or newer one, or another base, with what

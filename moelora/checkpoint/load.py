@@ -21,6 +21,7 @@ from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
 from ..routers import changed_options
 from ..validation import json_object
+from .quantisation import as_it_was
 from .reading import read
 from .state import differences, layout, load_state_dict, misfits
 
@@ -67,13 +68,7 @@ def load(
     changes = _changes(str(folder), saved, config, kwargs)
     trained_on = saved.base_model_name_or_path
     where, keywords = _where_base(folder, found_by, saved, base, kwargs)
-    try:
-        model, info = base_for(cls, where, saved, keywords)
-    except OSError as error:
-        raise OSError(
-            f"The base of {folder}, {where}, cannot be loaded ({error}). "
-            "Pass base=… with where it is now."
-        ) from error
+    model, info = _load_base(cls, str(folder), where, saved, keywords)
     if not allow_base_mismatch:
         _check_same_base(
             f"{folder} was trained on ({trained_on})", model, saved, base_print, tensors
@@ -208,6 +203,26 @@ def _where_base(
         )
     keywords |= {"subfolder": saved.base_subfolder or "", "revision": saved.base_revision}
     return saved.base_model_name_or_path, keywords
+
+
+def _load_base(
+    cls: type[MixtureModel], folder: str, where: Any, saved: MoeLoraConfig, keywords: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base of the checkpoint in `folder`, and its loading info."""
+    try:
+        if not isinstance(where, PreTrainedModel):
+            keywords = as_it_was(where, saved, keywords)
+        return base_for(cls, where, saved, keywords)
+    except OSError as error:
+        raise OSError(
+            f"The base of {folder}, {where}, cannot be loaded ({error}). "
+            "Pass base=… with where it is now."
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"The base of {folder}, {where}, cannot be loaded as it was quantised ({error}). Pass "
+            "one that is loaded otherwise: base=AutoModelForCausalLM.from_pretrained(…)."
+        ) from error
 
 
 def _check_same_base(

@@ -21,6 +21,7 @@ from ..config import FORMAT_VERSION, MoeLoraConfig
 from ..core.mixture import Mixture
 from ..routers import ROUTERS
 from ..validation import json_object
+from .quantisation import HOW
 from .state import check_fingerprint, is_finite
 
 ATTEMPTS = 100
@@ -144,6 +145,7 @@ def _checked_config(file: str, fields: dict[str, Any]) -> MoeLoraConfig:
         "sites is empty": not linears,
         "a linear is in two sites": len(set(linears)) < len(linears),
         f"base_folder={folder!r} is not the name of a base's folder": elsewhere,
+        f"base_config has a {HOW} that is no dict": not isinstance(base.get(HOW, {}), dict),
         "base_config has no model_type": not isinstance(base.get("model_type", ""), str),
         f"base_config has the dtype {dtype!r}, which torch lacks": no_dtype,
     }

@@ -34,6 +34,7 @@ from ..injection.base import check_no_peft, snapshot
 from ..injection.inject import take_out_parts
 from .atomic import atomic_files
 from .card import CARD, may_write_card, model_card, without_paths
+from .quantisation import HOW, is_quantised_at_load
 from .reading import BASE_FOLDER, is_ours, sealed
 from .state import digest, fingerprint, tensors_to_save
 
@@ -114,8 +115,10 @@ def _described(model: MixtureModel, folder: Path) -> MoeLoraConfig:
     """A copy of the mixture's configuration that also says which base it belongs to."""
     config = copy.deepcopy(model.moelora_config)
     base = model.config.to_diff_dict()
-    for ours in ("keys_to_ignore_at_inference", "quantization_config"):
-        base.pop(ours, None)
+    base.pop("keys_to_ignore_at_inference", None)
+    if not is_quantised_at_load(model):
+        # The base's own folder says it, if any does.
+        base.pop(HOW, None)
     base["dtype"] = str(model.dtype).removeprefix("torch.")
     config.base_config = base
     config.base_architecture = base_class(type(model)).__name__

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 from ..core.experts import is_sharded
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel, base_class
+from ..injection.quantised import has_codes
 from ..injection.sites import saved_modules
+from .scales import scales_of
 
 SAMPLED_TENSORS = 32
 SAMPLED_VALUES = 8
 EXACT = ("float32", "float64")
+FLOATS = (*EXACT, "bfloat16", "float16")
 
 
 def layout(model: MixtureModel) -> dict[str, Tensor]:
@@ -134,7 +137,8 @@ def fingerprint(
     gathered: Mapping[str, Tensor] | None = None,
     sampled: Container[str] | None = None,
 ) -> dict[str, Any]:
-    """Shapes by name, and a few values of a few tensors, of the base inside `model`.
+    """Shapes by name, and a few values of a few tensors, of the base inside `model`; of quantised
+    ones, which have no shape here, a few scales.
 
     excluded: the keys that are not part of it, since they are trained.
     gathered: whole tensors by key, where the model's own are sharded or offloaded.
@@ -143,15 +147,21 @@ def fingerprint(
     skip = set(excluded)
     base = [(n, p) for n, p in model.named_parameters() if not Mixture.owns(n) and n not in skip]
     tensors = {name: (gathered or {}).get(name, parameter) for name, parameter in base}
+    sizes: dict[str, Any] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    for name, parameter in base:
+        if has_codes(parameter):
+            # Its storage may have any shape.
+            sizes[name] = None
+            linear = model.get_submodule(name.rpartition(".")[0])
+            kinds[name], tensors[name] = scales_of(linear, parameter)
     names = [name for name, tensor in tensors.items() if _has_values(tensor)]
     spread = names[:: max(1, len(names) // SAMPLED_TENSORS)]
     names = spread if sampled is None else [name for name in names if name in sampled]
-    # What is quantised has no shape here, since its storage may have any.
-    sizes = {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
     return {
         "shapes": sizes,
         "sample": {name: _values(tensors[name]) for name in names},
-        "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
+        "dtypes": {name: kinds[name] for name in names},
     }
 
 
@@ -195,6 +205,10 @@ def differences(
     if differing:
         return differing[:8]
     for name, values in found["sample"].items():
+        now_kind, then_kind = (own["dtypes"].get(name) for own in (found, saved))
+        if now_kind != then_kind and not (now_kind in FLOATS and then_kind in FLOATS):
+            # One of them is quantised, or in another way: scales are no weights.
+            continue
         new = torch.tensor(values)
         old = torch.tensor(saved["sample"][name])
         # Through 16 bits, then or now, the same weights come out nearly the same.

@@ -50,6 +50,8 @@ class Mixture(MixtureContext):
         self.unadapted: dict[str, str] = {}
         # What trained in the base before it was frozen, by name; `unload` gives that back.
         self.trained_before: list[str] = []
+        # The base's linears that would pack their weights, by name; `unload` lets them again.
+        self.unpacked: list[str] = []
         # False on the meta device, until values are drawn or loaded.
         self.has_values = True
 

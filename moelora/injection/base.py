@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel
+from .parallel import check_not_to_be_sharded, check_whole
 
 # The keywords that say how a repository on the hub is reached.
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -45,6 +46,7 @@ def base_for(
         info: dict[str, Any] = {part: [] for part in LOADING_INFO}
     elif isinstance(base, (str, PathLike)):
         name = str(base)
+        check_not_to_be_sharded(kwargs)
         kwargs["revision"] = _commit_of(name, kwargs)
         model, info = public.auto_class.from_pretrained(base, output_loading_info=True, **kwargs)
     else:
@@ -66,6 +68,7 @@ def check_base(public: type[MixtureModel], model: PreTrainedModel) -> None:
     if isinstance(model, MixtureModel):
         raise ValueError("The base holds a mixture already; take it out with model.unload() first.")
     check_no_peft(model)
+    check_whole(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(

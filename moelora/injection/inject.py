@@ -22,6 +22,7 @@ from .base import snapshot
 from .blocks import Sizes, sizes_of
 from .by_layer import write_out
 from .modules import decoder_layer, depth_of, device_of, features
+from .quantised import check_can_train, resume_packing, stop_packing
 from .sites import find_sites, saved_modules
 
 NAME = "moelora"
@@ -52,6 +53,7 @@ def put_into(
 def unload(model: MixtureModel) -> PreTrainedModel:
     """Take the mixture out, in place: the base is as it was, with its own class."""
     trained = set(model.moelora.trained_before)
+    resume_packing(model, model.moelora.unpacked)
     gradient_checkpointing.wrap(model, None)
     for module in model.modules():
         for hook in hooks_of(module):
@@ -77,6 +79,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     so are the sizes of blocks.
     """
     mixture = Mixture(config)
+    mixture.unpacked = stop_packing(model)
     is_new = config.sites is None
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
@@ -85,6 +88,7 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     for module in saved_modules(model, config, is_classifier):
+        check_can_train(module)
         module.requires_grad_(True)
     if config.router_scope in ("layer", "model"):
         _add_shared_routers(model, mixture, config.sites)

@@ -16,6 +16,7 @@ from ..core.blocks import read_by
 from ..host_internals import FAKE_TENSOR_LOG, FakeTensorMode, is_partitioned
 from .base import snapshot
 from .modules import device_of
+from .quantised import is_quantised
 
 NOT_CALLED = "its forward is not called (the base reads its weight directly)"
 
@@ -41,14 +42,15 @@ def probe(model: PreTrainedModel, names: Iterable[str]) -> list[Call]:
     Under `FakeTensorMode`: nothing is computed, and real and meta weights work alike. An operator
     without a fake implementation (grouped MoE kernels in fp32) is met by a real forward, where the
     weights are real; so is a base that accelerate moves between devices, whose hooks know no fake
-    weights.
+    weights, and a quantised one, whose linears may keep what a forward made of their weights.
     """
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         # DeepSpeed has no whole weights here outside of its own engine: the same modules do.
         with torch.device("meta"):
             model = type(model)(model.config)
     modules = {name: model.get_submodule(name) for name in names}
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    is_moved = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not is_moved and not is_quantised(model):
         # It would print the traceback of an operator without a fake implementation.
         log = logging.getLogger(FAKE_TENSOR_LOG)
         was_disabled = log.disabled

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_generation, bench_routers, bench_training
+from benchmarks import bench_distributed, bench_generation, bench_routers, bench_training
 from benchmarks.harness import Timings, in_turns, table
 from moelora import ROUTERS
 
@@ -60,3 +60,11 @@ def test_an_unknown_base_is_an_error():
 
 def test_tables_take_rows_of_different_columns():
     assert table([{"a": 1}, {"b": 0.123456}]).splitlines()[2:] == ["| 1 |  |", "|  | 0.123 |"]
+
+
+def test_distributed(tmp_path):
+    words = "--base tiny --layers 1 --batch 2 --length 8 --rounds 2 --output"
+    bench_distributed.main([*words.split(), str(tmp_path)])
+    rows = json.loads((tmp_path / "distributed_cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["target"] for row in rows if "target" in row] == [0.75, 0.6]
+    assert all(row.get("ratio", 1) > 0 and row.get("MiB", 1) > 0 for row in rows)

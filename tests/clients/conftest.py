@@ -6,7 +6,7 @@ import importlib.util
 
 # `make test-clients` installs them; `make test` runs without.
 CLIENTS = {"test_trl": "trl", "test_trl_preferences": "trl", "test_programs": "lm_eval"}
-CLIENTS |= {"test_engines": "deepspeed"}
+CLIENTS |= {"test_engines": "deepspeed", "test_quantised": "bitsandbytes"}
 collect_ignore = [
     f"{test}.py" for test, client in CLIENTS.items() if importlib.util.find_spec(client) is None
 ]
