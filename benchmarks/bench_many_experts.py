@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import resource
 import subprocess
@@ -28,7 +29,7 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 # By the number of experts, the seconds in which a checkpoint is to be loaded.
 LOAD_TARGETS = {1024: 10.0}
 # How often each thing that may be repeated is measured; the least is taken.
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,36 @@ class Case:
 CASES = (Case(256), Case(1024))
 
 
-def seconds(call: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
-    """The least seconds of a call that is made `rounds` times, and what it gave last."""
-    least = float("inf")
-    result = None
-    for _ in range(rounds):
+class Stopwatch:
+    """Rows of seconds: on the wall and, for a machine that others use too, of this process.
+
+    Args:
+        row: that the figures are put into, by what was measured.
+    """
+
+    def __init__(self, row: dict[str, Any]):
+        self.row = row
+
+    def __call__(self, what: str, call: Callable[[], Any], rounds: int = 1) -> Any:
+        """The least seconds of a call that is made `rounds` times; returns what it gave last.
+
+        Args:
+            what: what it is called in the row.
+            call: what is measured.
+            rounds: how often.
+        """
+        taken = []
         result = None
-        start = time.perf_counter()
-        result = call()
-        least = min(least, time.perf_counter() - start)
-    return least, result
+        for _ in range(rounds):
+            # Models are circles of references: without this several would be in memory.
+            result = None
+            gc.collect()
+            start = (time.perf_counter(), time.process_time())
+            result = call()
+            taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        self.row[f"{what} s"], self.row[f"{what} cpu s"] = map(min, zip(*taken, strict=True))
+        print(f"{what}: {self.row[f'{what} s']:.2f} s", file=sys.stderr, flush=True)
+        return result
 
 
 def drawn(base: Any, case: Case) -> Any:
@@ -82,9 +103,9 @@ def measure(case: Case, settings: argparse.Namespace, folder: Path) -> dict[str,
     base = load_base(settings.base, settings.layers)
     ids = torch.randint(0, base.config.vocab_size, (settings.batch, settings.length))
     row: dict[str, Any] = {"experts": case.experts}
+    timed = Stopwatch(row)
     fresh = copy.deepcopy(base)
-    model: Any = None
-    row["construct s"], model = seconds(lambda: drawn(fresh, case))
+    model: Any = timed("construct", lambda: drawn(fresh, case))
     row["parameters"] = sum(p.numel() for own in model.moelora.factors() for p in own.parameters())
     activate(model)
     model.eval()
@@ -93,23 +114,23 @@ def measure(case: Case, settings: argparse.Namespace, folder: Path) -> dict[str,
     def forward() -> torch.Tensor:
         return model(ids, attention_mask=torch.ones_like(ids)).logits
 
-    row["forward s"], expected = seconds(forward, ROUNDS)
+    expected = timed("forward", forward, ROUNDS)
     model.train()
 
     def loss() -> torch.Tensor:
         model.zero_grad()
         return model(ids, labels=ids).loss
 
-    row["training forward s"], value = seconds(loss, ROUNDS)
-    row["backward s"], _ = seconds(value.backward)
+    value = timed("training forward", loss, ROUNDS)
+    timed("backward", value.backward)
     model.zero_grad()
     model.eval()
-    row["save s"], _ = seconds(lambda: model.save_pretrained(folder))
+    timed("save", lambda: model.save_pretrained(folder))
     row["file MB"] = (folder / "model.safetensors").stat().st_size / 1e6
     model = None
     bases = [copy.deepcopy(base) for _ in range(ROUNDS)]
     load = MoeLoraForCausalLM.from_pretrained
-    row["load s"], model = seconds(lambda: load(folder, base=bases.pop()), ROUNDS)
+    model = timed("load", lambda: load(folder, base=bases.pop()), ROUNDS)
     if case.experts in LOAD_TARGETS:
         row["target: load s"] = LOAD_TARGETS[case.experts]
     assert torch.equal(forward(), expected)
@@ -125,12 +146,12 @@ def offloaded(
 ) -> dict[str, Any]:
     """The same checkpoint with a few experts resident, the others in its file."""
     row: dict[str, Any] = {}
+    timed = Stopwatch(row)
     load = MoeLoraForCausalLM.from_pretrained
     bases = [copy.deepcopy(base) for _ in range(ROUNDS)]
-    row["load offloaded s"], model = seconds(
-        lambda: load(folder, base=bases.pop(), resident_experts=case.resident), ROUNDS
-    )
-    row["forward offloaded s"], found = seconds(lambda: model(ids).logits, ROUNDS)
+    keywords: dict[str, Any] = {"resident_experts": case.resident}
+    model = timed("load offloaded", lambda: load(folder, base=bases.pop(), **keywords), ROUNDS)
+    found = timed("forward offloaded", lambda: model(ids).logits, ROUNDS)
     error = (found - expected).abs().max() / expected.abs().max()
     assert error < 1e-4, f"offloaded experts give other logits: {error}"
     report = model.expert_cache_report(reset=True)
@@ -138,11 +159,11 @@ def offloaded(
     row["resident MB"] = report.bytes_resident / 1e6
     row["moved MB a forward"] = report.total.bytes_moved / 1e6 / ROUNDS
     keywords = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    row["16 tokens offloaded s"], one = seconds(lambda: model.generate(ids[:1], **keywords))
+    one = timed("16 tokens offloaded", lambda: model.generate(ids[:1], **keywords))
     report = model.expert_cache_report()
     row["hit rate while generating"] = report.hit_rate
     model.onload_experts()
-    row["16 tokens s"], other = seconds(lambda: model.generate(ids[:1], **keywords))
+    other = timed("16 tokens", lambda: model.generate(ids[:1], **keywords))
     assert torch.equal(one, other)
     return row
 

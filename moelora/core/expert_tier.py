@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from moelora_kernels import Plan, expand, shrink
@@ -25,6 +25,7 @@ NO_GRADIENT = (
     "Gradients do not pass through offloaded experts: call model.onload_experts() before you learn "
     "something, or compute under torch.no_grad()."
 )
+Method = TypeVar("Method", bound=Callable[..., Any])
 # The key in a plan's memo of the experts that it names, on the host.
 WANTED = "wanted experts"
 
@@ -77,6 +78,11 @@ class Part:
 Shrunk = tuple[tuple[Part, Tensor], ...]
 
 
+def _outside_of_graphs(function: Method) -> Method:
+    """The host looks at what was chosen, which a compiled graph cannot."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
 class ExpertTier:
     """The experts of a site of which few are resident; the least recently used one makes room.
 
@@ -127,7 +133,7 @@ class ExpertTier:
         """What the slots take where they are; 0 before the first forward pass."""
         return sum(bank.rows.nbytes for bank in self.banks)
 
-    @torch.compiler.disable
+    @_outside_of_graphs
     def shrink(self, x: Tensor, plan: Plan) -> tuple[Shrunk, ...]:
         """x A_lᵀ of the experts that `plan` names, for every linear l."""
         found = []
@@ -139,7 +145,7 @@ class ExpertTier:
                 found.append([(part, h) for h in hs])
         return tuple(zip(*found, strict=True))
 
-    @torch.compiler.disable
+    @_outside_of_graphs
     def expand(
         self,
         shrunk: Shrunk,
@@ -175,7 +181,7 @@ class ExpertTier:
                 inplace = True
         return _WithoutGradient.apply([result], *sources) if learns else result
 
-    @torch.compiler.disable
+    @_outside_of_graphs
     def prefetch(self, plan: Plan) -> None:
         """Bring the experts that `plan` names, as many as there is room for, before they are used.
 

@@ -175,7 +175,8 @@ class Site(nn.Module):
         if hs:
             running.shrunk[self] = shrunk
         if self.tier is not None:
-            return self.tier.expand(h, index, output, inplace, ACTIVATIONS.get(self.activation))
+            phi = ACTIVATIONS.get(self.activation or "")
+            return self.tier.expand(h, index, output, inplace, phi)
         if self.activation is not None:
             # Before the gate, in the dtype of h: fp32, or that of the activations.
             h = ACTIVATIONS[self.activation](h)

@@ -113,7 +113,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _size(num_bytes: int) -> str:
+def _size(num_bytes: float) -> str:
     """In words."""
     for unit in ("B", "KB", "MB"):
         if num_bytes < 1000:
