@@ -16,21 +16,19 @@ from .config import MoeLoraConfig
 from .core.expert_init import begin_experts
 from .core.forward import compute_device
 from .core.inputs import ROUTING_ONLY
-from .core.model import MixtureModel
 from .core.overrides import Experts, overriding
 from .core.report import RoutingReport
+from .pool_modeling import PoolModel
 from .routers import Routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .expert_pool.optimizer_state import PoolChange
-
 Folder = str | PathLike[str]
 Names = str | Iterable[str]
 
 
-class MoeLoraModel(MixtureModel):
+class MoeLoraModel(PoolModel):
     """What every model with a mixture inside can do, whatever its base."""
 
     config_class = MoeLoraConfig
@@ -110,7 +108,9 @@ class MoeLoraModel(MixtureModel):
         Args:
             pretrained_model_name_or_path: the folder or repository.
             kwargs: `base`, a folder, id or loaded model to use instead of the one that the
-                checkpoint names; `allow_base_mismatch`, to take a base with other weights than
+                checkpoint names; `resident_experts`, to offload the experts into the checkpoint's
+                file (see `offload_experts`), so that at no time all are in memory;
+                `allow_base_mismatch`, to take a base with other weights than
                 those the experts were trained on; num_experts_per_tok and what else leaves the
                 tensors' meaning alone, instead of what was saved; `output_loading_info`; all others
                 go to the base's `from_pretrained` (its quantization_config is else what it was).
@@ -184,85 +184,6 @@ class MoeLoraModel(MixtureModel):
             ValueError: another router, an unknown expert, no text, no tokenizer for strings.
         """
         rooms.router_init.describe_experts(self, texts, tokenizer)
-
-    def add_expert(
-        self,
-        name: str,
-        *,
-        adapter: Any = None,
-        copy_of: str | None = None,
-        noise: float = 0.0,
-        r: int | None = None,
-        lora_alpha: float | None = None,
-        seed: int | None = None,
-        allow_base_mismatch: bool = False,
-    ) -> PoolChange:
-        """Add a trainable expert: a fresh one (B = 0), a PEFT adapter, or a copy of another.
-
-        The other experts and their router rows keep their bits. A copy begins with the router row
-        of its original, any other expert with the mean of all rows. Shared experts stay the last.
-
-        Args:
-            name: of the new expert; it must be fit for a folder.
-            adapter: a folder, hub id or `PeftModel`.
-            copy_of: an expert's name.
-            noise: the Gaussian noise on a copy, in standard deviations of each factor's block; a
-                shared A stays as it is.
-            r: the rank of a fresh expert, by default the others', or their most common.
-            lora_alpha: of a fresh expert, likewise.
-            seed: for A or the noise.
-            allow_base_mismatch: take an adapter that names another base.
-
-        Returns:
-            What `resume_optimizer` needs to go on with an optimizer.
-
-        Raises:
-            ValueError, TypeError: a name or an adapter that does not fit, or arguments at odds.
-        """
-        return rooms.changes.add_expert(
-            self,
-            name,
-            adapter=adapter,
-            copy_of=copy_of,
-            noise=noise,
-            r=r,
-            lora_alpha=lora_alpha,
-            seed=seed,
-            allow_base_mismatch=allow_base_mismatch,
-        )
-
-    def replace_expert(self, name: str, **options: Any) -> PoolChange:
-        """Put a new trainable expert in the place of one.
-
-        Args:
-            name: of the expert.
-            options: as those of `add_expert`, which raises the same errors.
-        """
-        return rooms.changes.replace_expert(self, name, **options)
-
-    def remove_expert(self, name: str) -> PoolChange:
-        """Remove an expert with its router rows; the others keep their bits.
-
-        Args:
-            name: of the expert. At least num_experts_per_tok experts must remain.
-        """
-        return rooms.changes.remove_expert(self, name)
-
-    def freeze_experts(self, names: Names) -> PoolChange:
-        """Freeze experts: no gradient, no optimizer state, no weight decay.
-
-        Args:
-            names: of the experts. Hand what comes back to `resume_optimizer` if there is one.
-        """
-        return rooms.changes.freeze_experts(self, names)
-
-    def unfreeze_experts(self, names: Names) -> PoolChange:
-        """Train frozen experts again.
-
-        Args:
-            names: as in `freeze_experts`.
-        """
-        return rooms.changes.unfreeze_experts(self, names)
 
     def export_expert(
         self,

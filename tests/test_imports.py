@@ -27,6 +27,7 @@ ROOMS = (
     ("expert_pool",),
     ("recipes",),
     ("rooms",),
+    ("pool_modeling",),
     ("modeling",),
     ("serving",),
     ("__main__",),

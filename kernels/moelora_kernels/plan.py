@@ -157,6 +157,8 @@ def build_plan(
     backend, path = choose(backend, path, *sizes, dtype, device)
     if validate:
         _check_ids(expert_ids, num_experts)
+    # One choice may be expanded to all rows, and kernels read them one after another.
+    expert_ids = expert_ids.contiguous()
     slot_experts = expert_ids
     weights = expert_weights
     if not complete:

@@ -6,19 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, rename
+from ..core.offloading import check_slots, offload
 from ..host_internals import AUTO_KEYWORDS, attention_of
 from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
+from ..injection.modules import device_of
+from ..placement import ends_of
 from ..routers import changed_options
 from ..validation import json_object
 from .quantisation import as_it_was
@@ -51,6 +57,7 @@ def load(
     base: str | PathLike[str] | PreTrainedModel | None = None,
     allow_base_mismatch: bool = False,
     output_loading_info: bool = False,
+    resident_experts: int | None = None,
     **kwargs: Any,
 ) -> MixtureModel | tuple[MixtureModel, dict[str, Any]]:
     """Load a checkpoint folder or hub repository; see `MoeLoraModel.from_pretrained`.
@@ -59,6 +66,8 @@ def load(
     kwargs: fields in `CHANGEABLE`, and what goes to the base's `from_pretrained`.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_KEYWORDS}
+    if resident_experts is not None:
+        check_slots(resident_experts)
     _join_dtypes(kwargs)
     found_by = {k: kwargs.pop(k) for k in (*ACCESS, "revision", "subfolder") if k in kwargs}
     path = _weights_file(folder, found_by)
@@ -77,13 +86,9 @@ def load(
         setattr(saved, name, value)
     saved.validate()
 
-    def fill(mixed: MixtureModel) -> None:
-        if wrong := misfits(layout(mixed), tensors):
-            raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")
-        load_state_dict(mixed, tensors)
-
+    fill = partial(_fill, tensors=tensors, resident=resident_experts)
     try:
-        restored = put_into(model, saved, cls, then=fill).eval()
+        restored = put_into(model, saved, cls, then=fill, has_rows=False).eval()
     except (ValueError, AttributeError) as error:
         # AttributeError: it names a module that this base lacks.
         raise ValueError(f"{path} does not fit: {error}") from error
@@ -91,6 +96,39 @@ def load(
     if generation is not None and restored.can_generate():
         restored.generation_config = generation
     return (restored, info) if output_loading_info else restored
+
+
+def _fill(model: MixtureModel, tensors: dict[str, Tensor], resident: int | None) -> None:
+    """Put the file's tensors in, offloaded where few experts are to be `resident`."""
+    if wrong := misfits(layout(model), tensors):
+        raise ValueError(f"{'; '.join(wrong[:6])} ({len(wrong)} in all).")
+    if resident is None:
+        _make_rows(model)
+        load_state_dict(model, tensors)
+    else:
+        _adopt(model, tensors)
+        offload(model, resident)
+
+
+def _make_rows(model: MixtureModel) -> None:
+    """Give the factors, which are on the meta device, memory where their site computes."""
+    for site in model.moelora.sites.values():
+        device = device_of(model.get_submodule(ends_of(site.names[0])[1]))
+        for factor in site.factors():
+            rows = torch.empty_like(factor.get_parameter("weight"), device=device)
+            factor.weight = nn.Parameter(rows)
+
+
+def _adopt(model: MixtureModel, tensors: Mapping[str, Tensor]) -> None:
+    """Make the file's tensors the factors' rows, which stay in the file until they are read; all
+    others are copied.
+    """
+    others = dict(tensors)
+    for key, factor in model.moelora.named_factors():
+        rows = others.pop(f"{key}.weight").to(factor.get_parameter("weight").dtype)
+        factor.weight = nn.Parameter(rows)
+    nn.Module.load_state_dict(model, others, strict=False)
+    model.moelora.has_values = True
 
 
 def _join_dtypes(kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import MoeLoraConfig
 from ..routers import Router
 from .choices import Choices
+from .expert_tier import ExpertTier
 from .load_window import LoadWindow
 
 
@@ -56,6 +57,9 @@ class MixtureContext(nn.Module):
         loss_is_token_mean: the loop's loss is the negative mean of the tokens' log-probabilities.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
+        resident_experts: how many experts of each site are at hand where the others are offloaded;
+            None where all are there.
+        tiers: of those sites, in the order of the model.
         by_token: whether a routing has a row for each token, not for each sequence.
         reads_prompts: whether routers must be told which tokens are the prompt.
         routes_prompts: whether they do, and a routing has a row for each prompt.
@@ -83,6 +87,8 @@ class MixtureContext(nn.Module):
         self.loss_is_token_mean = False
         # A list, whose changes are atomic.
         self.overrides_entered: list[str] = []
+        self.resident_experts: int | None = None
+        self.tiers: list[ExpertTier] = []
         self.num_experts = config.num_experts
         self.by_token = config.routes_tokens
         self.reads_prompts = config.reads_prompts

@@ -55,6 +55,8 @@ class Factor(nn.Module):
 
     weight: nn.Parameter | None
     frozen_weight: nn.Parameter | None
+    # Offloaded: wherever the model goes, the rows stay on the host.
+    stays = False
 
     def __init__(
         self,
@@ -88,7 +90,8 @@ class Factor(nn.Module):
         return self.layout
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        # A cast is followed, a move is not; no row is taken along to find out.
+        super()._apply((lambda rows: rows.to(fn(rows[:0]).dtype)) if self.stays else fn, recurse)
         # Before a first call, which may be one that a compiler or a CUDA graph records.
         for parameter in self.parameters():
             self.layout_on(parameter.device)

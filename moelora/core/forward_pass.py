@@ -195,6 +195,10 @@ class ForwardPass:
         self.shared = self.route(router_index, router, hidden)
         if self.routing_only and self.context.config.router_scope == "model":
             raise RoutingDone
+        if self.context.config.router_scope == "model":
+            # Before the first of the sites runs that compute with this plan.
+            for tier in self.context.tiers:
+                tier.prefetch(self.shared)
 
     def route(self, index: int, router: Router, x: Tensor) -> Plan:
         """Route x `[…, d]` with router number `index`, tie the router losses to it, and plan."""
@@ -363,6 +367,9 @@ class ForwardPass:
         if self.keep_routings or self.override is not None or self.carried is not None:
             return None
         if type(router) is not TopKRouter or context.drops_experts:
+            return None
+        if context.resident_experts is not None:
+            # Who is chosen must be known before, to be there.
             return None
         if context.choices.num_shared or context.choices.lacks_some(index):
             # The kernels know of no expert that acts or is missing whatever is chosen.

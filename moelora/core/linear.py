@@ -20,6 +20,7 @@ from ..config import MoeLoraConfig
 from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
+from .expert_tier import ExpertTier
 from .experts import Factor, LoraFactors
 from .forward_pass import current_pass
 
@@ -73,6 +74,8 @@ class Site(nn.Module):
 
     lora_A: LoraA
     context: MixtureContext
+    # Where experts are offloaded.
+    tier: ExpertTier | None = None
 
     def __init__(
         self,
@@ -114,6 +117,8 @@ class Site(nn.Module):
         """Put these factors in."""
         self.lora_A = lora_A
         self.lora_B = nn.ModuleList(lora_B)
+        for factor in self.factors():
+            factor.stays = self.tier is not None
 
     def factors(self) -> list[Factor]:
         """`lora_A`, and the `lora_B` of every linear."""
@@ -162,12 +167,16 @@ class Site(nn.Module):
             # The first linear that asks: x is routed, and shrunk for all of them.
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
-            shrunk = (x, dict(enumerate(self.lora_A(inputs, plan))), plan)
+            shrink_all = self.lora_A if self.tier is None else self.tier.shrink
+            shrunk = (x, dict(enumerate(shrink_all(inputs, plan))), plan)
         _, hs, plan = shrunk
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
         h = hs.pop(index)
         if hs:
             running.shrunk[self] = shrunk
+        if self.tier is not None:
+            phi = ACTIVATIONS.get(self.activation or "")
+            return self.tier.expand(h, index, output, inplace, phi)
         if self.activation is not None:
             # Before the gate, in the dtype of h: fp32, or that of the activations.
             h = ACTIVATIONS[self.activation](h)

@@ -134,6 +134,11 @@ class Mixture(MixtureContext):
         Args:
             what: what cannot be done with them then.
         """
+        if what == "train" and self.resident_experts is not None:
+            raise ValueError(
+                "This mixture cannot train while its experts are offloaded, which is for inference "
+                "alone: call model.onload_experts() first (or model.eval() to compute a loss)."
+            )
         # Of each site one parameter, since this is asked at every forward pass that trains.
         factors = [site.lora_A for site in self.sites.values()]
         parameters = [
@@ -178,11 +183,16 @@ class Mixture(MixtureContext):
         The trained and the frozen rows of a factor are one tensor, expert after expert.
         """
         merged = dict(state)
+        for name, factor in self.named_factors():
+            factor.merged_state(merged, f"{name}.")
+        return merged
+
+    def named_factors(self) -> Iterator[tuple[str, Factor]]:
+        """Every stacked factor, with how its keys in a model's state dict begin."""
         for site in self.sites.values():
             for name, part in site.named_modules():
                 if isinstance(part, Factor):
-                    part.merged_state(merged, f"{site.path}.{name}.")
-        return merged
+                    yield f"{site.path}.{name}", part
 
     @torch.no_grad()
     def redraw(self) -> None:

@@ -34,13 +34,16 @@ def put_into(
     config: MoeLoraConfig,
     public: type[MixtureModel],
     then: Callable[[Any], None] | None = None,
+    has_rows: bool = True,
 ) -> Any:
     """Make `model` one of the class `public` with a mixture, in place, and do `then` with it; all
     of it is undone if any of it fails.
+
+    has_rows: False leaves the experts' factors on the meta device, for `then` to bring their rows.
     """
     undo = snapshot(model)
     try:
-        _inject(model, config, public.is_classifier)
+        _inject(model, config, public.is_classifier, has_rows)
         mixed = become(model, public)
         if then is not None:
             then(mixed)
@@ -72,7 +75,9 @@ def take_out_parts(model: nn.Module) -> None:
             delattr(module, NAME)
 
 
-def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> None:
+def _inject(
+    model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool, has_rows: bool
+) -> None:
     """Freeze `model`, make sites and routers, hook linears and blocks.
 
     Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there;
@@ -93,8 +98,8 @@ def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) 
     if config.router_scope in ("layer", "model"):
         _add_shared_routers(model, mixture, config.sites)
     for names in config.sites:
-        _add_site(model, mixture, {name: sizes[name] for name in names})
-    device = next(mixture.factors()).block(0, 0).device
+        _add_site(model, mixture, {name: sizes[name] for name in names}, has_rows)
+    device = device_of(model.get_submodule(ends_of(config.sites[0][0])[1]))
     mixture.finish(device)
     mixture.has_values = device.type != "meta"
     gradient_checkpointing.wrap(model, mixture)
@@ -121,7 +126,9 @@ def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[li
         LayerRoutingHook(mixture, index, modules[layer])
 
 
-def _add_site(model: PreTrainedModel, mixture: Mixture, sizes: dict[str, Sizes]) -> None:
+def _add_site(
+    model: PreTrainedModel, mixture: Mixture, sizes: dict[str, Sizes], has_rows: bool
+) -> None:
     """Make the site of the places that `sizes` names, its own router in some scopes, the hooks."""
     names = list(sizes)
     ends = [[model.get_submodule(end) for end in ends_of(name)] for name in names]
@@ -130,7 +137,8 @@ def _add_site(model: PreTrainedModel, mixture: Mixture, sizes: dict[str, Sizes])
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = device_of(ends[0][1])
     layer = decoder_layer(model, ends_of(names[0])[0])
-    site = Site(mixture, names, layer, list(sizes.values()), device=device, dtype=dtype)
+    rows_on = device if has_rows else torch.device("meta")
+    site = Site(mixture, names, layer, list(sizes.values()), device=rows_on, dtype=dtype)
     if mixture.config.router_scope in ("site", "projection"):
         depth = depth_of(model, layer)
         index = mixture.add_router(site, names[0], site.in_features, depth, device=device)

@@ -6,7 +6,13 @@ import json
 
 import pytest
 
-from benchmarks import bench_distributed, bench_generation, bench_routers, bench_training
+from benchmarks import (
+    bench_distributed,
+    bench_generation,
+    bench_many_experts,
+    bench_routers,
+    bench_training,
+)
 from benchmarks.harness import Timings, in_turns, table
 from moelora import ROUTERS
 
@@ -68,3 +74,13 @@ def test_distributed(tmp_path):
     rows = json.loads((tmp_path / "distributed_cpu.json").read_text(encoding="utf-8"))["rows"]
     assert [row["target"] for row in rows if "target" in row] == [0.75, 0.6]
     assert all(row.get("ratio", 1) > 0 and row.get("MiB", 1) > 0 for row in rows)
+
+
+def test_many_experts(tmp_path):
+    words = "--base tiny --layers 1 --batch 2 --length 8 --experts 20 --output"
+    bench_many_experts.main([*words.split(), str(tmp_path)])
+    rows = json.loads((tmp_path / "many_experts_cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["experts"] for row in rows] == [20]
+    # As many as there are, where there are fewer than are asked for.
+    assert rows[0]["resident"] == 20
+    assert all(value > 0 for name, value in rows[0].items() if name.endswith(" s"))

@@ -194,6 +194,25 @@ def test_strided_inputs(backend: str, path: str) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("tokens_per_row", [1, 3])
+def test_one_choice_expanded_to_all_rows(tokens_per_row: int, backend: str, path: str) -> None:
+    case = Case(tokens_per_row=tokens_per_row)
+    ids, inputs = make(case, EXACT)
+    ids = torch.tensor([[2, 0]]).expand_as(ids)
+    weights = inputs["weights"][:1].expand_as(inputs["weights"])
+
+    def given(x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor, out: Any) -> Tensor:
+        sizes = {"total_rank": case.offsets[-1], "tokens_per_row": tokens_per_row}
+        how = {"path": path, "backend": backend, "complete": True}
+        plan = build_plan(ids, weights, len(case.ranks), **sizes, **how)
+        (h,) = shrink(x, lora_A, Layout((case.offsets,)), plan)
+        return expand(h, lora_B, case.layout, plan, out)
+
+    inputs["weights"] = weights
+    assert_close(run(given, inputs), expected(case, ids.clone(), inputs), EXACT)
+
+
+@everywhere
 def test_in_place_writes_into_out_and_nowhere_else(backend: str, path: str) -> None:
     case = CASES["mixed ranks pad"]
     ids, inputs = make(case, EXACT)
