@@ -210,7 +210,7 @@ def compose(
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
-    from .checkpoint.card import ranks_in_words
+    from moelora.checkpoint.card import ranks_in_words
 
     tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
