@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="any causal LM: an id or a folder (default: SmolLM2-135M)")
-    parser.add_argument("--steps", type=int, default=20, help=f"of {ROWS} texts, for each task")
+    parser.add_argument("--steps", type=int, default=16, help=f"of {ROWS} texts, for each task")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 steps on 2 layers: does it run?")
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Scores]]:
         demo = Demo(base, tasks, collator, recipe, done)
         model = compare(demo)
 
-    reporting.score_table(demo.stages)
+    reporting.score_table(demo.stages, unlike=JOINT)
     picture = options.output / "forgetting.png"
     reporting.plot_stages({name: demo.stages[name] for name in (ONE, MIXTURE)}, picture)
     show_routing(model, tasks)

@@ -58,24 +58,30 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda part: bar.advance(whole, part)
 
 
-def score_table(stages: Mapping[str, Sequence[Scores]]) -> None:
-    """Print what each candidate scores in the end, the lowest mean loss in bold."""
+def score_table(stages: Mapping[str, Sequence[Scores]], unlike: str) -> None:
+    """Print what each candidate scores in the end, the lowest mean loss in bold.
+
+    unlike: the candidate that has data which the others have not; it is no part of the contest.
+    """
     table = Table(title="in the end: loss of the answers, nats a token (whole answers right)")
     table.add_column("model")
     last = {name: arrivals[-1] for name, arrivals in stages.items()}
-    tasks = list(next(iter(last.values())))
+    tasks = list(last[unlike])
     for heading in (*tasks, "mean"):
         table.add_column(heading, justify="right")
     means = {name: mean_score(scores) for name, scores in last.items()}
-    best = min(means, key=lambda name: means[name].loss)
+    best = min(last.keys() - {unlike}, key=lambda name: means[name].loss)
     for name, scores in last.items():
-        cells = [
-            f"{s.loss:.3f} ({s.right:.0%})"
-            for s in (*(scores[task] for task in tasks), means[name])
-        ]
+        cells = [_cell(scores[task]) for task in tasks] + [_cell(means[name])]
+        if name == unlike:
+            table.add_section()
         table.add_row(name, *cells, style="bold" if name == best else None)
     console.print(table)
-    line(f"lowest mean: {best}")
+    line(f"lowest mean where the old data is gone: {best}")
+
+
+def _cell(score: Score) -> str:
+    return f"{score.loss:.3f} ({score.right:.0%})"
 
 
 def loss_table(results: list[Result]) -> None:
