@@ -122,7 +122,7 @@ class ExpertTier:
     def _forget(self) -> None:
         """Let nothing be resident any more."""
         self.banks: list[Bank] = []
-        self.seen: list[tuple[Tensor, int]] = []
+        self.seen: Sequence[tuple[Tensor, int]] = ()
         # The slot of each resident expert, the least recently used first.
         self.slot_of: OrderedDict[int, int] = OrderedDict()
         self.expert_in: dict[int, int] = {}

@@ -130,7 +130,7 @@ class ForwardPass:
     prompts: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[Routing, ...] | None = None
     shared: Plan | None = None
-    shrunk: dict[nn.Module, tuple[Tensor, dict[int, Tensor], Plan]] = field(default_factory=dict)
+    shrunk: dict[nn.Module, tuple[Tensor, dict[int, Any], Plan]] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     closed: bool = False
     opener: object | None = None

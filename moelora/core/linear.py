@@ -9,6 +9,7 @@ layer's own weights to where they are needed (FSDP2, ZeRO-3, offload, device map
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from moelora_kernels import Plan, expand, shrink
@@ -168,7 +169,8 @@ class Site(nn.Module):
             plan = running.plan_for(self.router_index, self.router, x)
             inputs = x if self.dropout is None else self.dropout(x)
             shrink_all = self.lora_A if self.tier is None else self.tier.shrink
-            shrunk = (x, dict(enumerate(shrink_all(inputs, plan))), plan)
+            found: dict[int, Any] = dict(enumerate(shrink_all(inputs, plan)))
+            shrunk = (x, found, plan)
         _, hs, plan = shrunk
         # Handed out once: the last linear lets go of everything, and a second call computes anew.
         h = hs.pop(index)
