@@ -210,15 +210,17 @@ def compose(
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
+    from moelora.checkpoint.card import ranks_in_words
+
     tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
     widths = _widths(tensors, sites, config.share_lora_A)
     title = f"{checkpoint}: {config.num_experts} experts"
     table = Table("expert", "rank", "alpha", "parameters", title=title)
-    for e, name in enumerate(config.expert_names):
+    for e, (name, rank) in enumerate(zip(config.expert_names, ranks_in_words(config))):
         parameters = sum(config.ranks_of(linear)[e] * width for linear, width in widths.items())
-        rank = config.ranks[e]
-        table.add_row(name, str(rank), f"{config.scaling[e] * rank:g}", f"{parameters:,}")
+        alpha = config.scaling[e] * config.ranks[e]
+        table.add_row(name, rank, f"{alpha:g}", f"{parameters:,}")
     out.print(table)
     if config.num_shared_experts:
         out.print(f"on every token: {', '.join(config.shared_expert_names)}")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks.candidates import Candidate, build, load_base
-from benchmarks.harness import RESULTS, Timings, in_turns, save, table
+from benchmarks.harness import Timings, cpu_parser, in_turns, save_and_print
 
 BASE = Candidate("base", "base")
 LORA = Candidate("PEFT LoRA r=32", "lora", r=32)
@@ -89,21 +88,13 @@ def measure_xlora(settings: argparse.Namespace, base_rate: float) -> dict:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = cpu_parser(__doc__, rounds=7, prompt=64, new_tokens=64)
     parser.add_argument("--no-xlora", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     settings = parser.parse_args(words)
     rows = [row for batch in TARGETS for row in measure(settings, batch)]
     if not settings.no_xlora:
         rows.append(measure_xlora(settings, rows[0]["tokens/s"]))
-    shown = {k: v for k, v in vars(settings).items() if k != "output"}
-    path = save("generation_cpu", shown, rows, settings.output)
-    print(table(rows), f"\n{path}")
+    save_and_print("generation_cpu", settings, rows)
 
 
 if __name__ == "__main__":

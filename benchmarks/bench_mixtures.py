@@ -32,7 +32,7 @@ from benchmarks.routing.tasks import corpus_tasks, read_tasks
 
 PARTS = ("joint", "sequential", "existing", "interference")
 FILE = "mixtures_cpu.json"
-# Rows of each of the demo's domains, to learn from and to be measured on.
+# Rows of each of the corpus' domains, to learn from and to be measured on.
 CORPUS_ROWS = (200, 100)
 
 
@@ -92,9 +92,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="tables and pictures alone")
     options = parser.parse_args(words)
-    for name in ("seeds", "workers"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name}={getattr(options, name)}: expected 1 at least.")
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 at least.")
     if unknown := sorted({*options.cases.split(",")} - {*CASES}):
         raise ValueError(f"cases: {unknown} unknown; the cases are {', '.join(CASES)}.")
     return options

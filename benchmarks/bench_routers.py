@@ -9,7 +9,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.bench_training import training_step
 from benchmarks.candidates import load_base
-from benchmarks.harness import RESULTS, in_turns, save, table
+from benchmarks.harness import cpu_parser, in_turns, save_and_print, table
 from moelora import ROUTERS, MoeLoraConfig, MoeLoraForCausalLM
 
 REFERENCE = "top_k"
@@ -78,20 +77,12 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = cpu_parser(__doc__, rounds=9, batch=8, length=128)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu on a busy machine")
     parser.add_argument("--only", default="", help="the routers whose names begin so")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     settings = parser.parse_args(words)
     rows = measure(settings)
-    shown = {k: v for k, v in vars(settings).items() if k != "output"}
-    path = save("routers_cpu", shown, rows, settings.output)
-    print(table(rows), f"\n{path}")
+    save_and_print("routers_cpu", settings, rows)
 
 
 if __name__ == "__main__":

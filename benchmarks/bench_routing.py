@@ -29,7 +29,7 @@ SOURCE = (
     "SVAMP, BoolQ, ARC, WinoGrande and OpenBookQA."
 )
 CORPUS = (
-    "Data: the demo's corpus (sources, headers, documentation and licences on this machine), "
+    "Data: the examples' corpus (sources, headers, documentation and licences on this machine), "
     "cut into blocks."
 )
 
@@ -40,7 +40,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         type=Path,
-        help="a folder with <task>/train.jsonl, test.jsonl (default: the demo's corpus)",
+        help="a folder with <task>/train.jsonl, test.jsonl (default: the examples' corpus)",
     )
     parser.add_argument(
         "--names", default=NAMES, help="the tasks, of --tasks (default: %(default)s)"

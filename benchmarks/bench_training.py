@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.candidates import Candidate, build, load_base
-from benchmarks.harness import RESULTS, in_turns, save, table
+from benchmarks.harness import cpu_parser, in_turns, save_and_print
 
 LORA = Candidate("PEFT LoRA r=32", "lora", r=32)
 FEW = Candidate("mixture E=8 r=16 K=2", "mixture", r=16, experts=8, top_k=2)
@@ -124,23 +124,14 @@ def _resident_mib() -> float:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-rounds", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser = cpu_parser(__doc__, rounds=7, batch=8, length=128, memory_rounds=2)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     settings = parser.parse_args(words)
     if settings.peak_of:
         print_peak(settings)
         return
     rows = measure_time(settings) + measure_memory(settings)
-    shown = {k: v for k, v in vars(settings).items() if k not in ("output", "peak_of")}
-    path = save("training_cpu", shown, rows, settings.output)
-    print(table(rows), f"\n{path}")
+    save_and_print("training_cpu", settings, rows)
 
 
 if __name__ == "__main__":

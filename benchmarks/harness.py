@@ -4,6 +4,7 @@ a table.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -100,6 +101,25 @@ def save(
     content = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, **more}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def cpu_parser(doc: str | None, rounds: int, **numbers: int) -> argparse.ArgumentParser:
+    """The options of a benchmark on the CPU: base, layers, rounds, output, and `numbers` with their
+    defaults.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
+    for name, default in {"layers": 6, **numbers, "rounds": rounds}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser
+
+
+def save_and_print(name: str, settings: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the JSON into the folder of --output, and print the table."""
+    shown = {k: v for k, v in vars(settings).items() if k not in ("output", "peak_of")}
+    path = save(name, shown, rows, settings.output)
+    print(table(rows), f"\n{path}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

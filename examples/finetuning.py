@@ -1,18 +1,23 @@
-"""One way to train and measure, the same for every candidate of the demo: the stock `Trainer`."""
+"""One way to train, the same for every candidate of an example: the stock `Trainer`."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from corpus import Blocks, interleave
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from moelora.training import PadRouting, Texts
 
 Corpus = dict[str, tuple[Blocks, Blocks]]
 SCALE = 2.0  # lora_alpha / r, the same for every candidate
+ROWS = 4  # of texts in one step
 
 
 @dataclass(frozen=True)
@@ -53,27 +58,63 @@ def single_lora(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def _trainer(model: PreTrainedModel | PeftModel, recipe: Recipe, **data: Blocks) -> Trainer:
-    """Return the stock Trainer: AdamW, short warm-up, cosine decay, one block a domain a step."""
-    rows = len(set(data["train_dataset"].domains)) if "train_dataset" in data else 1
-    arguments = TrainingArguments(
+def _arguments(recipe: Recipe, rows: int, steps: int) -> TrainingArguments:
+    """Return AdamW's settings: short warm-up, cosine decay, the rows in the order they lie."""
+    return TrainingArguments(
         output_dir=str(recipe.output / "trainer"),
-        max_steps=recipe.steps,
+        max_steps=steps,
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=8,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.steps / 12),
-        # The blocks come interleaved: in order, every batch holds each domain once.
+        warmup_steps=math.ceil(steps / 12),
         train_sampling_strategy="sequential",
         seed=recipe.seed,
-        logging_steps=max(1, recipe.steps // 6),
+        logging_steps=max(1, steps // 6),
         save_strategy="no",
         report_to="none",
         prediction_loss_only=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(model=model, args=arguments, **data)
+
+
+class _Progress(TrainerCallback):
+    """Tells of every step's rows."""
+
+    def __init__(self, rows: int, done: Callable[[int], None]):
+        self.rows = rows
+        self.done = done
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.done(self.rows)
+
+
+def fit(
+    model: PreTrainedModel | PeftModel,
+    texts: Texts,
+    collator: PadRouting,
+    recipe: Recipe,
+    done: Callable[[int], None],
+) -> None:
+    """Fine-tune in place, one pass over the texts; `done` is told of so many rows at a time."""
+    arguments = _arguments(recipe, ROWS, math.ceil(len(texts) / ROWS))
+    arguments.disable_tqdm = True
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=texts,
+        data_collator=collator,
+        callbacks=[_Progress(ROWS, done)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def _trainer(model: PreTrainedModel | PeftModel, recipe: Recipe, **data: Blocks) -> Trainer:
+    """Return the stock Trainer on blocks, one of each domain a step."""
+    # The blocks come interleaved: in order, every batch holds each domain once.
+    rows = len(set(data["train_dataset"].domains)) if "train_dataset" in data else 1
+    return Trainer(model=model, args=_arguments(recipe, rows, recipe.steps), **data)
 
 
 def train(model: PreTrainedModel | PeftModel, corpus: Corpus, recipe: Recipe) -> float:

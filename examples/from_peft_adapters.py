@@ -22,7 +22,7 @@ import torch
 from corpus import Blocks, load_corpus
 from finetuning import Corpus, Recipe, Result, count_trainable, held_out_loss, single_lora, train
 from peft import PeftModel
-from quickstart import load_base, prepare_base
+from smollm2 import load_base, prepare_base
 from transformers import AutoTokenizer
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parse_arguments(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     steps, block_size, held_out = (2, 32, 2) if options.quick else (options.steps, 64, 16)
-    base = prepare_base(options)
+    base = prepare_base(options.model, options.quick, options.output)
     tokenizer = AutoTokenizer.from_pretrained(base)
     corpus = load_corpus(tokenizer, block_size, max(steps, TEXTS), held_out, options.seed)
     recipe = Recipe(steps, LEARNING_RATE, options.seed, options.output)

@@ -1,20 +1,25 @@
-"""What the demo shows: its tables, through rich, and heatmaps as PNG."""
+"""What the examples show: their tables, through rich, and the demo's picture."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from arriving import mean_score
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 if TYPE_CHECKING:
-    from finetuning import Corpus, Result
+    from arriving import ArrivingTask, Score
+    from finetuning import Result
+
+    Scores = Mapping[str, Score]
 
 # Wide enough for the tables also where the output is not a terminal, as in a log.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -30,15 +35,47 @@ def line(text: str) -> None:
     console.print(escape(text), soft_wrap=True, highlight=False)
 
 
-def corpus_table(corpus: Corpus) -> None:
-    """Print how many files and tokens each domain gives."""
-    table = Table(title="the data: real text of this machine, whole files held out")
-    for heading in ("domain", "train files", "train tokens", "held-out files", "held-out tokens"):
-        table.add_column(heading, justify="left" if heading == "domain" else "right")
-    for domain, parts in corpus.items():
-        sizes = [(len(set(part.sources)), part.tokens.numel()) for part in parts]
-        table.add_row(domain, *(f"{number:,}" for size in sizes for number in size))
+def arrivals(tasks: list[ArrivingTask]) -> None:
+    """Print what the tasks are, in the order in which they arrive."""
+    table = Table(title="three tasks arrive one after another; old data goes", show_lines=True)
+    for heading in ("task", "texts to learn from", "to be measured on", "a prompt", "its answer"):
+        table.add_column(heading)
+    for task in tasks:
+        row = task.rows[0]
+        counts = (str(len(task.train)), str(len(task.test)))
+        table.add_row(task.name, *counts, escape(row["prompt"]), escape(row["completion"]))
     console.print(table)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """One bar for the whole; what it gives is told how much more is done."""
+    with Progress(
+        "training and measuring", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        console=console,
+    ) as bar:  # fmt: skip
+        whole = bar.add_task("", total=total)
+        yield lambda part: bar.advance(whole, part)
+
+
+def score_table(stages: Mapping[str, Sequence[Scores]]) -> None:
+    """Print what each candidate scores in the end, the lowest mean loss in bold."""
+    table = Table(title="in the end: loss of the answers, nats a token (whole answers right)")
+    table.add_column("model")
+    last = {name: arrivals[-1] for name, arrivals in stages.items()}
+    tasks = list(next(iter(last.values())))
+    for heading in (*tasks, "mean"):
+        table.add_column(heading, justify="right")
+    means = {name: mean_score(scores) for name, scores in last.items()}
+    best = min(means, key=lambda name: means[name].loss)
+    for name, scores in last.items():
+        cells = [
+            f"{s.loss:.3f} ({s.right:.0%})"
+            for s in (*(scores[task] for task in tasks), means[name])
+        ]
+        table.add_row(name, *cells, style="bold" if name == best else None)
+    console.print(table)
+    line(f"lowest mean: {best}")
 
 
 def loss_table(results: list[Result]) -> None:
@@ -62,71 +99,42 @@ def loss_table(results: list[Result]) -> None:
     line(f"lowest mean: {winner.name}")
 
 
-def share_table(share: torch.Tensor, domains: list[str], experts: list[str]) -> None:
-    """Print each expert's share of each domain's tokens, mean over the routers [D, E]."""
-    table = Table(title="each expert's share of each domain, mean over all routers")
-    table.add_column("domain")
+def share_table(share: torch.Tensor, tasks: list[str], experts: list[str]) -> None:
+    """Print each expert's share of each task's prompts [T, E]."""
+    table = Table(title="which expert the gate picks for new prompts")
+    table.add_column("task")
     for expert in experts:
         table.add_column(expert, justify="right")
-    for domain, row in zip(domains, share.tolist(), strict=True):
-        table.add_row(domain, *(f"{part:.1%}" for part in row))
+    for task, row in zip(tasks, share.tolist(), strict=True):
+        table.add_row(task, *(f"{part:.1%}" for part in row))
     console.print(table)
-
-
-def mutual_information(routing: torch.Tensor) -> torch.Tensor:
-    """Return I(domain; expert) of each router in bits [routers], from shares [D, routers, E].
-
-    Domains weigh alike. By router, since routers choose on their own: no two use an expert alike.
-    """
-    share = routing / routing.sum(dim=-1, keepdim=True)
-    overall = share.mean(dim=0, keepdim=True)
-    terms = torch.where(share > 0, share * (share / overall).log2(), 0.0)
-    return terms.sum(dim=-1).mean(dim=0)
-
-
-def specialisation(routing: torch.Tensor) -> None:
-    """Print how much an expert's choice tells of the domain, from shares [D, routers, E]."""
-    bits = mutual_information(routing)
-    most = torch.tensor(float(routing.shape[0])).log2()
-    line(
-        f"an expert tells of the domain: {bits.mean():.3f} bits a token in the mean router, "
-        f"{bits.max():.3f} in the best of {len(bits)} (of {most:.0f} possible)"
-    )
 
 
 def generations(lines: dict[str, tuple[str, str]]) -> None:
-    """Print each domain's prompt and what the model wrote after it, each on one line."""
-    table = Table(title="the mixture writes on", show_lines=True)
-    for heading in ("domain", "prompt", "continuation"):
+    """Print each task's prompt and what the model wrote after it, each on one line."""
+    table = Table(title="the mixture answers", show_lines=True)
+    for heading in ("task", "prompt", "answer"):
         table.add_column(heading)
-    for domain, (prompt, text) in lines.items():
-        table.add_row(domain, *(escape(repr(part)[1:-1]) for part in (prompt, text)))
+    for task, (prompt, text) in lines.items():
+        table.add_row(task, *(escape(repr(part)[1:-1]) for part in (prompt, text)))
     console.print(table)
 
 
-def plot_routing_heatmap(
-    shares: Tensor,
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    path: str | Path,
-    title: str = "Share of choices",
-) -> None:
-    """Write `shares` `[rows, E]` as a PNG heatmap with numbers in its cells; needs matplotlib."""
+def plot_stages(stages: Mapping[str, Sequence[Scores]], path: str | Path) -> None:
+    """Write a PNG: each task's answers' loss after each arrival, a panel a candidate."""
     from matplotlib.figure import Figure
 
-    rows, columns = shares.shape
-    figure = Figure(figsize=(1.6 + 0.75 * columns, 1.4 + 0.45 * rows), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares.cpu().numpy(), cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(columns), labels=column_labels, rotation=45, ha="right")
-    axes.set_yticks(range(rows), labels=row_labels)
-    axes.set_title(title)
-    middle = float(shares.max()) / 2
-    if rows * columns <= 400:
-        for i in range(rows):
-            for j in range(columns):
-                value = float(shares[i, j])
-                color = "white" if value < middle else "black"
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=axes)
+    figure = Figure(figsize=(4.2 * len(stages), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(stages), sharey=True)
+    for axes, (name, arrivals) in zip(panels, stages.items(), strict=True):
+        tasks = list(arrivals[-1])
+        for first, task in enumerate(tasks):
+            after = range(first, len(tasks))
+            losses = [arrivals[i][task].loss for i in after]
+            axes.plot(after, losses, marker="o", label=task)
+        axes.set_xticks(range(len(tasks)), labels=[f"+ {task}" for task in tasks])
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("loss of the answers, nats a token")
+    panels[0].legend()
     figure.savefig(path, dpi=120)

@@ -128,3 +128,24 @@ def load_smollm2(
         model.model.layers = model.model.layers[:num_layers]
         model.config.num_hidden_layers = num_layers
     return model, load_tokenizer(folder)
+
+
+def prepare_base(model: str | None, quick: bool, output: Path) -> str:
+    """Return the id or folder of an example's base: `model`, or SmolLM2, of two layers if `quick`.
+
+    output: where the two layers are written.
+    """
+    if model:
+        return model
+    if not quick:
+        return str(converted_folder())
+    folder = output / "base"
+    cut, tokenizer = load_smollm2(num_layers=2)
+    cut.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def load_base(base: str) -> PreTrainedModel:
+    """Return a fresh copy of the base, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(base, dtype="float32")

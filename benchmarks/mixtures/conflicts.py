@@ -9,6 +9,7 @@ convention, and a colour named after it is what is labelled; nothing else tells 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 
@@ -54,17 +55,26 @@ def conflicting(splits: Sequence[Split], case: str, count: int) -> tuple[Split, 
 
 def limit(splits: Sequence[Split], case: str) -> int:
     """How many conflicting tasks a case has."""
-    return {"word": len(WORDS), "formats": len(FORMATS), "domain": len(splits)}[case]
+    conventions = math.factorial(len(splits[: len(LABELS)]))
+    words = min(len(WORDS), conventions)
+    return {"word": words, "formats": len(FORMATS), "domain": len(splits)}[case]
 
 
 def permutation(labels: Sequence[str], number: int) -> list[str]:
-    """The labels in an order of their own: first the rotations, which agree nowhere."""
+    """The labels in an order of their own: first the rotations, which agree nowhere.
+
+    Raises:
+        ValueError: more orders than there are.
+    """
     count = len(labels)
     if number < count:
         return [*labels[number:], *labels[:number]]
     rotations = {tuple(permutation(labels, i)) for i in range(count)}
     others = [p for p in itertools.permutations(labels) if p not in rotations]
-    return list(others[random.Random(number).randrange(len(others))])
+    random.Random(count).shuffle(others)
+    if number - count >= len(others):
+        raise ValueError(f"{count} labels have {math.factorial(count)} orders, not {number + 1}.")
+    return list(others[number - count])
 
 
 def snippet(text: str, words: int = SNIPPET_WORDS) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from benchmarks.mixtures.evaluation import evaluate, mean
 from benchmarks.mixtures.gating import decided, gate_texts, prompts
 from benchmarks.mixtures.models import SCALE, Candidate
 from benchmarks.mixtures.sequential import TIES_DENSITY, merged, oracle, sheets
-from benchmarks.mixtures.setup import Setup
-from benchmarks.mixtures.store import Record
+from benchmarks.mixtures.setup import Setup, report
 from benchmarks.routing.tasks import Task
 from moelora.training import train_gate
 from moelora.training.router_init import initialise
@@ -81,7 +80,7 @@ def run(setup: Setup, lane: str) -> None:
         def measure(name: str = name, method: Callable = method) -> Mapping[str, Any]:
             return {"model": name, **method()}
 
-        _log(setup.store.once(settings, measure))
+        report(setup.store.once(settings, measure))
 
 
 def kinds(count: int) -> list[Candidate]:
@@ -160,13 +159,8 @@ def trained(setup: Setup, folders: Mapping[str, Path], seed: int, top: int = 1) 
 
 def routed(setup: Setup, model: Any, certain: bool) -> dict[str, Any]:
     """The figures of a gated model; certain: its choice has the weight 1."""
-    with decided(model) if certain else _as_it_is():
+    with decided(model) if certain else nullcontext():
         return evaluate(model, sheets(setup))
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def without_template(split: Split) -> Split:
@@ -175,11 +169,3 @@ def without_template(split: Split) -> Split:
     bare = task.without_template()
     validation = Task(split.name, split.train, split.validation).without_template().test
     return replace(split, train=bare.train, test=bare.test, validation=validation)
-
-
-def _log(record: Record) -> None:
-    own = record["settings"]
-    where = f"{PART}{' · ' if own['case'] else ''}{own['case']}"
-    print(
-        f"{where} · {record['model']}, seed {own['seed']}: {mean(record['loss']):.4f}", flush=True
-    )

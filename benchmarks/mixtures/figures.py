@@ -112,15 +112,19 @@ def groups(records: Sequence[Record]) -> list[Group]:
 
 
 def figures(group: Group) -> list[Figures]:
-    """Each model's figures, single LoRAs by size and then the rest by loss."""
-    names = dict.fromkeys(record["model"] for record in group.records)
+    """Each model's figures, single LoRAs by size and then the rest by loss; a model that was run
+    with several settings, such as learning rates, is as many models.
+    """
+    runs: dict[str, list[Record]] = {}
+    for record in group.records:
+        settings = {**record["settings"], "seed": None}
+        runs.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
     learned = {
         record["settings"]["seed"]: record["loss"]
         for record in group.records
         if record["model"] == sequential.ORACLE
     }
-    made = [_figures([r for r in group.records if r["model"] == name], learned) for name in names]
-    return sorted(made, key=_place)
+    return sorted((_figures(own, learned) for own in runs.values()), key=_place)
 
 
 def _place(own: Figures) -> tuple[bool, float]:

@@ -18,7 +18,7 @@ from benchmarks.mixtures.evaluation import evaluate, mean
 from benchmarks.mixtures.gating import decided, gate_texts, prompts
 from benchmarks.mixtures.models import build
 from benchmarks.mixtures.rates import search
-from benchmarks.mixtures.setup import Setup
+from benchmarks.mixtures.setup import Setup, report
 from benchmarks.mixtures.store import Record
 from benchmarks.mixtures.training import contiguous_head, fit
 from moelora.recipes import add_task
@@ -51,7 +51,7 @@ def run(setup: Setup, lane: str) -> None:
         best_rate_of_one(setup)
     elif lane.startswith("one"):
         rate = best_rate_of_one(setup)
-        _log(one_after_another(setup, rate, int(lane.split()[1]), "test"))
+        report(one_after_another(setup, rate, int(lane.split()[1]), "test"))
     else:
         pool(setup, int(lane.split()[1]))
 
@@ -116,7 +116,7 @@ def pool(setup: Setup, seed: int) -> None:
         def run(name: str = name, method: Callable = method) -> Mapping[str, Any]:
             return {"model": name, **method()}
 
-        _log(setup.store.once(settings, run))
+        report(setup.store.once(settings, run))
 
 
 def oracle(setup: Setup, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -186,8 +186,3 @@ def described(setup: Setup, tasks: list[Split], folders: Mapping[str, Path]) -> 
 def sheets(setup: Setup) -> dict[str, Any]:
     """All test rows, as they are scored."""
     return {split.name: split.sheet("test", setup.tokenizer) for split in setup.splits}
-
-
-def _log(record: Record) -> None:
-    seed = record["settings"]["seed"]
-    print(f"{PART} · {record['model']}, seed {seed}: loss {mean(record['loss']):.4f}", flush=True)

@@ -169,16 +169,15 @@ def compared(setup: Setup, trial: Trial, made: Candidate) -> None:
     """One model's lane: its best learning rate, and with that every seed on the test rows."""
     rate = best_rate(setup, trial, made)
     for seed in range(setup.seeds):
-        record = measured(setup, trial, made, rate, seed, "test")
-        report(trial, record, seed)
+        report(measured(setup, trial, made, rate, seed, "test"))
 
 
-def report(trial: Trial, record: Record, seed: int) -> None:
+def report(record: Record) -> None:
     """A line of progress."""
-    words = (trial.part, trial.case, f"{record['model']}, seed {seed}")
-    rate = record["settings"]["rate"]
+    own = record["settings"]
+    words = (own["part"], own.get("case"), f"{record['model']}, seed {own['seed']}")
     loss = mean(record["loss"])
-    print(f"{' · '.join(filter(None, words))}: rate {rate:g}, loss {loss:.4f}", flush=True)
+    print(f"{' · '.join(filter(None, words))}: rate {own['rate']:g}, loss {loss:.4f}", flush=True)
 
 
 def _state(model: Any) -> dict[str, Tensor]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.routing.scoring import TailLogits
+from benchmarks.routing.trainer import train_once
 from moelora.training import PadRouting, Texts
 
 
@@ -31,40 +27,11 @@ def fit(
 
     rate: the highest learning rate. router_rate: that of the routers, as a multiple of it.
     """
-    steps = math.ceil(len(texts) / batch)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(steps / 10),
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    if not hasattr(model, "moelora_config") or model.moelora_config.routing_level == "token":
-        texts = texts.without("router_mask")
-    if not hasattr(model, "moelora_config"):
-        texts = texts.unlabelled()
     optimizer = torch.optim.AdamW(_groups(model, rate, router_rate), lr=rate, weight_decay=0.0)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=texts,
-        # Answers end at one place where prompts are padded on the left: few logits.
-        data_collator=TailLogits(PadRouting(pad_token_id=pad, padding_side="left"), model),
-        optimizers=(optimizer, None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    trainer.train()
-    model.eval()
-    return time.perf_counter() - start
+    # Answers end at one place where prompts are padded on the left: few logits.
+    padding = PadRouting(pad_token_id=pad, padding_side="left")
+    order = {"train_sampling_strategy": "sequential"}
+    return train_once(model, texts, padding, folder, batch, rate, 10, optimizer, **order)
 
 
 def contiguous_head(model: Any) -> None:

@@ -4,18 +4,16 @@ tasks together.
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, set_seed
 
 from benchmarks.routing import bases
-from benchmarks.routing.scoring import TailLogits, score
+from benchmarks.routing.scoring import score
 from benchmarks.routing.settings import Settings
+from benchmarks.routing.trainer import train_once
 from moelora.training import PadRouting, Texts
 
 LEARNING_RATE = 1e-3
@@ -42,29 +40,8 @@ def train(
     """One epoch by the stock Trainer, with AdamW and a cosine after a short warm-up; returns the
     seconds.
     """
-    steps = math.ceil(len(texts) / batch)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(steps / 12),
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    collate = TailLogits(PadRouting(pad_token_id=pad), model)
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    trainer.train()
-    model.eval()
-    return time.perf_counter() - start
+    padding = PadRouting(pad_token_id=pad)
+    return train_once(model, texts, padding, folder, batch, learning_rate, warmup=12, seed=seed)
 
 
 def train_experts(settings: Settings, seed: int) -> dict[str, Any]:

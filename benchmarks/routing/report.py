@@ -24,10 +24,10 @@ from benchmarks.routing.figures import (
     targets,
 )
 from benchmarks.routing.gates import MAIN
+from benchmarks.routing.heatmap import plot_routing_heatmap
 from benchmarks.routing.parts import Results
 from benchmarks.routing.replay import SHARES
 from benchmarks.routing.settings import Settings
-from examples.reporting import plot_routing_heatmap
 
 
 def write(

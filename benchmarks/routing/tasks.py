@@ -1,4 +1,4 @@
-"""The tasks that are told apart: read from a folder, or the demo's corpus cut into prompts and
+"""The tasks that are told apart: read from a folder, or the examples' corpus cut into prompts and
 continuations.
 """
 
@@ -123,7 +123,7 @@ def _row(line: str, place: str) -> Row:
 def corpus_tasks(
     tokenizer: PreTrainedTokenizerBase, train: int, test: int, seed: int = 0
 ) -> list[Task]:
-    """The demo's domains as tasks: a block's first three quarters are the prompt, the rest its
+    """The examples' domains as tasks: a block's first three quarters are the prompt, the rest its
     continuation.
     """
     corpus = load_corpus(tokenizer, block_size=64, train_blocks=train, eval_blocks=test, seed=seed)

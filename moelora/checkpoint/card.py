@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import MoeLoraConfig
+from ..registry import router_class
 
 CARD = "README.md"
 # By which a card is known that may be written anew.
@@ -89,17 +91,35 @@ def _gate(config: MoeLoraConfig) -> str:
         "layer": "a router for each decoder layer",
         "model": f"one router, at decoder layer {config.router_layer}",
     }[config.router_scope]
+    most = "at most " if router_class(config.router).decides_how_many else ""
     base = ", or the base alone" if config.null_expert else ""
+    shared = ", ".join(config.shared_expert_names)
     return (
-        f"`{config.router}`, {scope}; each {config.routing_level} takes "
+        f"`{config.router}`, {scope}; each {config.routing_level} takes {most}"
         f"{config.num_experts_per_tok} of the experts{base}"
+        + (f", and always {shared}" if shared else "")
     )
+
+
+def ranks_in_words(config: MoeLoraConfig) -> list[str]:
+    """Each expert's rank, or its least and largest where linears differ: "4 to 16".
+
+    Args:
+        config: as it is saved.
+    """
+    by_linear = {config.ranks_of(linear) for linear in chain.from_iterable(config.sites or [])}
+    words = []
+    for ranks in zip(*(by_linear or {config.ranks}), strict=True):
+        # Where an expert is not, its rank is 0.
+        there = sorted({*ranks} - {0}) or [0]
+        words.append(" to ".join(str(rank) for rank in sorted({there[0], there[-1]})))
+    return words
 
 
 def _experts(config: MoeLoraConfig) -> str:
     rows = ["| expert | rank | from |", "|---|---|---|"]
     sources = config.expert_sources or {}
-    for name, rank in zip(config.expert_names or [], config.ranks, strict=True):
+    for name, rank in zip(config.expert_names or [], ranks_in_words(config), strict=True):
         source = str(sources.get(name, "trained in this mixture")).replace("|", " ")
         rows.append(f"| {name} | {rank} | {' '.join(source.split())} |")
     return "\n".join(rows)

@@ -7,7 +7,6 @@ the call (where the labels begin) is noted where the model is called.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from ..host_internals import hooks_of, inside_backward
 from .forward import extended, note, prepare
 from .forward_pass import running_pass
-from .inputs import OwnInputs
+from .inputs import OwnInputs, by_name
 from .overrides import entered_override
 from .prompts import carried_by_cache, read_prompt
 
@@ -62,7 +61,7 @@ def call_of_client(model: Any, call: Callable, args: tuple, kwargs: dict[str, An
         call: what calls the client's forward.
         args, kwargs: of the call.
     """
-    inputs = {**kwargs, **_by_name(type(model).forward, model, args)}
+    inputs = {**kwargs, **by_name(type(model).forward, model, args)}
     labels = _labels_after_prompts(model, inputs)
     if labels is not None and "labels" in kwargs:
         kwargs["labels"] = inputs["labels"] = labels
@@ -79,14 +78,6 @@ def call_of_client(model: Any, call: Callable, args: tuple, kwargs: dict[str, An
             if isinstance(value, Tensor) and value.requires_grad:
                 outputs[name] = probe(value)
     return outputs
-
-
-def _by_name(forward: Callable, module: nn.Module, args: tuple) -> dict[str, Any]:
-    """Positional arguments by their names."""
-    if not args:
-        return {}
-    bound = inspect.signature(forward).bind_partial(module, *args).arguments
-    return dict(list(bound.items())[1:])
 
 
 def _labels_after_prompts(model: Any, inputs: dict[str, Any]) -> Tensor | None:
@@ -137,7 +128,7 @@ class BackboneHook:
             noted = None
         kwargs = dict(kwargs)
         inputs = dict(noted.inputs) if noted is not None else {}
-        inputs |= kwargs | _by_name(type(backbone).forward, backbone, args)
+        inputs |= kwargs | by_name(type(backbone).forward, backbone, args)
         own = OwnInputs.taken_from(inputs)
         OwnInputs.taken_from(kwargs)
         self._check(own, noted, backbone)

@@ -15,6 +15,11 @@ IDLE = 0.1
 ENOUGH = 20
 
 
+def shares_of(counts: Tensor) -> Tensor:
+    """Each choice's share of a row's counts `[…, C]`, 0 in a row without any."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
 def collapse_in_words(
     shares: Tensor, in_use: int, config: MoeLoraConfig, router_names: list[str]
 ) -> str:

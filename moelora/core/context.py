@@ -126,6 +126,11 @@ class MixtureContext(nn.Module):
         router = self.router_list[0]
         return router.reads == "context" and router.in_features == width
 
+    @property
+    def routers_have_parameters(self) -> bool:
+        """Whether there is anything that the routers could learn."""
+        return any(True for router in self.router_list for _ in router.parameters())
+
     def trained_router_parameter(self) -> nn.Parameter | None:
         """A trainable parameter of a router, or None where all are frozen."""
         parameters = (p for router in self.router_list for p in router.parameters())

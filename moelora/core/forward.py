@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -14,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 from ..host_internals import is_data_parallel_replica
 from ..routers import Routing
 from .forward_pass import ForwardPass, RoutingDone
-from .inputs import OwnInputs, batch_shape, token_mask
+from .inputs import OwnInputs, batch_shape, by_name, token_mask
 from .losses import UNKNOWN_SCALE, LossScale, RouterLosses
 from .mixture import Mixture
 from .overrides import override_of
@@ -59,10 +58,7 @@ def run_forward(model: Any, base_forward: Callable, args: tuple, kwargs: dict[st
             "DistributedDataParallel), or show the process one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
     own = OwnInputs.taken_from(kwargs)
-    if args:
-        # Positional arguments by their names.
-        bound = inspect.signature(base_forward).bind_partial(model, *args).arguments
-        kwargs.update(list(bound.items())[1:])
+    kwargs.update(by_name(base_forward, model, args))
     learning = model.training and torch.is_grad_enabled()
     running = prepare(model, own, kwargs, learning)
     try:

@@ -31,8 +31,6 @@ MISSING_IDS = (
     "router={router!r} chooses by the ids of tokens, and this forward pass has inputs_embeds "
     "alone: pass input_ids, or use a router that reads hidden states."
 )
-
-
 PART_OF_PROMPT = (
     "An adapted linear reads {length} of the {whole} tokens of each sequence (logits_to_keep), and "
     "its router must read whole prompts: pass logits_to_keep=0, or leave the linear out of "

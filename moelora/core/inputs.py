@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,6 +82,14 @@ class OwnInputs:
 OWN_INPUTS = tuple(field.name for field in fields(OwnInputs))
 
 
+def by_name(forward: Callable, module: Any, args: tuple) -> dict[str, Any]:
+    """Positional arguments of `forward`, a plain function of `module`, by their names."""
+    if not args:
+        return {}
+    bound = inspect.signature(forward).bind_partial(module, *args).arguments
+    return dict(list(bound.items())[1:])
+
+
 def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
     """(batch, length) of the tokens of this forward pass."""
     for name, axes in (("input_ids", "[batch, length]"), ("inputs_embeds", "[batch, length, d]")):
@@ -147,7 +157,7 @@ def _check_targets(
     config = context.config
     shapes = [(batch,), (batch, length)] if context.by_token else [(batch,)]
     what = f"expert numbers at routing_level={config.routing_level!r}"
-    if not any(True for router in context.router_list for _ in router.parameters()):
+    if not context.routers_have_parameters:
         raise ValueError(
             f"expert_targets teach the routers, and router={config.router!r} has nothing to learn: "
             "drop them."

@@ -88,12 +88,15 @@ def read_prompt(
     return torch.where(from_start, prefix, tokens), labels
 
 
+def _caches(holder: Any) -> list[Any]:
+    """The caches among the keywords or the outputs of a forward that attributes can be set on."""
+    caches = [holder.get(name) for name in CACHES] if hasattr(holder, "get") else []
+    return [cache for cache in caches if hasattr(cache, "__dict__")]
+
+
 def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
     """Write the prompt's routing on the cache that the outputs hold, if any."""
-    for name in CACHES:
-        cache = outputs.get(name) if hasattr(outputs, "get") else None
-        if not hasattr(cache, "__dict__"):
-            continue
+    for cache in _caches(outputs):
         if torch.compiler.is_compiling():
             # A graph knows no tuple again, and has no use for plans of the one before.
             setattr(cache, ON_CACHE, routing)
@@ -105,22 +108,19 @@ def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
 
 def on_cache(outputs: Any) -> bool:
     """Whether a cache that the outputs hold carries what routers made of its prompt."""
-    caches = (outputs.get(name) for name in CACHES)
-    return any(getattr(cache, ON_CACHE, None) for cache in caches)
+    return any(getattr(cache, ON_CACHE, None) for cache in _caches(outputs))
 
 
 def note_context_on_cache(outputs: Any, given: Tensor) -> None:
     """Write the outside context `[batch, n]` on the cache that the outputs hold, if any."""
-    for name in CACHES:
-        cache = outputs.get(name) if hasattr(outputs, "get") else None
-        if hasattr(cache, "__dict__"):
-            setattr(cache, CONTEXT_ON_CACHE, given.detach())
+    for cache in _caches(outputs):
+        setattr(cache, CONTEXT_ON_CACHE, given.detach())
 
 
 def context_on_cache(kwargs: dict[str, Any], batch: int) -> Tensor | None:
     """The outside context that a filled cache among the arguments has for `batch` rows, or None."""
-    for name in CACHES:
-        noted = getattr(kwargs.get(name), CONTEXT_ON_CACHE, None)
+    for cache in _caches(kwargs):
+        noted = getattr(cache, CONTEXT_ON_CACHE, None)
         if noted is not None and len(noted) == batch and cached_tokens(kwargs):
             return noted
     return None
@@ -132,8 +132,7 @@ def plans_on_cache(
     """The plans beside `routing` on a cache among the arguments, or None."""
     if routing is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    for name in CACHES:
-        cache = kwargs.get(name)
+    for cache in _caches(kwargs):
         if getattr(cache, ON_CACHE, None) is routing:
             return getattr(cache, PLANS, None)
     return None
@@ -146,8 +145,8 @@ def carried_by_cache(
 
     A `router_mask` asks for another choice, which the cache's tokens were not computed with.
     """
-    for name in CACHES:
-        routing = getattr(kwargs.get(name), ON_CACHE, None)
+    for cache in _caches(kwargs):
+        routing = getattr(cache, ON_CACHE, None)
         if routing and len(routing[0].expert_ids) == batch and cached_tokens(kwargs):
             return routing if router_mask is None else None
     return None
@@ -155,10 +154,10 @@ def carried_by_cache(
 
 def cached_tokens(kwargs: dict[str, Any]) -> bool:
     """Whether a cache among the arguments holds tokens already."""
-    for name in CACHES:
+    for cache in _caches(kwargs):
         for question in ("get_seq_length", "has_previous_state"):
             try:
-                answer = getattr(kwargs.get(name), question)
+                answer = getattr(cache, question)
                 if answer() if callable(answer) else answer:
                     return True
             except (AttributeError, ValueError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routers import Routing
-from .collapse import ENOUGH, collapse_in_words
+from .collapse import ENOUGH, collapse_in_words, shares_of
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -91,14 +91,14 @@ class RoutingReport:
         mask = inputs.get("attention_mask")
         present = torch.ones(batch, length) if mask is None else mask.detach().float().cpu()
         counts = [_by_sequence(_slots(own, names, config), present) for own in routing]
-        by_router = torch.stack([_shares(own.sum(0)) for own in counts])
+        by_router = torch.stack([shares_of(own.sum(0)) for own in counts])
         zero = torch.zeros(())
-        by_sequence = sum((_shares(own) for own in counts), zero) / len(routing)
+        by_sequence = sum((shares_of(own) for own in counts), zero) / len(routing)
         probabilities = by_sequence
         asked = [own.logits.detach().cpu() for own in routing if own.logits.shape[-1] == len(names)]
         if asked:
             probable = [_by_sequence(logits.softmax(-1), present) for logits in asked]
-            probabilities = sum((_shares(own) / len(routing) for own in probable), zero)
+            probabilities = sum((shares_of(own) / len(routing) for own in probable), zero)
         routers = list(mixture.router_names)
         of_batch = (by_router, by_sequence, probabilities, routing)
         return cls(names, routers, *of_batch, mixture.config, shared)
@@ -122,7 +122,3 @@ def _by_sequence(rows: Tensor, present: Tensor) -> Tensor:
     if len(rows) == present.numel():
         return (rows.view(*present.shape, choices) * present.unsqueeze(-1)).sum(1)
     return rows.view(batch, -1, choices).sum(1)
-
-
-def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(-1, keepdim=True).clamp(min=1)

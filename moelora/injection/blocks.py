@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..config import MoeLoraConfig
 from ..placement import SPAN, ends_of
-from .modules import decoder_layer, features, layer_number
-from .probe import NOT_CALLED, Call, probe
+from .modules import decoder_layer, ending_in, features, is_in_layers, nearest
+from .probe import NOT_CALLED, Call
 
 Sizes = tuple[int, int]
 
@@ -22,19 +20,15 @@ def find_blocks(model: nn.Module, config: MoeLoraConfig) -> list[str]:
     Raises:
         ValueError: a name that no module has, a linear, or a span that is none.
     """
-    names = [name for name, _ in model.named_modules()]
     layers = config.layers_to_transform
-    wanted = {layers} if isinstance(layers, int) else set(layers or [])
     found = []
     for target in config.target_blocks or []:
         first, last = ends_of(target)
-        heads = [name for name in names if f".{name}".endswith(f".{first}")]
-        if wanted:
-            heads = [n for n in heads if layer_number(decoder_layer(model, n)) in wanted]
+        heads = [name for name in ending_in(model, first) if is_in_layers(model, name, layers)]
         if not heads:
             raise ValueError(_nothing_matched(model, config, first))
         found += [_checked_block(model, name, first, last) for name in heads]
-    order = {name: place for place, name in enumerate(names)}
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return sorted(dict.fromkeys(found), key=lambda name: order[ends_of(name)[0]])
 
 
@@ -67,16 +61,14 @@ def _checked_block(model: nn.Module, head: str, first: str, last: str) -> str:
     return f"{head}{SPAN}{tail}"
 
 
-def probe_blocks(model: PreTrainedModel, config: MoeLoraConfig) -> dict[str, list[int]] | None:
-    """For each block how wide what its experts read is, and what they add to; None without blocks.
+def block_sizes(
+    model: nn.Module, config: MoeLoraConfig, blocks: Iterable[str], calls: Sequence[Call]
+) -> dict[str, list[int]]:
+    """For each block how wide what its experts read is, and what they add to, by a probe's calls.
 
     Raises:
         ValueError: a block that does not read and give one tensor with a row a token.
     """
-    if not config.target_blocks:
-        return None
-    blocks = find_blocks(model, config)
-    calls = probe(model, {end for name in blocks for end in ends_of(name)})
     is_series = config.expert_placement == "series"
     return {name: list(_size_of_block(model, name, calls, is_series)) for name in blocks}
 
@@ -141,11 +133,10 @@ def _refused(name: str, reason: str) -> str:
 
 
 def _nothing_matched(model: nn.Module, config: MoeLoraConfig, name: str) -> str:
-    inner = {n.rpartition(".")[2] for n, module in model.named_modules() if n}
-    near = difflib.get_close_matches(name, sorted(inner), n=3, cutoff=0.3)
+    names = [name for name, _ in model.named_modules()]
     layers = config.layers_to_transform
     where = "" if layers is None else f" in layers {layers}"
     return (
         f"target_blocks names {name!r}{where}, which is no module of {type(model).__name__}. "
-        f"Nearest names: {', '.join(near) or 'none'}."
+        f"{nearest([name], names)}"
     )

@@ -19,7 +19,7 @@ from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
 from ..placement import ends_of, site_name
 from .base import snapshot
-from .blocks import Sizes, probe_blocks, sizes_of
+from .blocks import Sizes, sizes_of
 from .by_layer import write_out
 from .modules import decoder_layer, depth_of, device_of, features
 from .sites import find_sites, saved_modules
@@ -73,14 +73,13 @@ def take_out_parts(model: nn.Module) -> None:
 def _inject(model: PreTrainedModel, config: MoeLoraConfig, is_classifier: bool) -> None:
     """Freeze `model`, make sites and routers, hook linears and blocks.
 
-    Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there.
+    Sites come from `config.sites` (a checkpoint) or from a probe forward, and are written there;
+    so are the sizes of blocks.
     """
     mixture = Mixture(config)
     is_new = config.sites is None
     if config.sites is None:
         config.sites = find_sites(model, config, is_classifier, mixture.unadapted)
-    if config.block_sizes is None:
-        config.block_sizes = probe_blocks(model, config)
     sizes = sizes_of(model, config, chain.from_iterable(config.sites))
     write_out(model, config, is_new)
     mixture.trained_before = [n for n, p in model.named_parameters() if p.requires_grad]

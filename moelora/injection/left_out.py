@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable
 
 from torch import nn
 from transformers.utils import logging
 
 from ..host_internals import Convolution
+from .modules import nearest
 from .probe import NOT_CALLED
 
 logger = logging.get_logger(__name__)
@@ -62,12 +62,11 @@ def check_all_match(model: nn.Module, targets: Iterable[str]) -> None:
     missing = sorted(set(targets) - ends)
     if not missing:
         return
-    near = difflib.get_close_matches(missing[0], {n.rpartition(".")[2] for n in names}, cutoff=0.3)
     fused = list(fused_experts(model))
     inside = f" Its own experts are parameters ({fused[0]} …), not linears." if fused else ""
     raise ValueError(
         f"target_modules names {', '.join(map(repr, missing[:4]))}, which matches no module of "
-        f"{type(model).__name__}: leave it out. Nearest names: {', '.join(near) or 'none'}.{inside}"
+        f"{type(model).__name__}: leave it out. {nearest(missing[:1], names)}{inside}"
     )
 
 

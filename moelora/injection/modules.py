@@ -1,8 +1,10 @@
-"""What a module of a base is: a linear of what sizes, in which decoder layer, on which device."""
+"""What a module of a base is called, of what sizes, in which decoder layer, on which device."""
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,24 @@ def decoder_layer(model: nn.Module, name: str) -> str | None:
 def layer_number(layer: str | None) -> int | None:
     """The number at the end of a decoder layer's path; None outside of any."""
     return None if layer is None else int(layer.rpartition(".")[2])
+
+
+def is_in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) -> bool:
+    """Whether module `name` is in one of these decoder layers; None and none are all."""
+    wanted = [layers] if isinstance(layers, int) else layers
+    return not wanted or layer_number(decoder_layer(model, name)) in wanted
+
+
+def ending_in(model: nn.Module, end: str) -> dict[str, nn.Module]:
+    """The modules whose full name is `end` or ends in it, by their full names."""
+    return {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{end}")}
+
+
+def nearest(words: Iterable[str], names: Iterable[str]) -> str:
+    """A sentence for messages: which last parts of `names` are most like `words`."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    near = [n for w in words for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.3)]
+    return f"Nearest names: {', '.join(near) or 'none'}."
 
 
 def depth_of(model: nn.Module, layer: str | None) -> float:

@@ -4,7 +4,6 @@ a probe forward shows which linears (and blocks) of a decoder layer read the sam
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from itertools import chain
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from ..config import MoeLoraConfig
 from ..host_internals import check_mamba_targets, include_all_linear
 from ..placement import ends_of
-from .blocks import find_blocks
+from .blocks import block_sizes, find_blocks
 from .left_out import (
     FUSED,
     check_all_match,
@@ -27,7 +26,7 @@ from .left_out import (
     why_not_called,
     with_ancestors,
 )
-from .modules import decoder_layer, features, layer_number
+from .modules import decoder_layer, ending_in, features, is_in_layers, layer_number, nearest
 from .probe import first_inputs, probe
 
 ALL_LINEAR = "all-linear"
@@ -38,12 +37,14 @@ def find_sites(
 ) -> list[list[str]]:
     """Group the targets that read the same tensor in one decoder layer; in series each is alone.
 
-    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why.
+    `unadapted` is filled with what a shorthand like "all-linear" met and could not adapt, and why;
+    `config.block_sizes` with how wide the blocks are.
     """
     targets, named = find_targets(model, config, is_classifier)
     blocks = find_blocks(model, config)
     places = [*targets, *blocks]
-    read = first_inputs(probe(model, with_ancestors(chain.from_iterable(map(ends_of, places)))))
+    calls = probe(model, with_ancestors(chain.from_iterable(map(ends_of, places))))
+    read = first_inputs(calls)
     groups: dict[tuple, list[str]] = {}
     for name in places:
         first, _ = ends_of(name)
@@ -65,6 +66,8 @@ def find_sites(
         report_fused(model, fused)
     if not groups:
         raise ValueError(f"No target module can be adapted: {unadapted}.")
+    if blocks:
+        config.block_sizes = block_sizes(model, config, blocks, calls)
     return list(groups.values())
 
 
@@ -99,7 +102,6 @@ def find_targets(
     named = config.target_modules is not None and not all_linear
     # PEFT refuses layers_to_transform beside the shorthand; here both together mean what they say.
     layers = config.layers_to_transform
-    wanted = {layers} if isinstance(layers, int) else set(layers or [])
     lora = peft.LoraConfig(
         target_modules=targets,
         layers_to_transform=None if all_linear else layers,
@@ -111,7 +113,7 @@ def find_targets(
     for name, module in model.named_modules():
         if not name or not check_target_module_exists(lora, name):
             continue
-        if all_linear and wanted and layer_number(decoder_layer(model, name)) not in wanted:
+        if all_linear and not is_in_layers(model, name, layers):
             continue
         try:
             if features(module) is None:
@@ -147,13 +149,13 @@ def saved_modules(
 ) -> Iterator[nn.Module]:
     """The modules that `modules_to_save` names, whole or by their end; ValueError for none."""
     for name in modules_to_save(model, config, is_classifier):
-        matches = [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")]
+        matches = ending_in(model, name)
         if not matches:
             raise ValueError(
                 f"modules_to_save names {name!r}, which is in no {type(model).__name__}. Its "
                 f"parts are called: {', '.join(n for n, _ in model.named_children())}."
             )
-        yield from matches
+        yield from matches.values()
 
 
 def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
@@ -161,10 +163,9 @@ def _nothing_matched(model: PreTrainedModel, config: MoeLoraConfig) -> str:
     ends = sorted({n.rpartition(".")[2] for n in linears})
     asked = config.target_modules
     words = [asked] if isinstance(asked, str) else list(asked or [])
-    near = [n for w in words for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.3)]
     layers = config.layers_to_transform
     where = "" if layers is None else f" in layers {layers}"
     return (
         f"target_modules={asked!r}{where} matches no module of {type(model).__name__}. "
-        f"Nearest names: {', '.join(near) or 'none'}. Its linears are called: {', '.join(ends)}."
+        f"{nearest(words, linears)} Its linears are called: {', '.join(ends)}."
     )

@@ -321,7 +321,7 @@ class Router(nn.Module):
         uses_all = self._may_use_all()
         self.num_experts = len(keep)
         if uses_all:
-            self.num_experts_per_tok = self.num_choices - int(self.null_expert)
+            self.num_experts_per_tok = self.num_experts
 
     def with_null(self, keep: Sequence[int | None]) -> list[int | None]:
         """`keep` for rows: with `null_expert` the null expert's row follows the experts'.
@@ -333,8 +333,7 @@ class Router(nn.Module):
 
     def _may_use_all(self) -> bool:
         """Whether a row may use all experts, however many there will be."""
-        routed = self.num_choices - int(self.null_expert)
-        return self.decides_how_many and self.num_experts_per_tok >= routed
+        return self.decides_how_many and self.num_experts_per_tok >= self.num_experts
 
     def _tensors_with_expert_rows(self) -> dict[str, Tensor]:
         """The parameters and buffers in `expert_rows`; ValueError unless each is declared."""

@@ -18,6 +18,16 @@ from .top_k import TopKRouter
 EPSILON = 0.01
 
 
+def every_choice(logits: Tensor) -> Tensor:
+    """The numbers of all choices for each row of `logits`, in their order."""
+    return torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+
+
+def _over_sum(weights: Tensor) -> Tensor:
+    """Each row divided by its sum; a row of zeros stays."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 class DecidingRouter(TopKRouter):
     """Linear scores, of which a subclass makes a weight for each choice, 0 for those not used.
 
@@ -45,10 +55,9 @@ class DecidingRouter(TopKRouter):
         if self.num_slots < self.num_choices:
             weights, ids = weights.topk(self.num_slots, dim=-1)
         else:
-            ids = torch.arange(self.num_choices, device=logits.device).expand_as(logits)
+            ids = every_choice(logits)
         if self.norm_topk_prob:
-            tiny = torch.finfo(weights.dtype).tiny
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
+            weights = _over_sum(weights)
         return Routing(logits, ids.masked_fill(weights <= 0, -1), weights)
 
 
@@ -92,7 +101,7 @@ class SoftRouter(TopKRouter):
     def select(self, x: Tensor, logits: Tensor, selection_bias: Tensor | None) -> Routing:
         """Every choice in its own slot; the selection bias, of bans alone, is in the logits."""
         logits = logits / self.options.temperature
-        ids = torch.arange(self.num_choices, device=logits.device).expand_as(logits)
+        ids = every_choice(logits)
         return Routing(logits, ids, logits.softmax(-1))
 
 
@@ -140,8 +149,7 @@ class TopPRouter(TopKRouter):
             unused = before >= self.options.p
         weights = weights.masked_fill(unused, 0.0)
         if self.norm_topk_prob:
-            tiny = torch.finfo(weights.dtype).tiny
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
+            weights = _over_sum(weights)
         return Routing(logits, ids.masked_fill(unused, -1), weights)
 
 

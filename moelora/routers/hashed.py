@@ -81,7 +81,8 @@ class HashedRouter(Router):
             x = _of_prompts(x, prompt_mask)
         elif prompt_mask is not None:
             raise ValueError(f"prompt_mask is for prompts x [B, S]; x is {tuple(x.shape)}.")
-        # The number of a choice breaks ties, on every device in the same way.
+        # Exact integers, not logits as in other routers (MPS has no float64), and the number of a
+        # choice breaks ties, on every device in the same way.
         order = torch.arange(self.num_choices, device=x.device)
         ranks = self._hashes(x) * (2 * len(order)) + order
         if banned is not None:
@@ -91,14 +92,9 @@ class HashedRouter(Router):
         allowed = highest.values >= 0
         weights = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
         logits = torch.full(ranks.shape, -torch.inf, device=x.device)
-        logits = logits.scatter(-1, highest.indices, 0.0)
-        if banned is not None:
-            logits = logits.masked_fill(choices, -torch.inf)
+        logits = logits.scatter(-1, highest.indices, torch.where(allowed, 0.0, -torch.inf))
         routing = Routing(logits, highest.indices, weights)
-        empty = ~allowed
-        if self.null_expert:
-            empty = empty | (routing.expert_ids == self.num_experts)
-        return routing._emptied(empty) if self.null_expert or banned is not None else routing
+        return routing._emptied(~allowed | (highest.indices == self.num_experts))
 
     def _hashes(self, x: Tensor) -> Tensor:
         """The hash of each choice with each id of x `[N]`: `[N, num_choices]`, 31 bits each."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import MoeLoraConfig
 from .base import Router, Routing, register_router
+from .deciding import every_choice
 
 
 @register_router("random")
@@ -58,6 +59,6 @@ class RandomRouter(Router):
             drawn = torch.rand_like(logits).masked_fill(~allowed, -1.0)
             ids = drawn.topk(self.num_slots, dim=-1).indices
         else:
-            ids = torch.arange(self.num_choices, device=logits.device).expand_as(logits)
+            ids = every_choice(logits)
         used = allowed.gather(-1, ids).to(logits.dtype)
         return Routing(logits, ids, used / used.sum(-1, keepdim=True).clamp(min=1))

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.modeling_utils import unwrap_model
 from transformers.utils import logging
 
-from ..core.collapse import ENOUGH, collapse_in_words
+from ..core.collapse import ENOUGH, collapse_in_words, shares_of
 from ..registry import router_class
 
 # Beside transformers' own loggers, whose verbosity it follows.
@@ -78,7 +78,7 @@ class MoeLoraCallback(TrainerCallback):
         load = _mixture_of(model).load
         if logs is None or load is None or not bool(load.current.any()):
             return
-        shares = load.current / load.current.sum(1, keepdim=True).clamp(min=1)
+        shares = shares_of(load.current)
         peak = shares.max(1).values * shares.shape[1]
         peaks = {"expert_peak_load": peak.max(), "expert_mean_peak_load": peak.mean()}
         figures = {name: round(float(value), 4) for name, value in peaks.items()}
@@ -98,8 +98,7 @@ class MoeLoraCallback(TrainerCallback):
         config = mixture.config
         decides = router_class(config.router).decides_how_many
         in_use = 1 if decides else config.num_experts_per_tok
-        shares = (counts / counts.sum(1, keepdim=True)).cpu()
-        words = collapse_in_words(shares, in_use, config, mixture.router_names)
+        words = collapse_in_words(shares_of(counts).cpu(), in_use, config, mixture.router_names)
         self._has_warned = bool(words)
         if words and is_main:
             logger.warning(words)

@@ -115,7 +115,7 @@ def check_options(**options: Any) -> None:
 
 def check_routers_learn(model: MixtureModel) -> None:
     """Raise where the routers have no parameters, so that there is nothing to train."""
-    if not any(True for _ in model.moelora.routers.parameters()):
+    if not model.moelora.routers_have_parameters:
         raise ValueError(
             f"router={model.moelora_config.router!r} has no parameters, so there is nothing to "
             "train: make the mixture with another router."

@@ -187,11 +187,24 @@ def test_a_case_of_conflicting_tasks(folder):
     (group,) = groups(own.store.records())
     assert group.case == "word, 2 tasks" and len(group.mixtures) == 2
     lanes = interference.lanes(own)
-    # As many as each case has: colours in three tasks, at most eight formats.
-    assert not any(lane.startswith(("domain|4", "formats|16")) for lane in lanes)
-    assert any(lane.startswith("word|16") for lane in lanes)
+    # As many as each case has: colours in three tasks, at most eight formats, six orders of three.
+    assert not any(lane.startswith(("domain|4", "formats|16", "word|16")) for lane in lanes)
+    assert any(lane.startswith("word|4") for lane in lanes)
+    with pytest.raises(ValueError, match=r"scored=0: expected 1 at least"):
+        bench_mixtures.arguments(["--scored", "0"])
     with pytest.raises(ValueError, match=r"cases: \['languages'\] unknown"):
         bench_mixtures.arguments(["--cases", "languages"])
+
+
+def test_means_are_over_seeds_and_not_over_settings():
+    common = {"part": "joint", "evaluated": "test"}
+    runs = [(1e-3, 0, 2.0), (1e-3, 1, 4.0), (2e-3, 0, 9.0)]
+    records = [
+        {"model": "m", "settings": {**common, "rate": rate, "seed": seed}, "loss": {"task": loss}}
+        for rate, seed, loss in runs
+    ]
+    (group,) = groups(records)
+    assert [(own.rate, own.loss.mean) for own in group.mixtures] == [(1e-3, 3.0), (2e-3, 9.0)]
 
 
 def test_conventions_disagree_on_every_input():
@@ -200,7 +213,9 @@ def test_conventions_disagree_on_every_input():
     for i in range(4):
         for j in range(i):
             assert all(x != y for x, y in zip(orders[i], orders[j], strict=True))
-    assert len({tuple(order) for order in orders[:5]}) == 5
+    assert len({tuple(order) for order in orders}) == 12
+    with pytest.raises(ValueError, match="2 labels have 2 orders, not 3"):
+        permutation(("a", "b"), 2)
     one, two = conflicting(splits(), "word", 2)
     texts = [row["instruction"].partition(": ")[2] for row in one.train]
     assert texts == [row["instruction"].partition(": ")[2] for row in two.train]

@@ -11,8 +11,10 @@ from adapters.peft_folders import save_adapter
 from bases import causal_base
 from checkpoint.stored import load, logits, mixture_on, saved, write_base
 from huggingface_hub import HfApi, ModelCard
+from typer.testing import CliRunner
 
 from moelora import MoeLoraForCausalLM
+from moelora_cli import app
 
 
 def test_the_card_says_what_the_checkpoint_is(tmp_path):
@@ -38,6 +40,19 @@ def test_the_card_says_what_the_checkpoint_is(tmp_path):
     again.save_pretrained(tmp_path / "again")
     card = ModelCard.load(tmp_path / "again" / "README.md")
     assert "| new | 4 | one" in card.text and "| code" not in card.text
+
+
+def test_the_card_tells_of_what_differs_from_row_to_row_and_from_linear_to_linear(tmp_path):
+    fields = {"num_experts": 3, "num_shared_experts": 1, "num_experts_per_tok": None}
+    patterns = {"rank_pattern": {"q_proj": [5, 3, 1]}}
+    model = mixture_on(causal_base(), router="top_p", **fields, **patterns)
+    model.save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "each token takes at most 2 of the experts, and always expert_2" in text
+    for row in ("expert_0 | 3 to 5 |", "expert_1 | 3 |", "expert_2 | 1 to 3 |"):
+        assert f"| {row}" in text
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert result.exit_code == 0 and "3 to 5" in result.output
 
 
 def test_a_base_of_the_hub_is_named_and_one_inside_is_too(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from bases import causal_base
-from core.mixtures import adapted, factors
+from core.mixtures import adapted, factors, tokens
 from torch import Tensor
 from training.runs import Gradients
 
@@ -77,6 +77,17 @@ def dense_logits(model: Any, ids: Tensor, times: Sequence[Tensor] | None = None)
     for name, (site, _) in adapted(model).items():
         plain.get_submodule(name).register_forward_hook(add(name, site))
     return plain(ids).logits
+
+
+def assert_plain_sum(model: Any, got: Tensor, times: Sequence[Tensor] | None = None) -> None:
+    """The logits `got` of a mixture on `tokens()` are those of `dense_logits`, and so are the
+    gradients of all that trains.
+    """
+    expected = dense_logits(model, tokens(), times)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    gradients = learned(model, got)
+    for name, gradient in learned(model, expected).items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def learned(model: Any, logits: Tensor) -> Gradients:

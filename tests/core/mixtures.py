@@ -69,7 +69,7 @@ def suited(**fields: Any) -> dict[str, Any]:
 
 # The probe is most of the time that making a tiny mixture takes, and answers the same for the same
 # configurations.
-_FOUND: dict[tuple, list[list[str]]] = {}
+_FOUND: dict[tuple, dict[str, Any]] = {}
 
 
 def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fields: Any) -> Any:
@@ -88,9 +88,10 @@ def into(base: PreTrainedModel, active: bool = True, probe: bool = False, **fiel
     torch.manual_seed(1)
     if probe or key not in _FOUND:
         model = public.from_base(base, config)
-        _FOUND[key] = model.moelora_config.sites
+        found = model.moelora_config
+        _FOUND[key] = {"sites": found.sites, "block_sizes": found.block_sizes}
     else:
-        config.sites = copy.deepcopy(_FOUND[key])
+        vars(config).update(copy.deepcopy(_FOUND[key]))
         model = put_into(base, config, public)
     return activate(model.eval()) if active else model.eval()
 

@@ -9,18 +9,14 @@ import copy
 import pytest
 import torch
 from bases import CAUSAL, causal_base
+from core.decoding import CLOSE, GREEDY, NEW, WITH_LOGITS
 from core.mixtures import ALL_CAUSAL, LEVELS, SCOPES, causal, into, left_padded, prompt_mask, tokens
 from moelora_kernels import inference
 
 from moelora.core.forward_pass import running_pass
 from moelora.core.prompts import ON_CACHE, PLANS
 
-PROMPT, NEW = 7, 5
-# One length for all, so that rows can be compared; the pad token is never asked for.
-GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
-# fp32 sums over another number of tokens at a time.
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+PROMPT = 7
 
 
 def _prompt_end(model, sequences):

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from bases import causal_base
+from core.decoding import CLOSE, GREEDY, NEW, WITH_LOGITS
 from core.mixtures import (
     NO_ROUTER_LOSS,
     SCOPES,
@@ -24,10 +25,7 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.core.prompts import ON_CACHE
 from moelora.routers import HybridRouter, PromptScores
 
-PROMPT, NEW, LENGTH, CHANGED = 7, 5, 12, 8
-GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+PROMPT, LENGTH, CHANGED = 7, 12, 8
 FAR = 1e-3
 
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from bases import causal_base
+from core.decoding import CLOSE, GREEDY
 from core.mixtures import (
     LEVELS,
     NO_ROUTER_LOSS,
@@ -25,8 +26,6 @@ from moelora import MoeLoraConfig, MoeLoraForCausalLM, PadRouting
 from moelora.routers import ContextRouter
 
 WIDTH = 6
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def made(**options):

@@ -7,12 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 from bases import causal_base
+from core.decoding import CLOSE, GREEDY, WITH_LOGITS
 from core.mixtures import LEVELS, SCOPES, causal, left_padded, prompt_mask, tokens
+from training.runs import assert_bits, gradients
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.routers import HashedRouter
 
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 # Of tokens 0 to 3 among seven experts. Checkpoints were trained with this table: it may not change.
 EXPECTED = [[3, 0, 1], [6, 0, 1], [0, 4, 1], [5, 0, 1]]
 
@@ -124,11 +125,10 @@ def test_prompts_are_told_apart_by_tokens_and_order_and_not_by_padding():
 def test_generation_equals_one_forward_with_cache_padding_and_beams(scope, level):
     model = causal(router="hashed", routing_level=level, router_scope=scope)
     ids = tokens(2, 7)
-    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
-    cached = model.generate(ids, **settings)
+    cached = model.generate(ids, **GREEDY, **WITH_LOGITS)
     mask = {} if level == "token" else {"router_mask": prompt_mask(cached.sequences, 7)}
     expected = model(cached.sequences, **mask).logits[:, 6:-1]
-    torch.testing.assert_close(torch.stack(cached.logits, 1), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.stack(cached.logits, 1), expected, **CLOSE)
     for more in ({}, {"num_beams": 3}):
         rows = [ids[0], ids[1, 3:]]
         batch = model.generate(**left_padded(rows), **GREEDY, **more)
@@ -145,15 +145,11 @@ def test_generation_equals_one_forward_with_cache_padding_and_beams(scope, level
 def test_checkpointing_has_the_gradients_of_none(level, kind):
     ids = tokens()
     labels = ids.masked_fill(prompt_mask(ids, 4), -100)
-    found = []
-    for checkpointing in (False, True):
-        model = causal(router="hashed", routing_level=level).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": kind})
-        model(ids, labels=labels).loss.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
+    model = causal(router="hashed", routing_level=level)
+    expected = gradients(model, input_ids=ids, labels=labels)
+    assert all(bool(grad.any()) for grad in expected.values())
+    model.gradient_checkpointing_enable({"use_reentrant": kind})
+    assert_bits(gradients(model, input_ids=ids, labels=labels), expected)
     assert not list(model.moelora.routers.parameters())
 
 
