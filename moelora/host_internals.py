@@ -86,6 +86,13 @@ def gradient_is_elsewhere(parameter: Tensor) -> bool:
     return any(hasattr(parameter, name) for name in names)
 
 
+def assert_in_graph(holds: Tensor, message: str) -> None:
+    """Raise RuntimeError when a compiled graph runs and `holds`, 0-dim bool, is False; no public
+    check of a tensor's values can be in a graph.
+    """
+    torch.ops.aten._assert_async.msg(holds, message)
+
+
 def inside_backward() -> bool:
     """Whether a backward pass is computing something again; torch tells it by this number alone."""
     return backward_number() != -1

@@ -156,6 +156,12 @@ def test_the_library_imports_only_what_pip_installs_with_it(path):
     assert imported(path) <= packages | own | sys.stdlib_module_names
 
 
+def test_the_command_is_in_no_package_and_so_imports_by_full_names():
+    tree = ast.parse(COMMAND.read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert imports and not [node.module for node in imports if node.level]
+
+
 def test_no_catch_all_and_no_package_that_shadows_another():
     assert not [path for path in CODE + TESTS if path.name == "utils.py"]
     # transformers imports the PyPI package `kernels`.

@@ -45,7 +45,9 @@ class Call:
 class _Calls(threading.local):
     """Each thread's innermost call."""
 
-    innermost: Call | None = None
+    def __init__(self):
+        # See `forward_pass._Running`.
+        self.innermost: Call | None = None
 
 
 _calls = _Calls()

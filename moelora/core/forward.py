@@ -156,12 +156,13 @@ def _begin_prompts(
 ) -> None:
     """Let the pass know its prompts; labels inside of a prefix prompt are masked in `kwargs`."""
     mixture: Mixture = model.moelora
-    noted = carried_by_cache(kwargs, running.batch, own.router_mask)
-    if mixture.routes_prompts:
-        running.carried = own.expert_routing or noted
-        running.plans = plans_on_cache(kwargs, running.carried)
+    if not mixture.routes_prompts:
+        running.known_prompts = carried_by_cache(kwargs, running.batch, own.router_mask)
     else:
-        running.known_prompts = noted
+        # A cache is not asked where nobody needs its answer: a static one answers by a tensor.
+        noted = own.expert_routing or carried_by_cache(kwargs, running.batch, own.router_mask)
+        running.carried = noted
+        running.plans = plans_on_cache(kwargs, noted)
     if running.carried is not None or running.known_prompts is not None:
         return
     # Where nothing but the routing is asked for, no label can leak into a prompt.

@@ -45,7 +45,9 @@ class RoutingDone(Exception):
 class _Running(threading.local):
     """Each thread's innermost pass. Not a ContextVar, which torch.compile cannot read."""
 
-    innermost: ForwardPass | None = None
+    def __init__(self):
+        # In each thread at its first look: what is only the class's torch.compile takes for absent.
+        self.innermost: ForwardPass | None = None
 
 
 _running = _Running()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host_internals import assert_in_graph
 from .context import MixtureContext
 from .losses import IGNORE
 
@@ -127,10 +128,12 @@ def check_expert_weights(weights: Any, batch: int, length: int, num_experts: int
     _check_tensor("expert_weights", weights, f"a weight for each of {num_experts} experts", shapes)
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"expert_weights is a {weights.dtype}; expected real numbers.")
-    if not bool(weights.isfinite().all()):
-        raise ValueError(
-            "expert_weights contains NaN or Inf; expected finite numbers, 0 for an unused expert."
-        )
+    finite = weights.isfinite().all()
+    problem = "expert_weights contains NaN or Inf; expected finite numbers, 0 for an unused expert."
+    if torch.compiler.is_compiling():
+        assert_in_graph(finite, problem)
+    elif not bool(finite):
+        raise ValueError(problem)
 
 
 def _check_context(given: Any, context: MixtureContext, batch: int) -> None:
@@ -164,6 +167,12 @@ def _check_targets(
         raise ValueError(
             f"expert_targets has dtype {targets.dtype}; expected integers (expert numbers or −100)."
         )
+    # A target beyond the routed experts is the null expert, which cannot be banned.
+    routed = None if banned is None else banned[: config.num_routed_experts].to(targets.device)
+    banned = None if routed is None else torch.nn.functional.pad(routed, (0, 1))
+    if torch.compiler.is_compiling():
+        _check_targets_in_graph(targets, config.num_choices, banned)
+        return
     counted = targets[targets != IGNORE]
     outside = counted[(counted < 0) | (counted >= config.num_choices)]
     if outside.numel():
@@ -173,13 +182,28 @@ def _check_targets(
         )
     if banned is None:
         return
-    # A target beyond the routed experts is the null expert, which cannot be banned.
-    routed = banned[: config.num_routed_experts].to(counted.device)
-    refused = counted[torch.nn.functional.pad(routed, (0, 1))[counted]]
+    refused = counted[banned[counted]]
     if refused.numel():
         raise ValueError(
             f"expert_targets asks for expert {int(refused[0])}, which is banned: set such targets "
             "to −100, or lift the ban."
+        )
+
+
+def _check_targets_in_graph(targets: Tensor, num_choices: int, banned: Tensor | None) -> None:
+    """The same of their values, where these are known only when the graph runs."""
+    left_out = targets == IGNORE
+    inside = (targets >= 0) & (targets < num_choices)
+    assert_in_graph(
+        (left_out | inside).all(),
+        f"expert_targets must be 0 … {num_choices - 1}, or −100 to leave a row out.",
+    )
+    if banned is not None:
+        allowed = ~banned[targets.clamp(0, num_choices - 1)]
+        assert_in_graph(
+            (left_out | allowed).all(),
+            "expert_targets asks for an expert that is banned: set such targets to −100, or lift "
+            "the ban.",
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoeLoraConfig
+from ..host_internals import assert_in_graph
 from ..routers import Routing
 from ..validation import check_number
 from .context import ENTERED, Entered, MixtureContext
@@ -28,6 +29,7 @@ class Override:
         expert_ids, expert_weights: `[N, K]` of one row for all tokens, one a sequence, or one a
             token; None where the routers choose.
         banned: `[E]` bool, the experts that may not be chosen; None where all may.
+        banned_numbers: the same by their numbers.
         complete: no slot is empty and no row names an expert twice.
     """
 
@@ -35,6 +37,7 @@ class Override:
     expert_weights: Tensor | None = None
     banned: Tensor | None = None
     complete: bool = False
+    banned_numbers: frozenset[int] = frozenset()
 
     @property
     def learns(self) -> bool:
@@ -132,10 +135,12 @@ def override_of(
 
 
 def _of_weights(override: Override, weights: Tensor) -> Override:
-    """`override` by weights `[…, E]` as slots: of those in use, or of all where they learn."""
+    """`override` by weights `[…, E]` as slots: of those in use, or of all where they learn, and in
+    a compiled graph, whose shapes are known before its values.
+    """
     rows = weights.reshape(-1, weights.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    if rows.requires_grad:
+    if rows.requires_grad or torch.compiler.is_compiling():
         ids = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
         return replace(override, expert_ids=ids, expert_weights=rows, complete=True)
     used = rows != 0
@@ -183,38 +188,48 @@ def _of_names(
     )
 
 
-def _check_left(banned: Tensor, config: MoeLoraConfig, asked: bool) -> None:
+def _check_left(banned: set[int], config: MoeLoraConfig, asked: bool) -> None:
     """Raise ValueError where all experts are banned, or a router that is asked has none left."""
     names = config.routed_expert_names
-    if bool(banned[: len(names)].all()):
+    if banned.issuperset(range(len(names))):
         raise ValueError(f"All experts are banned ({', '.join(names)}): leave one at least.")
     if config.null_expert or not asked:
         return
     for layer, experts in (config.layer_experts or {}).items():
-        if bool(banned[experts].all()):
+        if banned.issuperset(experts):
             own = ", ".join(names[e] for e in experts)
             raise ValueError(
                 f"All experts that {layer} has are banned ({own}): leave one of them at least."
             )
 
 
+def _check_unused(ids: Tensor, weights: Tensor, banned: Tensor, names: list[str]) -> None:
+    """Raise where an expert is banned `[E]` and used all the same; a weight of 0 uses nothing."""
+    in_use = (ids >= 0) & (weights != 0)
+    if torch.compiler.is_compiling():
+        both = in_use & banned.to(ids.device)[ids.clamp(min=0)]
+        problem = "An expert would be used and is banned: drop one of the two."
+        assert_in_graph(~both.any(), problem)
+        return
+    used = ids[in_use].unique().cpu().tolist()
+    on_host = banned.cpu()
+    if twice := [names[e] for e in used if on_host[e]]:
+        raise ValueError(f"{', '.join(twice)} would be used and is banned: drop one of the two.")
+
+
 def with_bans(
     override: Override, ban: Any, config: MoeLoraConfig, device: torch.device
 ) -> Override:
     """`override` with these experts banned too, if any is left and none of them is used."""
-    names = config.expert_names or []
-    banned = torch.zeros(config.num_experts, dtype=torch.bool)
-    if override.banned is not None:
-        banned |= override.banned.cpu()
+    numbers = set(override.banned_numbers)
     if ban is not None:
-        banned[[config.expert_index(name) for name in _names("banned_experts", ban)]] = True
-    if not bool(banned.any()):
+        numbers |= {config.expert_index(name) for name in _names("banned_experts", ban)}
+    if not numbers:
         return override
-    _check_left(banned, config, asked=override.expert_weights is None)
+    _check_left(numbers, config, asked=override.expert_weights is None)
+    table = [e in numbers for e in range(config.num_experts)]
+    banned = torch.tensor(table, dtype=torch.bool, device=device)
     if override.expert_ids is not None and override.expert_weights is not None:
-        # A weight of 0 uses nothing.
-        in_use = (override.expert_ids >= 0) & (override.expert_weights != 0)
-        used = override.expert_ids[in_use].unique().cpu().tolist()
-        if both := [names[e] for e in used if banned[e]]:
-            raise ValueError(f"{', '.join(both)} would be used and is banned: drop one of the two.")
-    return replace(override, banned=banned.to(device))
+        names = config.expert_names or []
+        _check_unused(override.expert_ids, override.expert_weights, banned, names)
+    return replace(override, banned=banned, banned_numbers=frozenset(numbers))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host_internals import assert_in_graph
 from ..routers import Routing
 from .inputs import batch_shape, token_mask
 from .losses import IGNORE
@@ -96,7 +97,11 @@ def _caches(holder: Any) -> list[Any]:
 def note_on_cache(outputs: Any, routing: tuple[Routing, ...]) -> None:
     """Write the prompt's routing on the cache that the outputs hold, if any."""
     for cache in _caches(outputs):
-        if getattr(cache, ON_CACHE, None) is not routing:
+        if torch.compiler.is_compiling():
+            # A graph knows no tuple again, and has no use for plans of the one before.
+            setattr(cache, ON_CACHE, routing)
+            setattr(cache, PLANS, None)
+        elif getattr(cache, ON_CACHE, None) is not routing:
             setattr(cache, ON_CACHE, routing)
             setattr(cache, PLANS, RequestPlans())
 
@@ -208,10 +213,13 @@ def _checked(router_mask: Any, batch: int, length: int, attended: Tensor | None)
     mask = torch.nn.functional.pad(router_mask.bool(), (0, length - router_mask.shape[1]))
     if attended is not None:
         mask = mask & attended
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
+    needed = "each row needs a prompt of one token at least. Leave such rows out, or mark their"
+    if torch.compiler.is_compiling():
+        problem = f"router_mask marks no attended token in a row: {needed} first tokens."
+        assert_in_graph(mask.any(1).all(), problem)
+    elif empty := (~mask.any(1)).nonzero().flatten().tolist():
+        rows = ", ".join(map(str, empty))
         raise ValueError(
-            f"router_mask marks no attended token in row {', '.join(map(str, empty))}: each row "
-            "needs a prompt of one token at least. Leave such rows out, or mark their first tokens."
+            f"router_mask marks no attended token in row {rows}: {needed} first tokens."
         )
     return mask

@@ -11,10 +11,10 @@ from adapters.peft_folders import save_adapter
 from bases import causal_base
 from checkpoint.stored import load, logits, mixture_on, saved, write_base
 from huggingface_hub import HfApi, ModelCard
-from moelora.cli import app
 from typer.testing import CliRunner
 
 from moelora import MoeLoraForCausalLM
+from moelora_cli import app
 
 
 def test_the_card_says_what_the_checkpoint_is(tmp_path):
