@@ -28,7 +28,7 @@ ROOMS = (
     ("recipes",),
     ("rooms",),
     ("modeling",),
-    ("serving",),
+    ("serving", "vllm"),
     ("cli",),
     ("__main__",),
 )

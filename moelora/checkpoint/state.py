@@ -150,7 +150,7 @@ def fingerprint(
     sizes = {name: list(t.shape) if t.is_floating_point() else None for name, t in tensors.items()}
     return {
         "shapes": sizes,
-        "sample": {name: _values(tensors[name]) for name in names},
+        "sample": {name: sample_of(tensors[name]) for name in names},
         "dtypes": {name: str(tensors[name].dtype).removeprefix("torch.") for name in names},
     }
 
@@ -192,8 +192,12 @@ def differences(
         before = then.get(name)
         if None not in (shape, before) and shape != before:
             differing.append(f"{name} is {shape}, was {before}")
-    if differing:
-        return differing[:8]
+    return differing[:8] or differing_values(saved, found)
+
+
+def differing_values(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """In words, which sampled values of two fingerprints differ; of tensors that both have."""
+    differing = []
     for name, values in found["sample"].items():
         new = torch.tensor(values)
         old = torch.tensor(saved["sample"][name])
@@ -211,7 +215,7 @@ def _has_values(tensor: Tensor) -> bool:
     return there and not tensor.is_meta and not is_sharded(tensor)
 
 
-def _values(tensor: Tensor) -> list[float]:
+def sample_of(tensor: Tensor) -> list[float]:
     """A few values spread over the tensor, exactly representable in JSON."""
     flat = tensor.detach().reshape(-1)
     count = min(SAMPLED_VALUES, flat.numel())
