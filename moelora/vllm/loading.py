@@ -111,8 +111,7 @@ class Loading:
             self._check_base()
             self._check_order()
         self._fill({key: tensor for key, tensor in own.items() if Mixture.owns(key)})
-        names = {key: name for name, key in self._keys().items()}
-        return done | set(names.values())
+        return done | {name for name, _, _ in self._own()}
 
     def replace(self, folder: str) -> Checkpoint:
         """Take over another checkpoint of the same mixture; returns it."""
@@ -214,23 +213,20 @@ class Loading:
                     'additional_config={"moelora": {"transformers_backend": true}}.'
                 )
 
-    def _keys(self) -> dict[str, str]:
-        """By the name of each of the mixture's parameters and buffers its key in a checkpoint."""
-        return {f"{BASE_PREFIX}{key}" if inside else key: key for key, inside, _ in self._own()}
-
-    def _own(self) -> Iterator[tuple[str, bool, Tensor]]:
-        """The mixture's tensors: key, whether it is in the base's modules, tensor."""
+    def _own(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The mixture's tensors: their names in the model, their keys in a checkpoint, and they."""
         for name, module in self.base.named_modules():
             if isinstance(module, LayerExperts):
-                state = module.state_dict(prefix=f"{name}.", keep_vars=True)
-                yield from ((key, True, tensor) for key, tensor in state.items())
+                key = self.attached.key_of(name)
+                for own, tensor in module.state_dict(keep_vars=True).items():
+                    yield f"{BASE_PREFIX}{name}.{own}", f"{key}.{own}", tensor
         state = self.attached.mixture.state_dict(prefix="moelora.", keep_vars=True)
-        yield from ((key, False, tensor) for key, tensor in state.items())
+        yield from ((key, key, tensor) for key, tensor in state.items())
 
     def _check_fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts of all tensors; ValueError where they are not the mixture's."""
         parts = {}
-        held = {key: tensor for key, _, tensor in self._own()}
+        held = {key: tensor for _, key, tensor in self._own()}
         wrong = [f"{key} is missing" for key in held if key not in tensors]
         for key, tensor in tensors.items():
             cut = self.attached.cuts.get(key)
@@ -248,7 +244,7 @@ class Loading:
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         parts = self._check_fit(tensors)
-        for key, _, tensor in self._own():
+        for _, key, tensor in self._own():
             tensor.detach().copy_(parts[key])
 
 

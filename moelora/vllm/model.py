@@ -131,8 +131,8 @@ class MoeLoraForCausalLM(nn.Module):
         if not self.by_request and not asked:
             return None
         metadata = context.attn_metadata
-        if requests is None or not metadata:
-            # A run that measures memory: nobody's rows.
+        if requests is None or not requests.slots or not metadata:
+            # A run that measures memory or warms up: nobody's rows.
             return []
         some = next(iter(metadata.values()))  # type: ignore[union-attr]
         return requests.rows(some.query_start_loc.tolist(), some.seq_lens.tolist())

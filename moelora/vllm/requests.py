@@ -136,11 +136,20 @@ class Requests(LogitsProcessor):
         Args:
             starts: where each request's rows begin, and where the last one's end.
             lengths: how many tokens each has after this step.
+
+        Raises:
+            RuntimeError: vLLM computes for a request that it has not told of.
         """
         rows = []
         for i, (start, stop) in enumerate(pairwise(starts)):
-            if i in self.slots and stop > start:
-                rows.append(Rows(self.slots[i], start, stop, lengths[i] - (stop - start)))
+            if stop == start:
+                continue
+            if i not in self.slots:
+                raise RuntimeError(
+                    f"vLLM computes tokens for place {i} of the batch, and its logits processors "
+                    "were told of no request there: this version of vLLM is not served."
+                )
+            rows.append(Rows(self.slots[i], start, stop, lengths[i] - (stop - start)))
         return rows
 
     def take_reports(self) -> dict[str, Tensor]:

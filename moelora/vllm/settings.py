@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from ..placement import not_lora
+from ..registry import router_class
 from .choices import tracker_for
 from .config import MoeLoraConfig
 
@@ -53,7 +54,8 @@ class MixtureSettings(VerifyAndUpdateConfig):
         Raises:
             ValueError: it cannot, with the remedy.
         """
-        config = vllm_config.model_config.hf_config
+        model = vllm_config.model_config
+        config = model.hf_config
         _settings_of_base(vllm_config, config)
         own_settings(vllm_config)
         check_experts(config, vllm_config.parallel_config.tensor_parallel_size)
@@ -61,10 +63,9 @@ class MixtureSettings(VerifyAndUpdateConfig):
         if config.reads_prompts:
             _read_whole_prompts(vllm_config)
         shares_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
-        graphs = vllm_config.compilation_config.cudagraph_mode
-        has_graphs = graphs not in (None, CUDAGraphMode.NONE) and not _is_cpu(vllm_config)
+        no_graphs = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+        has_graphs = not (_is_cpu(vllm_config) or model.enforce_eager or no_graphs)
         tracker = tracker_for(config, shares_prefixes, has_graphs)
-        model = vllm_config.model_config
         model.logits_processors = [*(model.logits_processors or []), tracker]
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = EXTENSION
@@ -106,19 +107,27 @@ def check_engine(vllm_config: VllmConfig) -> None:
         "instead of pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
         "context parallelism cuts prompts apart; set prefill_context_parallel_size and "
         "decode_context_parallel_size to 1": _context_parallel(parallel) > 1,
-        "dual batch overlap routes two halves at once; leave enable_dbo out": parallel.use_ubatching,
+        "dual batch overlap routes two halves; leave enable_dbo out": parallel.use_ubatching,
         "speculative decoding leaves no room for what knows the requests; leave "
         "speculative_config out": vllm_config.speculative_config is not None,
         "a mixture generates; leave runner and convert at their defaults": model.runner_type
         != "generate",
         "vLLM's own LoRA beside a mixture would be added to linears that experts read; leave "
         "enable_lora out": vllm_config.lora_config is not None,
+        "routers read whole prompts or tokens' ids, which these requests do not bring; leave "
+        "enable_prompt_embeds and kv_transfer_config out, or use routing_level='token' with a "
+        "router that reads hidden states": _needs_ids(model.hf_config)
+        and (model.enable_prompt_embeds or vllm_config.kv_transfer_config is not None),
         "experts are added outside of the compiled graph, which this mode makes one; use "
         "vLLM's own compilation mode or enforce_eager": stock,
     }
     for reason, is_asked in refused.items():
         if is_asked:
             raise ValueError(f"A mixture cannot be served so: {reason}.")
+
+
+def _needs_ids(config: MoeLoraConfig) -> bool:
+    return config.reads_prompts or router_class(config.router).reads == "input_ids"
 
 
 def _context_parallel(parallel: Any) -> int:

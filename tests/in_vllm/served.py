@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
@@ -29,6 +31,9 @@ LLAMA = dict(
 )
 LENGTHS = (1, 2, 5, 9, 17, 40, 77, 120)
 NEW_TOKENS = 24
+# Four prompts of 60 tokens fill this cache, and their answers need more: some have to make room.
+CROWD = (60,) * 4
+SMALL_CACHE = dict(num_gpu_blocks_override=9, block_size=32, disable_log_stats=False)
 
 
 @dataclass
@@ -67,10 +72,18 @@ def say_something(mixture: Any, seed: int = 1, std: float = 0.3) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
-def prompts(seed: int = 3) -> list[list[int]]:
-    """Eight prompts of 1 to 120 tokens."""
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token, w000 …, none of which begins another."""
+    size = LLAMA["vocab_size"]
+    words = Tokenizer(models.WordLevel({f"w{i:03}": i for i in range(size)}, unk_token="w000"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w000", eos_token="w002")
+
+
+def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 3) -> list[list[int]]:
+    """Prompts of these lengths, by default eight of 1 to 120 tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from in_vllm.served import (
+    CROWD,
+    SMALL_CACHE,
     counted,
     differing,
     engine,
@@ -36,19 +38,18 @@ MIXTURES = {
 @pytest.mark.parametrize("fields", MIXTURES.values(), ids=MIXTURES)
 def test_the_engine_routes_each_prompt_as_generate_does(fields, tmp_path):
     base = tiny_base()
-    alone = generated(base, prompts())
+    rows = [*prompts(), *prompts(CROWD)]
+    alone = generated(base, rows)
     mixture = tiny_mixture(tmp_path, base, **fields)
-    expected = generated(mixture, prompts())
-    assert differing(alone, expected) >= 5
+    expected = generated(mixture, rows)
+    assert differing(alone, expected) >= 8
     # Little room: requests are preempted, and read their whole prompts again.
-    small = dict(num_gpu_blocks_override=10, block_size=32, disable_log_stats=False)
-    llm = engine(tmp_path, enable_prefix_caching=None, **small)
+    llm = engine(tmp_path, enable_prefix_caching=None, **SMALL_CACHE)
     try:
         settings = llm.llm_engine.vllm_config
         assert not settings.cache_config.enable_prefix_caching
         assert not settings.scheduler_config.enable_chunked_prefill
-        for _ in range(2):
-            assert largest_difference(served(llm, prompts()), expected) <= TOLERANCE
+        assert largest_difference(served(llm, rows), expected) <= TOLERANCE
         assert counted(llm, "vllm:num_preemptions") > 0
     finally:
         shut(llm)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from in_vllm.served import (
+    CROWD,
+    SMALL_CACHE,
     counted,
     differing,
     engine,
@@ -54,13 +56,12 @@ def test_the_engine_says_what_generate_says(fields, tmp_path):
 
 def test_prefixes_are_shared_and_requests_make_room(tmp_path):
     mixture = tiny_mixture(tmp_path)
-    expected = generated(mixture, prompts())
-    # Room for about three of the longest requests: the others are preempted and computed again.
-    small = dict(num_gpu_blocks_override=10, block_size=32, disable_log_stats=False)
-    llm = engine(tmp_path, enable_prefix_caching=True, **small)
+    rows = [*prompts(), *prompts(CROWD)]
+    expected = generated(mixture, rows)
+    llm = engine(tmp_path, enable_prefix_caching=True, **SMALL_CACHE)
     try:
         for _ in range(2):
-            assert largest_difference(served(llm, prompts()), expected) <= TOLERANCE
+            assert largest_difference(served(llm, rows), expected) <= TOLERANCE
         assert counted(llm, "vllm:num_preemptions") > 0
         assert counted(llm, "vllm:prefix_cache_hits") > 0
     finally:
