@@ -127,7 +127,10 @@ class Requests(LogitsProcessor):
             second = slots.pop(other, None)
             if first is not None:
                 slots[other] = first
-            if second is not None and how == MoveDirectionality.SWAP:
+            if how != MoveDirectionality.SWAP:
+                # It was in the place of one that is gone.
+                self._keep(second)
+            elif second is not None:
                 slots[one] = second
 
     def rows(self, starts: list[int], lengths: list[int]) -> list[Rows]:

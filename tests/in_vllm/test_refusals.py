@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from in_vllm.served import engine, prompts, served, shut, tiny_base, tiny_mixture
+from in_vllm.served import (
+    engine,
+    generated,
+    largest_difference,
+    prompts,
+    served,
+    shut,
+    tiny_base,
+    tiny_mixture,
+)
 
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
@@ -44,15 +53,12 @@ def test_a_mixture_that_names_no_base_is_refused(tmp_path):
 
 
 def test_fields_that_may_change_do(tmp_path):
-    mixture = tiny_mixture(tmp_path)
+    tiny_mixture(tmp_path)
     llm = engine(tmp_path, hf_overrides={"num_experts_per_tok": 1})
     try:
         found = served(llm, prompts()[3:5])
     finally:
         shut(llm)
-    from in_vllm.served import generated, largest_difference
-
-    del mixture
     changed = MoeLoraForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1)
     assert largest_difference(found, generated(changed, prompts()[3:5])) <= 1e-4
 

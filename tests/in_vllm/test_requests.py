@@ -14,6 +14,7 @@ from in_vllm.served import (
     shut,
     tiny_mixture,
 )
+from vllm.exceptions import VLLMValidationError
 
 from moelora.config import NO_EXPERT
 
@@ -68,9 +69,9 @@ def test_routers_that_read_a_context_are_given_it(tmp_path):
     try:
         given = [params(router_context=context) for context in contexts]
         assert largest_difference(served(llm, rows, given), expected) <= TOLERANCE
-        with pytest.raises(ValueError, match="router_context, which this request lacks"):
+        with pytest.raises(VLLMValidationError, match="router_context, which this request lacks"):
             served(llm, rows)
-        with pytest.raises(ValueError, match="a list of 3 numbers"):
+        with pytest.raises(VLLMValidationError, match="a list of 3 numbers"):
             served(llm, rows, params(router_context=[1.0]))
     finally:
         shut(llm)
@@ -80,7 +81,7 @@ def test_the_routing_of_a_request_can_be_had(tmp_path):
     mixture = tiny_mixture(tmp_path, null_expert=True)
     row = prompts()[5]
     tokens = generated(mixture, [row])[0].tokens
-    report = mixture.route(torch.tensor([row + tokens[:-1]]))
+    report = mixture.route(input_ids=torch.tensor([row + tokens[:-1]]))
     llm = engine(tmp_path)
     try:
         served(llm, [row, prompts()[6]], [params(routing_report="mine"), params()])
@@ -113,7 +114,7 @@ def test_what_cannot_be_is_refused_and_the_engine_goes_on(tmp_path):
     llm = engine(tmp_path)
     try:
         for given, message in REFUSED.values():
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(VLLMValidationError, match=message):
                 served(llm, rows, params(**given))
         assert largest_difference(served(llm, rows), expected) <= TOLERANCE
     finally:
@@ -124,7 +125,7 @@ def test_shared_prefixes_and_own_choices_do_not_go_together(tmp_path):
     tiny_mixture(tmp_path)
     llm = engine(tmp_path, enable_prefix_caching=True)
     try:
-        with pytest.raises(ValueError, match="--no-enable-prefix-caching"):
+        with pytest.raises(VLLMValidationError, match="--no-enable-prefix-caching"):
             served(llm, prompts()[:1], params(use_experts="expert_1"))
         served(llm, prompts()[:1], params(routing_report="allowed"))
     finally:
