@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 
-ARCHITECTURE = "MoeLoraForCausalLM"
-MODEL = f"moelora.vllm.model:{ARCHITECTURE}"
-
 
 def register() -> None:
     """Tell vLLM of mixtures: the entry point of `vllm.general_plugins`, called in each process of

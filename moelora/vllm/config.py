@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from .. import config
 from ..checkpoint.load import CHANGEABLE
 from ..modeling import MoeLoraForCausalLM
-from . import ARCHITECTURE
 
+# What vLLM finds the model by.
+ARCHITECTURE = "MoeLoraForCausalLM"
 BASE = "_config_of_base"
 
 

@@ -8,8 +8,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from ..modeling import MoeLoraForCausalLM
-from . import ARCHITECTURE, MODEL
-from .config import MoeLoraConfig, TokenizerOfBase
+from .config import ARCHITECTURE, MoeLoraConfig, TokenizerOfBase
 from .settings import MixtureSettings
 
 
@@ -23,4 +22,4 @@ def register_all() -> None:
     AutoTokenizer.register(MoeLoraConfig, fast_tokenizer_class=TokenizerOfBase, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = MixtureSettings
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, MODEL)
+        ModelRegistry.register_model(ARCHITECTURE, f"moelora.vllm.model:{ARCHITECTURE}")
