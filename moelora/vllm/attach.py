@@ -17,7 +17,6 @@ from .config import MoeLoraConfig
 from .linears import Place, RouteLayer, WithExperts, find_place
 
 NAME = "moelora"
-BACKBONE = "model"
 
 
 @dataclass
@@ -29,23 +28,12 @@ class Attached:
         places: by full name the place of each adapted linear.
         cuts: by its key in a checkpoint which columns of a factor this process has.
         callers: what must run in every forward pass, by key.
-        stem: what transformers calls the part that vLLM's Transformers backend calls "model".
     """
 
     mixture: Mixture
     places: dict[str, Place] = field(default_factory=dict)
     cuts: dict[str, slice] = field(default_factory=dict)
     callers: dict[str, WithExperts | RouteLayer] = field(default_factory=dict)
-    stem: str = BACKBONE
-
-    def key_of(self, name: str) -> str:
-        """The name that transformers, and so a checkpoint, has for a name in vLLM's model.
-
-        Args:
-            name: a full name in vLLM's model.
-        """
-        first, dot, rest = name.partition(".")
-        return f"{self.stem}{dot}{rest}" if first == BACKBONE else name
 
 
 def attach(base: nn.Module, config: MoeLoraConfig, vllm_config: VllmConfig) -> Attached:
@@ -56,12 +44,7 @@ def attach(base: nn.Module, config: MoeLoraConfig, vllm_config: VllmConfig) -> A
     """
     attached = Attached(Mixture(config))
     mixture = attached.mixture
-    first = str((config.sites or [[""]])[0][0]).partition(".")[0]
-    if not hasattr(base, first) and hasattr(base, BACKBONE):
-        # Found by both names, and still one submodule.
-        base.__dict__[first] = base.get_submodule(BACKBONE)
-        attached.stem = first
-    modules = {attached.key_of(name): module for name, module in base.named_modules()}
+    modules = dict(base.named_modules())
     packed = dict(getattr(base, "packed_modules_mapping", None) or {})
     device = torch.device(vllm_config.device_config.device)
     order = torch.zeros(1, device=device)

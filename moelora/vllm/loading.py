@@ -217,9 +217,8 @@ class Loading:
         """The mixture's tensors: their names in the model, their keys in a checkpoint, and they."""
         for name, module in self.base.named_modules():
             if isinstance(module, LayerExperts):
-                key = self.attached.key_of(name)
                 for own, tensor in module.state_dict(keep_vars=True).items():
-                    yield f"{BASE_PREFIX}{name}.{own}", f"{key}.{own}", tensor
+                    yield f"{BASE_PREFIX}{name}.{own}", f"{name}.{own}", tensor
         state = self.attached.mixture.state_dict(prefix="moelora.", keep_vars=True)
         yield from ((key, key, tensor) for key, tensor in state.items())
 

@@ -13,7 +13,7 @@ import pytest
 from in_vllm.served import NEW_TOKENS, generated, prompts, tiny_mixture, words_tokenizer
 from openai import BadRequestError, OpenAI
 
-SECONDS_TO_START = 400
+SECONDS_TO_START = 900
 
 
 @pytest.fixture
