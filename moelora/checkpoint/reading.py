@@ -168,8 +168,10 @@ def _check_sizes(path: Path, config: MoeLoraConfig, shapes: Mapping[str, Iterabl
         asked |= {*map(sum, own), sum(rows_of_A)}
     # A router of someone's own may refuse to be made like this; its shapes are compared later.
     with suppress(Exception), torch.device("meta"):
-        router = ROUTERS[config.router](config, 1)
-        asked |= {next(iter(tensor.shape), 1) for tensor in router.state_dict().values()}
+        narrow, wide = (ROUTERS[config.router](config, d_in).state_dict() for d_in in (1, 2))
+        rows = {key: next(iter(tensor.shape), 1) for key, tensor in narrow.items()}
+        # Not those that are as long as what the router reads, which its linears say.
+        asked |= {n for key, n in rows.items() if n == next(iter(wide[key].shape), 1)}
     widths = {width for sizes in (config.block_sizes or {}).values() for width in sizes}
     if unheld := widths - {width for shape in shapes.values() for width in [*shape][-1:]}:
         raise ValueError(

@@ -162,7 +162,7 @@ def fingerprint(
     names = spread if sampled is None else [name for name in names if name in sampled]
     return {
         "shapes": sizes,
-        "sample": {name: _values(tensors[name]) for name in names},
+        "sample": {name: sample_of(tensors[name]) for name in names},
         "dtypes": {name: kinds[name] for name in names},
     }
 
@@ -204,8 +204,12 @@ def differences(
         before = then.get(name)
         if None not in (shape, before) and shape != before:
             differing.append(f"{name} is {shape}, was {before}")
-    if differing:
-        return differing[:8]
+    return differing[:8] or differing_values(saved, found)
+
+
+def differing_values(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """In words, which sampled values of two fingerprints differ; of tensors that both have."""
+    differing = []
     for name, values in found["sample"].items():
         now_kind, then_kind = (own["dtypes"].get(name) for own in (found, saved))
         if now_kind != then_kind and not (now_kind in FLOATS and then_kind in FLOATS):
@@ -227,7 +231,7 @@ def _has_values(tensor: Tensor) -> bool:
     return there and not tensor.is_meta and not is_sharded(tensor)
 
 
-def _values(tensor: Tensor) -> list[float]:
+def sample_of(tensor: Tensor) -> list[float]:
     """A few values spread over the tensor, exactly representable in JSON."""
     flat = tensor.detach().reshape(-1)
     count = min(SAMPLED_VALUES, flat.numel())

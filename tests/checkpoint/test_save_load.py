@@ -53,6 +53,12 @@ def test_every_scope_and_level_comes_back(tmp_path, scope, level):
     assert (again.moelora_config.router_scope, again.moelora_config.routing_level) == (scope, level)
 
 
+def test_a_learned_pooling_of_several_routers_comes_back(tmp_path):
+    fields = {"routing_level": "sequence", "router_pooling": "attention"}
+    model = saved(tmp_path, router_scope="layer", r=[2, 3, 4, 5], **fields)
+    assert same(load(tmp_path / "experts"), model)
+
+
 def test_the_default_checkpoint_holds_no_base_and_is_a_moelora_config(tmp_path):
     model = saved(tmp_path)
     folder = tmp_path / "experts"
