@@ -36,12 +36,14 @@ def plot_interference(groups: Sequence[Group], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for (case, model), points in _ratios(groups).items():
+    ratios_of = _ratios(groups)
+    for (case, model), points in ratios_of.items():
         counts, ratios = zip(*sorted(points.items()), strict=True)
         axes.plot(counts, ratios, marker="o", label=f"{case}: {model}")
     axes.axhline(1.0, color=SINGLE, linewidth=1)
     axes.axhline(0.95, color=SINGLE, linewidth=1, linestyle=":")
-    axes.set_xscale("log", base=2)
+    counts = sorted({count for points in ratios_of.values() for count in points})
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
     axes.set_xlabel("conflicting tasks")
     axes.set_ylabel("mixture's loss over that of the LoRA of equal size")
     axes.legend(fontsize=8)
