@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import rooms
 from .core.model import MixtureModel
-from .core.offloading import ExpertCacheReport, cache_report, offload, onload
 
 if TYPE_CHECKING:
+    from .core.offloading import ExpertCacheReport
     from .expert_pool.optimizer_state import PoolChange
 
 Names = str | Iterable[str]
@@ -115,11 +115,11 @@ class PoolModel(MixtureModel):
         Raises:
             ValueError, TypeError: a wrong number, or weights that another engine keeps elsewhere.
         """
-        offload(self, resident)
+        rooms.offloading.offload(self, resident)
 
     def onload_experts(self) -> None:
         """Bring all experts back to where the model computes, to train them for instance."""
-        onload(self)
+        rooms.offloading.onload(self)
 
     def expert_cache_report(self, *, reset: bool = False) -> ExpertCacheReport:
         """How often the experts that were needed were resident, and how many bytes were moved.
@@ -130,4 +130,4 @@ class PoolModel(MixtureModel):
         Raises:
             ValueError: no experts are offloaded.
         """
-        return cache_report(self, reset)
+        return rooms.offloading.cache_report(self, reset)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import composing, export
     from .checkpoint import load, save, state
+    from .core import offloading
     from .expert_pool import changes
     from .injection import base, inject
     from .training import router_init
@@ -25,6 +26,7 @@ PLACES = {
     "changes": "expert_pool",
     "base": "injection",
     "inject": "injection",
+    "offloading": "core",
     "router_init": "training",
 }
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "export",
     "inject",
     "load",
+    "offloading",
     "router_init",
     "save",
     "state",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torch import nn
@@ -12,8 +12,11 @@ from torch import nn
 from ..config import MoeLoraConfig
 from ..routers import Router
 from .choices import Choices
-from .expert_tier import ExpertTier
 from .load_window import LoadWindow
+
+if TYPE_CHECKING:
+    # It imports the compiler, which takes a second.
+    from .expert_tier import ExpertTier
 
 
 @dataclass

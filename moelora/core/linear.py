@@ -9,7 +9,7 @@ layer's own weights to where they are needed (FSDP2, ZeRO-3, offload, device map
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from moelora_kernels import Plan, expand, shrink
@@ -21,9 +21,12 @@ from ..config import MoeLoraConfig
 from ..host_internals import GLOBAL_FORWARD_HOOKS, is_view
 from ..routers import Router
 from .context import MixtureContext
-from .expert_tier import ExpertTier
 from .experts import Factor, LoraFactors
 from .forward_pass import current_pass
+
+if TYPE_CHECKING:
+    # It imports the compiler, which takes a second.
+    from .expert_tier import ExpertTier
 
 
 class LoraA(Factor):

@@ -156,7 +156,7 @@ def _check_base(base: nn.Module) -> None:
     """Raise ValueError for a base of which vLLM keeps more than keys and values."""
     name = type(base).__name__
     kinds = {
-        "keeps states of its own (Mamba and its like)": has_inner_state(base),
+        "keeps states of its own, as state-space models do": has_inner_state(base),
         "mixes attention and states (hybrid)": is_hybrid(base),
         "has no attention": is_attention_free(base),
         "reads images or sound": supports_multimodal(base),
