@@ -67,7 +67,6 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    # The process group's threads end before the interpreter does, or a process may abort at exit.
     trainer.accelerator.end_training()
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import causal_base
+from launches import free_port
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,6 +28,8 @@ from moelora import MoeLoraForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "distributed"
 TRAIN = EXAMPLE / "train.py"
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+RUNNER = str(Path(__file__).with_name("one_of_two.py"))
 ENGINES = {
     "ddp": [],
     "fsdp2": ["--fsdp", "full_shard", "--fsdp_config", str(EXAMPLE / "fsdp2.json")],
@@ -81,15 +83,17 @@ def launched(
     settings = SETTINGS | changes | {"base": inputs / "base", "data": inputs / "rows.jsonl"}
     settings["output_dir"] = output
     settings["per_device_train_batch_size"] = 4 if engine is None else 2
-    script = [*before, str(TRAIN), "--use_cpu"]
-    if engine in ("zero2", "zero3"):
-        script = [str(Path(__file__).parent / "deepspeed_on_cpu.py"), str(TRAIN)]
-    launcher = [] if engine is None else _torchrun()
+    script = [*before, str(TRAIN)]
+    if engine not in ("zero2", "zero3"):
+        script.append("--use_cpu")
+    launcher = []
+    if engine is not None:
+        launcher = [*TWO_PROCESSES, f"--master_port={free_port()}", RUNNER]
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, *launcher, *script, *ENGINES.get(engine or "", []), *options]
     # DeepSpeed asks for a GPU's compiler where it sees a GPU.
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    own["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    own["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "tests"))
     return subprocess.run(
         command, env=os.environ | own, capture_output=True, text=True, timeout=300, check=False
     )
@@ -101,13 +105,6 @@ def train(inputs: Path, output: Path, engine: str | None, **changes) -> list[flo
     assert run.returncode == 0, run.stdout + run.stderr
     lines = re.findall(r"\{'loss'.*?\}", run.stdout)
     return [float(ast.literal_eval(line)["loss"]) for line in lines]
-
-
-def _torchrun() -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={port}"]
 
 
 @pytest.fixture(scope="module")

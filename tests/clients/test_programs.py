@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from clients.trl_runs import text, words_tokenizer
 from core.mixtures import causal
+from launches import free_port
 from torch import tensor
 
 from moelora import MoeLoraForCausalLM
@@ -110,9 +110,7 @@ BATCHED = "--continuous-batching --cb-num-blocks 16 --cb-block-size 16 --cb-max-
 @pytest.mark.parametrize("level,flags", [("sequence", ""), ("token", BATCHED)])
 def test_transformers_serve_answers(level, flags, checkpoint, tmp_path):
     causal(routing_level=level).save_pretrained(checkpoint, save_base=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["serve", checkpoint, "--trust-remote-code", "--device", "cpu", "--port", port]
     words += flags.split()
     with open(tmp_path / "log", "w") as log:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import urllib.request
 
 import pytest
 from in_vllm.served import NEW_TOKENS, generated, prompts, tiny_mixture, words_tokenizer
+from launches import free_port
 from openai import BadRequestError, OpenAI
 
 SECONDS_TO_START = 900
@@ -21,9 +21,7 @@ def server(tmp_path):
     """A mixture, and a client of the server that serves it."""
     mixture = tiny_mixture(tmp_path / "mixture")
     words_tokenizer().save_pretrained(tmp_path / "mixture")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["--model", "mixture", "--port", port, "--enforce-eager", "--dtype", "float32"]
     words += ["--max-model-len", 256, "--max-num-seqs", 4, "--no-enable-prefix-caching"]
     with (tmp_path / "log").open("w") as log:

@@ -5,7 +5,6 @@ from here.
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from core.mixtures import causal, classifier
+from launches import end_process, free_port
 from torch.nn.parallel import DistributedDataParallel
 from training.runs import (
     LOSSES,
@@ -107,16 +107,13 @@ def run_static_graph(rank: int, world: int) -> dict[str, Any]:
 
 def in_two_processes(worker: Callable[[int, int, str], None], folder: Path) -> list[Any]:
     """What each of two processes of `worker(rank, port, folder)` left in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, args=(free_port(), str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 @contextmanager
 def one_process(rank: int, where: Path) -> Iterator[None]:
-    """A worker's work: an error is also left in the folder, and the group is left."""
+    """A worker's work, and its end: an error is also left in the folder."""
     torch.set_num_threads(1)
     try:
         yield
@@ -125,6 +122,7 @@ def one_process(rank: int, where: Path) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+    end_process()
 
 
 def worker(rank: int, port: int, folder: str) -> None:
