@@ -11,8 +11,8 @@ from . import rooms
 from .core.model import MixtureModel
 
 if TYPE_CHECKING:
-    from .core.offloading import ExpertCacheReport
     from .expert_pool.optimizer_state import PoolChange
+    from .injection.offloading import ExpertCacheReport
 
 Names = str | Iterable[str]
 

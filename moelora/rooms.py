@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import composing, export
     from .checkpoint import load, save, state
-    from .core import offloading
     from .expert_pool import changes
-    from .injection import base, inject
+    from .injection import base, inject, offloading
     from .training import router_init
 
 PLACES = {
@@ -26,7 +25,7 @@ PLACES = {
     "changes": "expert_pool",
     "base": "injection",
     "inject": "injection",
-    "offloading": "core",
+    "offloading": "injection",
     "router_init": "training",
 }
 __all__ = [

@@ -19,12 +19,11 @@ from transformers.utils.hub import cached_file
 
 from ..config import MoeLoraConfig
 from ..core.model import MixtureModel, rename
-from ..core.offloading import check_slots, offload
 from ..host_internals import AUTO_KEYWORDS, attention_of
 from ..injection.base import ACCESS, base_for
 from ..injection.inject import put_into
-from ..injection.modules import device_of
-from ..placement import ends_of
+from ..injection.modules import site_device
+from ..injection.offloading import check_slots, offload
 from ..routers import changed_options
 from ..validation import json_object
 from .quantisation import as_it_was
@@ -113,7 +112,7 @@ def _fill(model: MixtureModel, tensors: dict[str, Tensor], resident: int | None)
 def _make_rows(model: MixtureModel) -> None:
     """Give the factors, which are on the meta device, memory where their site computes."""
     for site in model.moelora.sites.values():
-        device = device_of(model.get_submodule(ends_of(site.names[0])[1]))
+        device = site_device(model, site.names)
         for factor in site.factors():
             rows = torch.empty_like(factor.get_parameter("weight"), device=device)
             factor.weight = nn.Parameter(rows)

@@ -60,9 +60,7 @@ class MixtureContext(nn.Module):
         loss_is_token_mean: the loop's loss is the negative mean of the tokens' log-probabilities.
         overrides_entered: the keys of its `use_experts` that are entered now, in any thread; of a
             copy those that it was made inside of.
-        resident_experts: how many experts of each site are at hand where the others are offloaded;
-            None where all are there.
-        tiers: of those sites, in the order of the model.
+        tiers: of the sites, in the order of the model, where their experts are offloaded.
         by_token: whether a routing has a row for each token, not for each sequence.
         reads_prompts: whether routers must be told which tokens are the prompt.
         routes_prompts: whether they do, and a routing has a row for each prompt.
@@ -90,7 +88,6 @@ class MixtureContext(nn.Module):
         self.loss_is_token_mean = False
         # A list, whose changes are atomic.
         self.overrides_entered: list[str] = []
-        self.resident_experts: int | None = None
         self.tiers: list[ExpertTier] = []
         self.num_experts = config.num_experts
         self.by_token = config.routes_tokens
@@ -109,6 +106,11 @@ class MixtureContext(nn.Module):
         """The `use_experts` of this mixture that this thread or task is in, innermost last."""
         keys = self.overrides_entered
         return [entered for entered in ENTERED.get() if entered.is_open and entered.key in keys]
+
+    @property
+    def resident_experts(self) -> int | None:
+        """How many experts a site has at hand where the others are offloaded; None: all are."""
+        return self.tiers[0].resident if self.tiers else None
 
     @property
     def drops_experts(self) -> bool:

@@ -370,7 +370,7 @@ class ForwardPass:
             return None
         if type(router) is not TopKRouter or context.drops_experts:
             return None
-        if context.resident_experts is not None:
+        if context.tiers:
             # Who is chosen must be known before, to be there.
             return None
         if context.choices.num_shared or context.choices.lacks_some(index):

@@ -17,15 +17,15 @@ from ..core.linear import ExpertHook, LayerRoutingHook, Site
 from ..core.mixture import LayerExperts, Mixture
 from ..core.model import MixtureModel, become, revert
 from ..host_internals import hooks_of
-from ..placement import ends_of, site_name
+from ..placement import ends_of
 from .base import snapshot
 from .blocks import Sizes, sizes_of
 from .by_layer import write_out
-from .modules import decoder_layer, depth_of, device_of, features
+from .layers import NAME, experts_of, layer_of, put_site, routed_layers
+from .modules import depth_of, device_of, features, site_device
 from .quantised import check_can_train, resume_packing, stop_packing
 from .sites import find_sites, saved_modules
 
-NAME = "moelora"
 HOOKS = (ExpertHook, BlockHook, SpanBegin, SpanEnd, LayerRoutingHook)
 
 
@@ -99,7 +99,7 @@ def _inject(
         _add_shared_routers(model, mixture, config.sites)
     for names in config.sites:
         _add_site(model, mixture, {name: sizes[name] for name in names}, has_rows)
-    device = device_of(model.get_submodule(ends_of(config.sites[0][0])[1]))
+    device = site_device(model, config.sites[0])
     mixture.finish(device)
     mixture.has_values = device.type != "meta"
     gradient_checkpointing.wrap(model, mixture)
@@ -108,22 +108,13 @@ def _inject(
 
 def _add_shared_routers(model: PreTrainedModel, mixture: Mixture, sites: list[list[str]]) -> None:
     """Make the routers of scopes "layer" and "model", and the hooks that run them."""
-    config = mixture.config
-    layers = list(dict.fromkeys(str(decoder_layer(model, ends_of(names[0])[0])) for names in sites))
-    if config.router_scope == "model":
-        layers = [f"{layers[0].rpartition('.')[0]}.{config.router_layer}"]
-    modules = dict(model.named_modules())
-    for layer in layers:
-        if layer not in modules:
-            raise ValueError(
-                f"router_layer={config.router_layer} is not a decoder layer of this "
-                f"{type(model).__name__}: {layer} does not exist. Choose a smaller number."
-            )
-        hidden = model.config.get_text_config().hidden_size
-        experts = _place(model, mixture, layer)
+    hidden = model.config.get_text_config().hidden_size
+    for layer in routed_layers(model, mixture, sites):
+        module = model.get_submodule(layer)
+        experts = experts_of(model, mixture, layer)
         depth = depth_of(model, layer)
-        index = mixture.add_router(experts, layer, hidden, depth, device=device_of(modules[layer]))
-        LayerRoutingHook(mixture, index, modules[layer])
+        index = mixture.add_router(experts, layer, hidden, depth, device=device_of(module))
+        LayerRoutingHook(mixture, index, module)
 
 
 def _add_site(
@@ -135,20 +126,15 @@ def _add_site(
     weight = next(ends[0][1].parameters())
     # Masters in fp32 whatever the base's dtype: 16-bit AdamW loses small updates. float64 stays.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    device = device_of(ends[0][1])
-    layer = decoder_layer(model, ends_of(names[0])[0])
+    device = site_device(model, names)
+    layer = layer_of(model, names)
     rows_on = device if has_rows else torch.device("meta")
     site = Site(mixture, names, layer, list(sizes.values()), device=rows_on, dtype=dtype)
     if mixture.config.router_scope in ("site", "projection"):
         depth = depth_of(model, layer)
         index = mixture.add_router(site, names[0], site.in_features, depth, device=device)
         site.router_index = index
-    # A module's name holds no dot.
-    key = site_name(names[0]).removeprefix(f"{layer}.").replace(".", "-")
-    _place(model, mixture, layer).sites[key] = site
-    where = f"{NAME}.outside" if layer is None else f"{layer}.{NAME}"
-    site.path = f"{where}.sites.{key}"
-    mixture.sites[names[0]] = site
+    put_site(model, mixture, site, layer)
     for index, (first, last) in enumerate(ends):
         if first is not last:
             SpanBegin(site, index, first)
@@ -157,13 +143,3 @@ def _add_site(
             BlockHook(site, index, last)
         else:
             ExpertHook(site, index, last)
-
-
-def _place(model: PreTrainedModel, mixture: Mixture, layer: str | None) -> LayerExperts:
-    """Where the experts of a decoder layer are; outside of any, in the mixture itself."""
-    if layer is None:
-        return mixture.outside
-    module = model.get_submodule(layer)
-    if not hasattr(module, NAME):
-        setattr(module, NAME, LayerExperts())
-    return getattr(module, NAME)

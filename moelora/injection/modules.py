@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..host_internals import Convolution, in_out_features
+from ..placement import ends_of
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -73,3 +74,8 @@ def device_of(module: nn.Module) -> torch.device:
         if execution_device is not None:
             return torch.device(execution_device)
     return next(module.parameters()).device
+
+
+def site_device(model: nn.Module, names: Sequence[str]) -> torch.device:
+    """Where the site of the places `names` computes."""
+    return device_of(model.get_submodule(ends_of(names[0])[1]))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..placement import ends_of
+from ..core.expert_tier import Counts, ExpertTier
 from ..validation import check_integer
-from .expert_tier import Counts, ExpertTier
+from .modules import site_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ def offload(model: Any, resident: int) -> None:
             factor.stays = True
         site.tier = ExpertTier(site.factors, resident)
     mixture.tiers = [site.tier for site in mixture.sites.values()]
-    mixture.resident_experts = resident
 
 
 def onload(model: Any) -> None:
@@ -72,7 +70,7 @@ def onload(model: Any) -> None:
     if mixture.resident_experts is None:
         return
     for site in mixture.sites.values():
-        device = _device(model.get_submodule(ends_of(site.names[0])[1]))
+        device = site_device(model, site.names)
         for factor in site.factors():
             factor.stays = False
             for name, rows in list(factor.named_parameters()):
@@ -81,7 +79,6 @@ def onload(model: Any) -> None:
                 setattr(factor, name, nn.Parameter(own, requires_grad=rows.requires_grad))
         site.tier = None
     mixture.tiers = []
-    mixture.resident_experts = None
 
 
 def cache_report(model: Any, reset: bool = False) -> ExpertCacheReport:
@@ -106,11 +103,6 @@ def cache_report(model: Any, reset: bool = False) -> ExpertCacheReport:
         for tier in tiers.values():
             tier.counts = Counts()
     return report
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where a module of the base computes."""
-    return next(module.parameters()).device
 
 
 def _size(num_bytes: float) -> str:

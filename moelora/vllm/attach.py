@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from ..core.linear import Site
-from ..core.mixture import LayerExperts, Mixture
-from ..injection.modules import decoder_layer, depth_of
-from ..placement import site_name
+from ..core.mixture import Mixture
+from ..injection.layers import NAME, experts_of, layer_of, put_site, routed_layers
+from ..injection.modules import depth_of
 from .config import MoeLoraConfig
 from .linears import Place, RouteLayer, WithExperts, find_place
-
-NAME = "moelora"
 
 
 @dataclass
@@ -73,10 +71,7 @@ def _add_shared_routers(
     """The routers of scopes "layer" and "model", and what runs them."""
     mixture = attached.mixture
     config = mixture.config
-    layers = list(dict.fromkeys(str(decoder_layer(base, names[0])) for names in config.sites or []))
-    if config.router_scope == "model":
-        layers = [f"{layers[0].rpartition('.')[0]}.{config.router_layer}"]
-    for layer in layers:
+    for layer in routed_layers(base, mixture, config.sites or []):
         module = base.get_submodule(layer)
         names = tuple(inspect.signature(module.forward).parameters)
         if "hidden_states" not in names:
@@ -87,7 +82,7 @@ def _add_shared_routers(
             )
         hidden = config.get_text_config().hidden_size
         depth = depth_of(base, layer)
-        index = mixture.add_router(_place(base, mixture, layer), layer, hidden, depth)
+        index = mixture.add_router(experts_of(base, mixture, layer), layer, hidden, depth)
         _ready(mixture, index, device)
         key = f"{NAME}.route.{layer}"
         hook = RouteLayer(mixture, index, key, order, names)
@@ -109,19 +104,15 @@ def _add_site(
     for place in places:
         width = place.columns.stop - place.columns.start
         features.append((width if config.expert_placement == "series" else d_in, width))
-    layer = decoder_layer(base, names[0])
+    layer = layer_of(base, names)
     site = Site(mixture, names, layer, features, device=device, dtype=dtype)
     if config.router_scope in ("site", "projection"):
         whole = features[0][0] if config.expert_placement == "series" else first.input_size
         depth = depth_of(base, layer)
         site.router_index = mixture.add_router(site, names[0], whole, depth)
         _ready(mixture, site.router_index, device)
-    key = site_name(names[0]).removeprefix(f"{layer}.").replace(".", "-")
-    _place(base, mixture, layer).sites[key] = site
-    where = f"{NAME}.outside" if layer is None else f"{layer}.{NAME}"
-    site.path = f"{where}.sites.{key}"
     site.requires_grad_(False)
-    mixture.sites[names[0]] = site
+    put_site(base, mixture, site, layer)
     attached.cuts[f"{site.path}.lora_A.weight"] = places[0].inputs
     for i, place in enumerate(places):
         attached.cuts[f"{site.path}.lora_B.{i}.weight"] = place.outputs
@@ -158,13 +149,3 @@ def _ready(mixture: Mixture, index: int, device: torch.device) -> None:
     """Put a router where the model computes, in fp32."""
     router = mixture.routers[list(mixture.routers)[index]]
     router.to(device=device, dtype=torch.float32).requires_grad_(False).eval()
-
-
-def _place(base: nn.Module, mixture: Mixture, layer: str | None) -> LayerExperts:
-    """Where the experts of a decoder layer are; outside of any, in the mixture itself."""
-    if layer is None:
-        return mixture.outside
-    module = base.get_submodule(layer)
-    if not hasattr(module, NAME):
-        setattr(module, NAME, LayerExperts())
-    return getattr(module, NAME)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import pytest
 import torch
 from bases import causal_base
 from core.mixtures import LEVELS, ROUTERS_AT_LEVELS, SCOPES, causal, classifier, into, tokens, told
 
-from moelora import MoeLoraForCausalLM
+from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 MANY = {"num_experts": 12, "num_experts_per_tok": 2}
 # Sums are taken in another order where a batch is computed in parts.
@@ -52,6 +53,22 @@ def check(model, residents=(12, 5, 1), is_exact=True):
             same(one, other, is_exact and resident == 12)
     model.onload_experts()
     assert all(torch.equal(one, other) for one, other in zip(logits(), expected))
+
+
+@torch.no_grad()
+def test_experts_come_back_where_accelerate_brings_the_base():
+    base = causal_base()
+    accelerate.cpu_offload(base, torch.device("cpu"))
+    config = MoeLoraConfig(**MANY, r=2, target_modules="all-linear")
+    model = MoeLoraForCausalLM.from_base(base, config).eval()
+    for factor in model.moelora.factors():
+        factor.weight.normal_()
+    ids = tokens()
+    expected = model(ids).logits
+    model.offload_experts(resident=12)
+    model.onload_experts()
+    assert {factor.weight.device.type for factor in model.moelora.factors()} == {"cpu"}
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize(("router", "level"), ROUTERS_AT_LEVELS)
