@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing
-import socket
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.candidates import Candidate, build, load_base
-from benchmarks.harness import RESULTS, in_turns, save, table
+from benchmarks.harness import cpu_parser, in_turns, save_and_print
 
 WORLD = 2
 FEW = Candidate("E=8 r=16 K=2", "mixture", r=16, experts=8, top_k=2)
@@ -46,7 +46,8 @@ class Job:
     Attributes:
         candidate: what it trains.
         engine: "ddp", "fsdp2" or none.
-        rank, world, port: of its group.
+        rank, world: of its group.
+        store: the URL at which its processes meet.
         threads: that torch uses.
         base, layers, batch, length: of the model and of this process's part of a step's tokens.
     """
@@ -55,7 +56,7 @@ class Job:
     engine: str | None
     rank: int
     world: int
-    port: int
+    store: str
     threads: int
     base: str
     layers: int
@@ -70,6 +71,7 @@ class Team:
     processes: list[Any] = field(default_factory=list)
     pipes: list[Connection] = field(default_factory=list)
     replies: list[list[dict[str, float]]] = field(default_factory=list)
+    folder: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory)
 
     def step(self) -> None:
         """Have every process make one step, and note what each says of it."""
@@ -83,30 +85,32 @@ class Team:
             pipe.send("end")
         for process in self.processes:
             process.join()
+        self.folder.cleanup()
 
 
-def team(candidate: Candidate, engine: str | None, threads: int, batch: int, settings: Any) -> Team:
+def team(
+    candidate: Candidate, engine: str | None, threads: int, layers: int, batch: int, settings: Any
+) -> Team:
     """Processes that are ready to train `candidate`.
 
     Args:
         candidate: the mixture.
         engine: of two processes, or None for one process.
         threads: of each.
+        layers: of the base.
         batch: rows of each process in a step.
         settings: the command line's.
     """
     # One process imports everything, and all others are its forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.candidates"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     made = Team()
+    store = f"file://{made.folder.name}/store"
     world = 1 if engine is None else WORLD
-    model = (settings.base, settings.layers, batch, settings.length)
+    model = (settings.base, layers, batch, settings.length)
     for rank in range(world):
         ours, theirs = context.Pipe()
-        job = Job(candidate, engine, rank, world, port, threads, *model)
+        job = Job(candidate, engine, rank, world, store, threads, *model)
         process = context.Process(target=work, args=(theirs, job), daemon=True)
         process.start()
         # The process's end is closed with it, so that its death is an error here.
@@ -122,8 +126,7 @@ def work(pipe: Connection, job: Job) -> None:
     """A process of a team: say "ready", then make a step whenever told to."""
     torch.set_num_threads(job.threads)
     if job.world > 1:
-        where = f"tcp://127.0.0.1:{job.port}"
-        dist.init_process_group("gloo", where, rank=job.rank, world_size=job.world)
+        dist.init_process_group("gloo", job.store, rank=job.rank, world_size=job.world)
     before = _status_mib("VmRSS")
     step = training_step(job)
     # From here on, so that making the model is not counted; what it freed goes back first.
@@ -172,9 +175,9 @@ def _status_mib(line: str) -> float:
 def measure_time(settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of a step of the same tokens, and how many of each process's own work."""
     teams = {
-        ALONE: team(FEW, None, 1, settings.batch, settings),
-        THREADED: team(FEW, None, 2, settings.batch, settings),
-        DDP: team(FEW, "ddp", 1, settings.batch // WORLD, settings),
+        ALONE: team(FEW, None, 1, settings.layers, settings.batch, settings),
+        THREADED: team(FEW, None, 2, settings.layers, settings.batch, settings),
+        DDP: team(FEW, "ddp", 1, settings.layers, settings.batch // WORLD, settings),
     }
     timings = in_turns({name: own.step for name, own in teams.items()}, settings.rounds)
     cpu = {
@@ -201,12 +204,12 @@ def measure_time(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_memory(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """The peak of a process that trains many experts, whole and beyond what it had before it made
-    the model.
+    """The peak of a process that trains many experts on a row a step, whole and beyond what it had
+    before it made the model.
     """
     peaks = {}
     for name, engine in ((WHOLE, None), (SHARDED, "fsdp2")):
-        own = team(MANY, engine, 1, settings.batch // WORLD, settings)
+        own = team(MANY, engine, 1, settings.memory_layers, 1, settings)
         for _ in range(2):
             own.step()
         own.close()
@@ -223,23 +226,16 @@ def measure_memory(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=8, help="rows of all processes together")
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    # Memory is about the experts: of all layers, since what two gathered ones take is constant.
+    parser = cpu_parser(__doc__, rounds=7, batch=8, length=128, memory_layers=30)
     parser.add_argument("--only", choices=["time", "memory"], help="measure one of them")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     settings = parser.parse_args(words)
     rows: list[dict[str, Any]] = []
     if settings.only != "memory":
         rows += measure_time(settings)
     if settings.only != "time":
         rows += measure_memory(settings)
-    shown = {k: v for k, v in vars(settings).items() if k != "output"}
-    path = save("distributed_cpu", shown, rows, settings.output)
-    print(table(rows), f"\n{path}")
+    save_and_print("distributed_cpu", settings, rows)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import load_base
-from benchmarks.harness import RESULTS, save, table
+from benchmarks.harness import cpu_parser, save_and_print
 from moelora import MoeLoraConfig, MoeLoraForCausalLM
 
 # By the number of experts, the seconds in which a checkpoint is to be loaded.
 LOAD_TARGETS = {1024: 10.0}
-# How often each thing that may be repeated is measured; the least is taken.
-ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,8 @@ def activate(model: Any) -> None:
 def measure(case: Case, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the case took, after a check that few resident experts give what all of them give."""
     torch.manual_seed(0)
+    # Of what may be repeated the least is taken.
+    rounds = settings.rounds
     base = load_base(settings.base, settings.layers)
     ids = torch.randint(0, base.config.vocab_size, (settings.batch, settings.length))
     row: dict[str, Any] = {"experts": case.experts}
@@ -114,50 +114,50 @@ def measure(case: Case, settings: argparse.Namespace, folder: Path) -> dict[str,
     def forward() -> torch.Tensor:
         return model(ids, attention_mask=torch.ones_like(ids)).logits
 
-    expected = timed("forward", forward, ROUNDS)
+    expected = timed("forward", forward, rounds)
     model.train()
 
     def loss() -> torch.Tensor:
         model.zero_grad()
         return model(ids, labels=ids).loss
 
-    value = timed("training forward", loss, ROUNDS)
+    value = timed("training forward", loss, rounds)
     timed("backward", value.backward)
     model.zero_grad()
     model.eval()
     timed("save", lambda: model.save_pretrained(folder))
     row["file MB"] = (folder / "model.safetensors").stat().st_size / 1e6
     model = None
-    bases = [copy.deepcopy(base) for _ in range(ROUNDS)]
+    bases = [copy.deepcopy(base) for _ in range(rounds)]
     load = MoeLoraForCausalLM.from_pretrained
-    model = timed("load", lambda: load(folder, base=bases.pop()), ROUNDS)
+    model = timed("load", lambda: load(folder, base=bases.pop()), rounds)
     if case.experts in LOAD_TARGETS:
         row["target: load s"] = LOAD_TARGETS[case.experts]
     assert torch.equal(forward(), expected)
     model = None
-    row |= offloaded(case, base, folder, ids, expected)
+    row |= offloaded(case, base, folder, ids, expected, rounds)
     row["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return row
 
 
 @torch.no_grad()
 def offloaded(
-    case: Case, base: Any, folder: Path, ids: torch.Tensor, expected: torch.Tensor
+    case: Case, base: Any, folder: Path, ids: torch.Tensor, expected: torch.Tensor, rounds: int
 ) -> dict[str, Any]:
     """The same checkpoint with a few experts resident, the others in its file."""
     row: dict[str, Any] = {}
     timed = Stopwatch(row)
     load = MoeLoraForCausalLM.from_pretrained
-    bases = [copy.deepcopy(base) for _ in range(ROUNDS)]
+    bases = [copy.deepcopy(base) for _ in range(rounds)]
     keywords: dict[str, Any] = {"resident_experts": case.resident}
-    model = timed("load offloaded", lambda: load(folder, base=bases.pop(), **keywords), ROUNDS)
-    found = timed("forward offloaded", lambda: model(ids).logits, ROUNDS)
+    model = timed("load offloaded", lambda: load(folder, base=bases.pop(), **keywords), rounds)
+    found = timed("forward offloaded", lambda: model(ids).logits, rounds)
     error = (found - expected).abs().max() / expected.abs().max()
     assert error < 1e-4, f"offloaded experts give other logits: {error}"
     report = model.expert_cache_report(reset=True)
     row["resident"] = report.resident
     row["resident MB"] = report.bytes_resident / 1e6
-    row["moved MB a forward"] = report.total.bytes_moved / 1e6 / ROUNDS
+    row["moved MB a forward"] = report.total.bytes_moved / 1e6 / rounds
     keywords = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     one = timed("16 tokens offloaded", lambda: model.generate(ids[:1], **keywords))
     report = model.expert_cache_report()
@@ -178,28 +178,20 @@ def in_a_process(case: Case, words: list[str]) -> dict[str, Any]:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2", help="smollm2 (the demo's base) or tiny")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
+    parser = cpu_parser(__doc__, rounds=2, batch=2, length=128)
     parser.add_argument("--experts", type=int, nargs="*", help="these numbers of experts instead")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     settings = parser.parse_args(words)
     if settings.case:
         with tempfile.TemporaryDirectory() as folder:
             row = measure(Case(**json.loads(settings.case)), settings, Path(folder))
         print(json.dumps(row))
         return
-    shape = {"--base": settings.base, "--layers": settings.layers}
-    shape |= {"--batch": settings.batch, "--length": settings.length}
-    own = [str(word) for pair in shape.items() for word in pair]
+    names = ("base", "layers", "batch", "length", "rounds")
+    own = [f"--{name}={getattr(settings, name)}" for name in names]
     cases = [Case(experts) for experts in settings.experts] if settings.experts else CASES
     rows = [in_a_process(case, own) for case in cases]
-    shown = {k: v for k, v in vars(settings).items() if k not in ("output", "case", "experts")}
-    path = save("many_experts_cpu", shown, rows, settings.output)
-    print(table(rows), f"\n{path}")
+    save_and_print("many_experts_cpu", settings, rows)
 
 
 if __name__ == "__main__":

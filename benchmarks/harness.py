@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# What of a command line is not a setting of the measurement.
+NOT_SHOWN = ("output", "peak_of", "case", "experts", "only")
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
@@ -117,7 +119,7 @@ def cpu_parser(doc: str | None, rounds: int, **numbers: int) -> argparse.Argumen
 
 def save_and_print(name: str, settings: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the JSON into the folder of --output, and print the table."""
-    shown = {k: v for k, v in vars(settings).items() if k not in ("output", "peak_of")}
+    shown = {k: v for k, v in vars(settings).items() if k not in NOT_SHOWN}
     path = save(name, shown, rows, settings.output)
     print(table(rows), f"\n{path}")
 

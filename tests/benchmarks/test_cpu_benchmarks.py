@@ -69,7 +69,7 @@ def test_tables_take_rows_of_different_columns():
 
 
 def test_distributed(tmp_path):
-    words = "--base tiny --layers 1 --batch 2 --length 8 --rounds 2 --output"
+    words = "--base tiny --layers 1 --memory-layers 1 --batch 2 --length 8 --rounds 2 --output"
     bench_distributed.main([*words.split(), str(tmp_path)])
     rows = json.loads((tmp_path / "distributed_cpu.json").read_text(encoding="utf-8"))["rows"]
     assert [row["target"] for row in rows if "target" in row] == [0.75, 0.6]
