@@ -73,7 +73,7 @@ def measure(case: str, settings: argparse.Namespace) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.length)
     ids = torch.randint(3, base.config.vocab_size, shape, generator=draw)
-    runs: dict[str, Callable[[], None]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     for candidate in (BASE, LORA, MIXTURE):
         model = build(candidate, base)
         # A class of one module for each: they share no compiled code.
