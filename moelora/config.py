@@ -111,7 +111,7 @@ class MoeLoraConfig(PreTrainedConfig):
         base_config: the base's own configuration, with how it was quantised when it was loaded.
         base_architecture: the name of the base's class.
         base_model_name_or_path: where the base is.
-        base_revision: its revision on the hub.
+        base_revision: its revision on the hub, by which the model card knows that it is there.
         base_folder: where the base is inside the checkpoint, if it was saved too.
         base_subfolder: the folder of the base inside its repository.
         sites: the adapted linears that read one tensor, site by site.

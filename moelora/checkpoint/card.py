@@ -6,7 +6,9 @@ import os
 from itertools import chain
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import CONFIG_NAME
 
 from ..config import MoeLoraConfig
 from ..registry import router_class
@@ -31,8 +33,27 @@ def without_paths(config: MoeLoraConfig) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` is a folder's, not that of a repository on the hub."""
-    return os.path.isabs(name) or Path(name).is_dir()
+    """Whether `name` is a folder's, there or not, and cannot be that of a repository on the hub."""
+    if os.path.isabs(name) or Path(name).is_dir():
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+def on_hub(config: MoeLoraConfig) -> bool:
+    """Whether the base is known to be from the hub: its commit is, or the hub's cache holds it.
+
+    A relative folder's name, as of a base that was loaded elsewhere, may look like an id.
+    """
+    name = config.base_model_name_or_path
+    if name is None or is_path(name):
+        return False
+    return config.base_revision is not None or isinstance(
+        try_to_load_from_cache(name, CONFIG_NAME), str
+    )
 
 
 def may_write_card(folder: Path) -> bool:
@@ -52,10 +73,10 @@ def model_card(config: MoeLoraConfig, auto_class: str) -> ModelCard:
         config: as it is saved.
         auto_class: the name of the Auto class that loads it.
     """
-    name = config.base_model_name_or_path
-    on_hub = name is not None and not is_path(name) and config.base_folder is None
+    inside = config.base_folder is not None
+    name = config.base_model_name_or_path if not inside and on_hub(config) else None
     data = ModelCardData(
-        base_model=name if on_hub else None,
+        base_model=name,
         library_name="moelora",
         pipeline_tag=HEADS[auto_class],
         tags=["moelora", "lora", "mixture-of-experts"],
@@ -63,13 +84,13 @@ def model_card(config: MoeLoraConfig, auto_class: str) -> ModelCard:
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         f"# A mixture of {config.num_experts} LoRA experts",
-        f"**Base**: {_base(config, name if on_hub else None)}",
+        f"**Base**: {_base(config, name)}",
         f"**Gate**: {_gate(config)}",
         "**Experts**:",
         _experts(config),
         "**Data**: what the experts and the gate were trained on is not recorded; describe it here "
         "and take the first line of this card out.",
-        _loading(config, auto_class, needs_base=not on_hub and config.base_folder is None),
+        _loading(config, auto_class, needs_base=name is None and not inside),
     ]
     return ModelCard("\n\n".join(parts) + "\n")
 
@@ -79,7 +100,7 @@ def _base(config: MoeLoraConfig, name: str | None) -> str:
     if config.base_folder is not None:
         return f"{kind}, in `{config.base_folder}/`"
     if name is None:
-        return f"{kind} of a folder or in memory, which this checkpoint does not name"
+        return f"{kind} of a folder or in memory, which this card does not name"
     at = f" at `{config.base_revision}`" if config.base_revision else ""
     return f"[{name}](https://huggingface.co/{name}){at}, {kind}"
 
