@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -128,13 +129,36 @@ def ranks_in_words(config: MoeLoraConfig) -> list[str]:
     Args:
         config: as it is saved.
     """
-    by_linear = {config.ranks_of(linear) for linear in chain.from_iterable(config.sites or [])}
-    words = []
-    for ranks in zip(*(by_linear or {config.ranks}), strict=True):
-        # Where an expert is not, its rank is 0.
-        there = sorted({*ranks} - {0}) or [0]
-        words.append(" to ".join(str(rank) for rank in sorted({there[0], there[-1]})))
-    return words
+    return [_range(rank for rank, _ in own) for own in _shapes(config)]
+
+
+def alphas_in_words(config: MoeLoraConfig) -> list[str]:
+    """Each expert's lora_alpha, or its least and largest where linears differ: "8 to 32".
+
+    Args:
+        config: as it is saved.
+    """
+    power = 0.5 if config.use_rslora else 1.0
+    return [_range(scale * rank**power for rank, scale in own) for own in _shapes(config)]
+
+
+def _shapes(config: MoeLoraConfig) -> list[set[tuple[int, float]]]:
+    """Of each expert the ranks and scalings that it has in linears, where it is there at all."""
+    linears = list(chain.from_iterable(config.sites or []))
+    by_linear = {(config.ranks_of(own), config.scaling_of(own)) for own in linears}
+    by_linear = by_linear or {(config.ranks, config.scaling)}
+    shapes: list[set[tuple[int, float]]] = [set() for _ in range(config.num_experts)]
+    for ranks, scaling in by_linear:
+        for own, rank, scale in zip(shapes, ranks, scaling, strict=True):
+            # Where an expert is not, its rank is 0.
+            own |= {(rank, scale)} if rank else set()
+    return [own or {(0, 0.0)} for own in shapes]
+
+
+def _range(numbers: Iterable[float]) -> str:
+    """The least and the largest of some numbers: "4 to 16", or one: "8"."""
+    ordered = sorted(numbers)
+    return " to ".join(dict.fromkeys(f"{number:g}" for number in (ordered[0], ordered[-1])))
 
 
 def _experts(config: MoeLoraConfig) -> str:
