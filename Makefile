@@ -89,6 +89,9 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_training
 	$(BIN)/python -m benchmarks.bench_generation
+	$(BIN)/python -m benchmarks.bench_compile --layers 4
+	$(BIN)/python -m benchmarks.bench_distributed
+	$(BIN)/python -m benchmarks.bench_many_experts
 	$(BIN)/python -m benchmarks.bench_kernels
 	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
 	$(BIN)/python -m benchmarks.bench_mixtures $(if $(TASKS),--tasks $(TASKS))

@@ -76,6 +76,8 @@ MIXTURES = {
         mixture("8 x r=4, top 2", 8, 4, 2),
         mixture("16 x r=2, top 4", 16, 2, 4),
         mixture("32 x r=1, top 8", 32, 1, 8),
+        # A shared expert's weight is 1, whatever the others' are.
+        mixture("7 routed and 1 shared, r=4, top 2", 8, 4, 2, num_shared_experts=1, scale=SCALE),
         mixture("sequence: a task an expert, r=8", 8, 8, 1, **SEQUENCE),
     )
 }

@@ -108,7 +108,7 @@ def _targets(group: Group) -> list[Row]:
             if equal is not None:
                 row(f"{own.model} over {equal.model}", own.loss.mean / equal.loss.mean, 0.95)
     if group.part == "sequential" and {sequential.ORACLE, sequential.ONE} <= set(found):
-        for name in (sequential.OURS, sequential.DESCRIBED):
+        for name in (sequential.OURS, sequential.OURS_2, sequential.DESCRIBED):
             if name in found:
                 own = found[name]
                 row(f"{name}, over the oracle", own.loss.mean / group.oracle, 1.02)

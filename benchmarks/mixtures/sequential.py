@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.mixtures.store import Record
 from benchmarks.mixtures.training import contiguous_head, fit
 from moelora.recipes import add_task
 from moelora.recipes.replay import select_replay
-from moelora.training import Texts, prompt_features
+from moelora.training import Texts, prompt_features, train_gate
 from moelora.training.router_init import initialise
 
 PART = "sequential"
@@ -34,6 +35,7 @@ ORACLE = "each task by its own LoRA (oracle)"
 UNIFORM = "LoRAs merged evenly"
 TIES = f"LoRAs merged by TIES, density {TIES_DENSITY}"
 OURS = f"a new expert a task, gate by {REPLAY:.0%} replay"
+OURS_2 = f"{OURS}, top 2"
 DESCRIBED = "a new expert a task, gate by descriptions"
 
 
@@ -108,6 +110,7 @@ def pool(setup: Setup, seed: int) -> None:
         UNIFORM: lambda: merged(setup, folders, "linear"),
         TIES: lambda: merged(setup, folders, "ties", density=TIES_DENSITY),
         OURS: lambda: grown(setup, tasks, folders, seed),
+        OURS_2: lambda: grown(setup, tasks, folders, seed, top=2),
         DESCRIBED: lambda: described(setup, tasks, folders),
     }
     for name, method in methods.items():
@@ -145,20 +148,26 @@ def merged(
 
 
 def grown(
-    setup: Setup, tasks: list[Split], folders: Mapping[str, Path], seed: int
+    setup: Setup, tasks: list[Split], folders: Mapping[str, Path], seed: int, top: int = 1
 ) -> dict[str, Any]:
-    """A pool that grows task by task, its gate trained on the new one and a tenth of the old."""
-    first, *later = tasks
-    model = composed(setup, {first.name: folders[first.name]})
+    """A pool that grows task by task, its gate trained on the new one and a tenth of the old.
+
+    top: how many experts act; of several each with its probability, of one wholly.
+    """
+    begun = [split.name for split in tasks[:top]]
+    model = composed(setup, {name: folders[name] for name in begun}, num_experts_per_tok=top)
     texts = gate_texts(setup, tasks)
-    memory = {first.name: _kept(model, texts[first.name], seed)}
-    for split in later:
+    memory = {name: _kept(model, texts[name], seed) for name in begun}
+    if top > 1:
+        # The last of them is the new one; a pool of fewer has no choice to make.
+        train_gate(model, {**memory, begun[-1]: texts[begun[-1]]}, seed=seed)
+    for split in tasks[top:]:
         new = texts[split.name]
         path = str(folders[split.name])
         add_task(model, split.name, new, adapter=path, old=memory, replay=1.0, seed=seed)
         # What is not kept is gone when the next task comes.
         memory[split.name] = _kept(model, new, seed)
-    with decided(model):
+    with decided(model) if top == 1 else nullcontext():
         return evaluate(model, sheets(setup))
 
 

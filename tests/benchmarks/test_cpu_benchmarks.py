@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import (
+    bench_compile,
     bench_distributed,
     bench_generation,
     bench_many_experts,
@@ -74,6 +75,14 @@ def test_distributed(tmp_path):
     rows = json.loads((tmp_path / "distributed_cpu.json").read_text(encoding="utf-8"))["rows"]
     assert [row["target"] for row in rows if "target" in row] == [0.75, 0.6]
     assert all(row.get("ratio", 1) > 0 and row.get("MiB", 1) > 0 for row in rows)
+
+
+def test_compile(tmp_path):
+    words = "--base tiny --layers 1 --batch 1 --length 8 --rounds 1 --backend eager"
+    bench_compile.main([*words.split(), "--only", "evaluation", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "compile_cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["graph breaks"] for row in rows if row["case"] == "generate"] == [0, 0]
+    assert all(row["compiled / eager"] > 0 for row in rows if row["case"] == "evaluation")
 
 
 def test_many_experts(tmp_path):
