@@ -210,17 +210,17 @@ def compose(
 @app.command(epilog="Example: moelora info mixture")
 def info(checkpoint: Checkpoint) -> None:
     """Say what a checkpoint holds, without its base."""
-    from moelora.checkpoint.card import ranks_in_words
+    from moelora.checkpoint.card import alphas_in_words, ranks_in_words
 
     tensors, config, _ = read_checkpoint(checkpoint)
     sites = config.sites or []
     widths = _widths(tensors, sites, config.share_lora_A)
     title = f"{checkpoint}: {config.num_experts} experts"
     table = Table("expert", "rank", "alpha", "parameters", title=title)
-    for e, (name, rank) in enumerate(zip(config.expert_names, ranks_in_words(config))):
+    words = zip(config.expert_names, ranks_in_words(config), alphas_in_words(config), strict=True)
+    for e, own in enumerate(words):
         parameters = sum(config.ranks_of(linear)[e] * width for linear, width in widths.items())
-        alpha = config.scaling[e] * config.ranks[e]
-        table.add_row(name, rank, f"{alpha:g}", f"{parameters:,}")
+        table.add_row(*own, f"{parameters:,}")
     out.print(table)
     if config.num_shared_experts:
         out.print(f"on every token: {', '.join(config.shared_expert_names)}")

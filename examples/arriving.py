@@ -80,6 +80,14 @@ def measure(model: Any, texts: Texts, collator: PadRouting, done: Callable[[int]
     return Score(loss / len(texts), right / len(texts))
 
 
+def mean_score(scores: Mapping[str, Score]) -> Score:
+    """The mean over tasks."""
+    values = list(scores.values())
+    return Score(
+        sum(s.loss for s in values) / len(values), sum(s.right for s in values) / len(values)
+    )
+
+
 def _rows(name: str, part: str) -> list[dict[str, str]]:
     lines = (FOLDER / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -91,11 +99,3 @@ def _rows(name: str, part: str) -> list[dict[str, str]]:
 def _repeated(rows: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
     """`count` rows, from the first again where there are fewer."""
     return [rows[i % len(rows)] for i in range(count)]
-
-
-def mean_score(scores: Mapping[str, Score]) -> Score:
-    """The mean over tasks."""
-    values = list(scores.values())
-    return Score(
-        sum(s.loss for s in values) / len(values), sum(s.right for s in values) / len(values)
-    )

@@ -172,17 +172,16 @@ def work(tasks: list[ArrivingTask]) -> int:
     return 3 * rows + 2 * by_arrival + 3 * sum(len(task.test) for task in tasks)
 
 
-def show_routing(model: Any, tasks: list[ArrivingTask]) -> None:
+def show_routing(model: Any, demo: Demo) -> None:
     """Print which expert the gate picks for the test prompts of each task."""
-    collator = PadRouting(pad_token_id=0)
     shares = []
-    for task in tasks:
-        batch = collator([task.test[i] for i in range(len(task.test))])
+    for task in demo.tasks:
+        batch = demo.collator(task.test.rows)
         del batch["labels"]
         shares.append(model.route(**batch).expert_share)
 
     experts = list(model.moelora_config.expert_names)
-    reporting.share_table(torch.stack(shares), [task.name for task in tasks], experts)
+    reporting.share_table(torch.stack(shares), [task.name for task in demo.tasks], experts)
 
 
 def show_answers(model: Any, tasks: list[ArrivingTask], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -242,7 +241,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Scores]]:
     reporting.score_table(demo.stages, unlike=JOINT)
     picture = options.output / "forgetting.png"
     reporting.plot_stages({name: demo.stages[name] for name in (ONE, MIXTURE)}, picture)
-    show_routing(model, tasks)
+    show_routing(model, demo)
     show_answers(model, tasks, tokenizer)
     save_and_reload(model, tasks, options.output)
     minutes = (time.perf_counter() - start) / 60

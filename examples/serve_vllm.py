@@ -44,7 +44,7 @@ def start_server(options: argparse.Namespace) -> subprocess.Popen:
     words += ["--port", str(options.port), "--enforce-eager", "--no-enable-prefix-caching"]
     if options.max_model_len:
         words += ["--max-model-len", str(options.max_model_len)]
-    environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    environment = dict(os.environ)
     if options.cpu:
         words += ["--dtype", "float32"]
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

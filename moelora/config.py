@@ -61,9 +61,9 @@ class MoeLoraConfig(PreTrainedConfig):
         use_rslora: scale by lora_alpha / √r instead (arXiv:2312.03732).
         share_lora_A: all experts of a linear share one A, and each has its own B (HydraLoRA,
             arXiv:2404.19245); while an expert is frozen, so is A.
-        expert_init: how A begins in `from_base` (B is 0): "kaiming", random as in PEFT;
-            "orthogonal", experts' rows are slices of one random orthogonal matrix; "svd", slices of
-            the frozen weight's right singular vectors (see `moelora.core.expert_init`).
+        expert_init: how A begins in `from_base` and `add_expert` (B is 0): "kaiming", random as in
+            PEFT; "orthogonal", experts' rows are slices of one random orthogonal matrix; "svd",
+            slices of the frozen weight's right singular vectors (see `moelora.core.expert_init`).
         expert_names: the experts' names, fit for folders; by default expert_0, expert_1 …
         expert_ranks: single linears' ranks, one an expert (0: not there); set by `from_adapters`,
             by patterns and by layers.
@@ -111,7 +111,7 @@ class MoeLoraConfig(PreTrainedConfig):
         base_config: the base's own configuration, with how it was quantised when it was loaded.
         base_architecture: the name of the base's class.
         base_model_name_or_path: where the base is.
-        base_revision: its revision on the hub.
+        base_revision: its revision on the hub, by which the model card knows that it is there.
         base_folder: where the base is inside the checkpoint, if it was saved too.
         base_subfolder: the folder of the base inside its repository.
         sites: the adapted linears that read one tensor, site by site.

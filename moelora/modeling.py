@@ -108,7 +108,8 @@ class MoeLoraModel(PoolModel):
         Args:
             pretrained_model_name_or_path: the folder or repository.
             kwargs: `base`, a folder, id or loaded model to use instead of the one that the
-                checkpoint names; `resident_experts`, to offload the experts into the checkpoint's
+                checkpoint names (an Auto class deep-copies a loaded one first, which quanto's
+                weights refuse); `resident_experts`, to offload the experts into the checkpoint's
                 file (see `offload_experts`), so that at no time all are in memory;
                 `allow_base_mismatch`, to take a base with other weights than
                 those the experts were trained on; num_experts_per_tok and what else leaves the

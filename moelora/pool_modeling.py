@@ -36,6 +36,9 @@ class PoolModel(MixtureModel):
 
         The other experts and their router rows keep their bits. A copy begins with the router row
         of its original, any other expert with the mean of all rows. Shared experts stay the last.
+        A fresh expert's A begins as `expert_init` says: "kaiming" at random; "orthogonal" also
+        orthogonal to all rows that the others have now; "svd" with the first right singular
+        vectors that the others do not read. An A that all experts share stays as it is.
 
         Args:
             name: of the new expert; it must be fit for a folder.
@@ -52,7 +55,8 @@ class PoolModel(MixtureModel):
             What `resume_optimizer` needs to go on with an optimizer.
 
         Raises:
-            ValueError, TypeError: a name or an adapter that does not fit, or arguments at odds.
+            ValueError, TypeError: a name or an adapter that does not fit, arguments at odds, or no
+                room for further directions of A in a linear ("orthogonal", "svd").
         """
         return rooms.changes.add_expert(
             self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,37 @@ Row = dict[str, Any]
 def write(store: Store, folder: Path) -> str:
     """Write `mixtures_cpu.md` and the pictures into `folder`; returns the Markdown."""
     found = groups(store.records())
-    sections = [section(group) for group in found]
-    targets = [row for group in found for row in _targets(group)]
+    everything = [name for record in store.records() for name in record["settings"]["tasks"]]
+    sections = [section(group, everything) for group in found]
+    several = len({group.settings["base"] for group in found}) > 1
+    targets = [row for group in found for row in _targets(group, several)]
     if targets:
         sections.append("## Targets\n\n" + table(targets))
     markdown = "\n\n".join(sections) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{NAME}.md").write_text(markdown, encoding="utf-8")
-    for number, group in enumerate(g for g in found if g.part == "joint"):
-        plot_joint(group, folder / f"mixtures_joint{number or ''}.png")
-    conflicts = [group for group in found if group.part == "interference"]
-    if conflicts:
-        plot_interference(conflicts, folder / "mixtures_interference.png")
+    for ending, own in _by_base(found).items():
+        for number, group in enumerate(g for g in own if g.part == "joint"):
+            plot_joint(group, folder / f"mixtures_joint{number or ''}{ending}.png")
+        conflicts = [group for group in own if group.part == "interference"]
+        if conflicts:
+            plot_interference(conflicts, folder / f"mixtures_interference{ending}.png")
     return markdown
 
 
-def section(group: Group) -> str:
-    """One comparison under its caption."""
+def _by_base(found: Sequence[Group]) -> dict[str, list[Group]]:
+    """The comparisons on each base, by the ending of its pictures' names: "" for one base alone."""
+    bases = list(dict.fromkeys(group.settings["base"] for group in found))
+    endings = {base: f"_{re.sub(r'[^A-Za-z0-9.-]+', '-', base)}" for base in bases}
+    by_base: dict[str, list[Group]] = {}
+    for group in found:
+        ending = endings[group.settings["base"]] if len(bases) > 1 else ""
+        by_base.setdefault(ending, []).append(group)
+    return by_base
+
+
+def section(group: Group, everything: Sequence[str]) -> str:
+    """One comparison under its caption; `everything` names all tasks that were measured."""
     own = group.settings
     title = TITLES[group.part] + (f": {group.case}" if group.case else "")
     seeds = sorted({record["settings"]["seed"] for record in group.records})
@@ -51,19 +66,30 @@ def section(group: Group) -> str:
     if group.part in ("sequential", "existing"):
         steps += " a task"
     caption = (
-        f"{len(own['tasks'])} tasks ({', '.join(own['tasks'])}), {steps}, seeds {seeds}: loss on "
-        "the answers, nats a token, and share of right answers; means over seeds (least-greatest)."
-        f" {source(own['tasks'])}"
+        f"On {own['base']}: {len(own['tasks'])} tasks ({', '.join(own['tasks'])}), {steps}, seeds "
+        f"{seeds}: loss on the answers, nats a token, and share of right answers; means over seeds "
+        "(least-greatest)."
+        f" {source(own['tasks'], everything)}"
     )
     return f"## {title}\n\n{caption}\n\n{table([_line(group, own) for own in figures(group)])}"
 
 
-def source(tasks: Sequence[str]) -> str:
-    """What the data is, and its terms."""
+def source(tasks: Sequence[str], everything: Sequence[str] = ()) -> str:
+    """What the data is, and its terms; of tasks whose names do not say it, that of `everything`,
+    of whose rows they are made.
+    """
+    if own := _sources(tasks):
+        return " ".join(own)
+    if others := _sources(everything):
+        return f"Made of the other parts' rows. {' '.join(others)}"
+    return "The source of the data is not recorded."
+
+
+def _sources(tasks: Sequence[str]) -> list[str]:
     words = " ".join(tasks)
-    if any(name in words for name in (*NAMES.split(","), *HARDER.split(","))):
-        return SOURCE
-    return CORPUS if any(name in words for name in DOMAINS) else "Made of the data above."
+    of_sets = any(name in words for name in (*NAMES.split(","), *HARDER.split(",")))
+    of_corpus = not of_sets and any(name in words for name in DOMAINS)
+    return [text for text, there in ((SOURCE, of_sets), (CORPUS, of_corpus)) if there]
 
 
 def _line(group: Group, own: Figures) -> Row:
@@ -82,9 +108,10 @@ def _line(group: Group, own: Figures) -> Row:
     return row
 
 
-def _targets(group: Group) -> list[Row]:
+def _targets(group: Group, several: bool) -> list[Row]:
     found = {own.model: own for own in figures(group)}
     where = f"{group.part}{', ' if group.case else ''}{group.case}"
+    where += f" on {group.settings['base']}" if several else ""
     rows = []
 
     def row(what: str, value: float, target: float) -> None:

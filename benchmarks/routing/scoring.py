@@ -148,18 +148,18 @@ def by_length(texts: Texts, batch_size: int) -> Iterator[list[int]]:
 
 
 class TailLogits:
-    """A collator that pads on the right by another and asks for no logits before a batch's first
-    target.
+    """A collator that pads by another and asks for no logits before a batch's first target.
 
     The language modelling head is a fifth of SmolLM2-135M's work, and most positions are prompt.
-    Bases without `logits_to_keep` get whole labels, models that route no prompts no router_mask.
+    Bases without `logits_to_keep` get whole labels, models whose routers read no prompts no
+    router_mask. Any side of padding will do, though the left one spares the most logits.
     """
 
     def __init__(self, collate: Any, model: Any):
         names = _parameters(model)
         self.collate = collate
         self.keeps = "logits_to_keep" in names
-        self.routes = "router_mask" in names and model.moelora_config.routing_level == "sequence"
+        self.routes = "router_mask" in names and model.moelora_config.reads_prompts
 
     def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
         batch = dict(self.collate(rows))

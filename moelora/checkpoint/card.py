@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import CONFIG_NAME
 
 from ..config import MoeLoraConfig
 from ..registry import router_class
@@ -31,8 +34,27 @@ def without_paths(config: MoeLoraConfig) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` is a folder's, not that of a repository on the hub."""
-    return os.path.isabs(name) or Path(name).is_dir()
+    """Whether `name` is a folder's, there or not, and cannot be that of a repository on the hub."""
+    if os.path.isabs(name) or Path(name).is_dir():
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+def on_hub(config: MoeLoraConfig) -> bool:
+    """Whether the base is known to be from the hub: its commit is, or the hub's cache holds it.
+
+    A relative folder's name, as of a base that was loaded elsewhere, may look like an id.
+    """
+    name = config.base_model_name_or_path
+    if name is None or is_path(name):
+        return False
+    return config.base_revision is not None or isinstance(
+        try_to_load_from_cache(name, CONFIG_NAME), str
+    )
 
 
 def may_write_card(folder: Path) -> bool:
@@ -52,10 +74,10 @@ def model_card(config: MoeLoraConfig, auto_class: str) -> ModelCard:
         config: as it is saved.
         auto_class: the name of the Auto class that loads it.
     """
-    name = config.base_model_name_or_path
-    on_hub = name is not None and not is_path(name) and config.base_folder is None
+    inside = config.base_folder is not None
+    name = config.base_model_name_or_path if not inside and on_hub(config) else None
     data = ModelCardData(
-        base_model=name if on_hub else None,
+        base_model=name,
         library_name="moelora",
         pipeline_tag=HEADS[auto_class],
         tags=["moelora", "lora", "mixture-of-experts"],
@@ -63,13 +85,13 @@ def model_card(config: MoeLoraConfig, auto_class: str) -> ModelCard:
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         f"# A mixture of {config.num_experts} LoRA experts",
-        f"**Base**: {_base(config, name if on_hub else None)}",
+        f"**Base**: {_base(config, name)}",
         f"**Gate**: {_gate(config)}",
         "**Experts**:",
         _experts(config),
         "**Data**: what the experts and the gate were trained on is not recorded; describe it here "
         "and take the first line of this card out.",
-        _loading(config, auto_class, needs_base=not on_hub and config.base_folder is None),
+        _loading(config, auto_class, needs_base=name is None and not inside),
     ]
     return ModelCard("\n\n".join(parts) + "\n")
 
@@ -79,7 +101,7 @@ def _base(config: MoeLoraConfig, name: str | None) -> str:
     if config.base_folder is not None:
         return f"{kind}, in `{config.base_folder}/`"
     if name is None:
-        return f"{kind} of a folder or in memory, which this checkpoint does not name"
+        return f"{kind} of a folder or in memory, which this card does not name"
     at = f" at `{config.base_revision}`" if config.base_revision else ""
     return f"[{name}](https://huggingface.co/{name}){at}, {kind}"
 
@@ -107,13 +129,36 @@ def ranks_in_words(config: MoeLoraConfig) -> list[str]:
     Args:
         config: as it is saved.
     """
-    by_linear = {config.ranks_of(linear) for linear in chain.from_iterable(config.sites or [])}
-    words = []
-    for ranks in zip(*(by_linear or {config.ranks}), strict=True):
-        # Where an expert is not, its rank is 0.
-        there = sorted({*ranks} - {0}) or [0]
-        words.append(" to ".join(str(rank) for rank in sorted({there[0], there[-1]})))
-    return words
+    return [_range(rank for rank, _ in own) for own in _shapes(config)]
+
+
+def alphas_in_words(config: MoeLoraConfig) -> list[str]:
+    """Each expert's lora_alpha, or its least and largest where linears differ: "8 to 32".
+
+    Args:
+        config: as it is saved.
+    """
+    power = 0.5 if config.use_rslora else 1.0
+    return [_range(scale * rank**power for rank, scale in own) for own in _shapes(config)]
+
+
+def _shapes(config: MoeLoraConfig) -> list[set[tuple[int, float]]]:
+    """Of each expert the ranks and scalings that it has in linears, where it is there at all."""
+    linears = list(chain.from_iterable(config.sites or []))
+    by_linear = {(config.ranks_of(own), config.scaling_of(own)) for own in linears}
+    by_linear = by_linear or {(config.ranks, config.scaling)}
+    shapes: list[set[tuple[int, float]]] = [set() for _ in range(config.num_experts)]
+    for ranks, scaling in by_linear:
+        for own, rank, scale in zip(shapes, ranks, scaling, strict=True):
+            # Where an expert is not, its rank is 0.
+            own |= {(rank, scale)} if rank else set()
+    return [own or {(0, 0.0)} for own in shapes]
+
+
+def _range(numbers: Iterable[float]) -> str:
+    """The least and the largest of some numbers: "4 to 16", or one: "8"."""
+    ordered = sorted(numbers)
+    return " to ".join(dict.fromkeys(f"{number:g}" for number in (ordered[0], ordered[-1])))
 
 
 def _experts(config: MoeLoraConfig) -> str:

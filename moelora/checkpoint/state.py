@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.experts import is_sharded
+from ..core.experts import OTHER_EXPERTS, is_sharded
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel, base_class
 from ..injection.quantised import has_codes
@@ -107,12 +107,13 @@ def load_state_dict(
     if missing or surplus:
         raise RuntimeError(
             f"The state dict does not fit this mixture: missing {missing[:5]} ({len(missing)} in "
-            f"all), unknown {surplus[:5]} ({len(surplus)} in all)."
+            f"all), unknown {surplus[:5]} ({len(surplus)} in all). {OTHER_EXPERTS}"
         )
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise RuntimeError(
-                f"{key} has shape {list(state[key].shape)}; expected {list(tensor.shape)}."
+                f"{key} has shape {list(state[key].shape)}; expected {list(tensor.shape)}. "
+                + (OTHER_EXPERTS if Mixture.owns(key) else "")
             )
     load = base_class(type(model)).load_state_dict
     result = load(model, state, strict=False, assign=assign)

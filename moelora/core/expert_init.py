@@ -1,4 +1,6 @@
-"""How A begins, B being 0: at random, or as slices of an orthogonal matrix or of a spectrum."""
+"""How A begins, B being 0: at random, or as slices of an orthogonal matrix or of a spectrum; all
+experts of a new mixture, or one that joins others.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +61,65 @@ def begin_experts(model: Any) -> None:
                 own = nn.init.orthogonal_(own) if len(own) else own
             rows.append(own.to(like))
         site.lora_A.fill(torch.cat(rows) * ROW_NORM)
+
+
+@torch.no_grad()
+def begin_one(
+    model: Any,
+    linear: str,
+    others: Sequence[Tensor],
+    rank: int,
+    d_out: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The A `[r, d_in]` of one expert that joins others in a linear, as `expert_init` says, in
+    float64 on the CPU; not for "kaiming", which asks nothing of the others.
+
+    "orthogonal": random rows, orthonormal up to their length, and orthogonal to what the others'
+    rows are now. "svd": the right singular vectors of the frozen weight, from the largest singular
+    value on, that the others do not read: less than half of each lies in what their rows span.
+
+    Args:
+        model: the one with the mixture inside.
+        linear: its full name.
+        others: the A `[r_e, d_in]` of each expert that stays.
+        rank: r.
+        d_out: of the linear.
+        generator: of the random rows; None for torch's own.
+
+    Raises:
+        ValueError: more rows than inputs, or a weight that cannot be read.
+    """
+    how = model.moelora_config.expert_init
+    rows = torch.cat(list(others)).cpu().double()
+    d_in = rows.shape[1]
+    if len(rows) + rank > d_in:
+        raise ValueError(
+            f"expert_init={how!r} gives each row of A a direction of its own, and in {linear}, "
+            f"which has d_in={d_in}, the other experts have {len(rows)} rows, so there is no room "
+            f"for {rank} more: pass a smaller r, or set model.moelora_config.expert_init = "
+            "'kaiming' before."
+        )
+    span = _span(rows)
+    if how == "svd":
+        weight = _weight(model, linear, (d_out, d_in), others[0].device)
+        vectors = right_singular_vectors(weight, whole=len(rows) + rank > min(weight.shape))
+        vectors = vectors.cpu().double()
+        read = (vectors @ span.T).square().sum(1)
+        # Training turns the others' rows: theirs are the vectors that lie in them by half or more.
+        read = read.masked_fill(read < 0.5, 0.0)
+        return vectors[read.argsort(stable=True)[:rank]] * ROW_NORM
+    # On the CPU: one seed gives the same expert on every device.
+    drawn = torch.randn(rank, d_in, dtype=torch.float64, device="cpu", generator=generator)
+    return torch.linalg.qr((drawn - drawn @ span.T @ span).T).Q.T * ROW_NORM
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what `rows` `[R, d]` span: at most R."""
+    sizes, vectors = torch.linalg.eigh(rows @ rows.T)
+    # Copies of an expert span nothing new.
+    there = sizes > 1e-10 * sizes.amax(0, keepdim=True) if len(sizes) else sizes > 0
+    return (vectors[:, there] / sizes[there].sqrt()).T @ rows
 
 
 def _ranks(site: Site) -> list[tuple[int, ...]]:

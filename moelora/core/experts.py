@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from moelora_kernels import Layout
@@ -15,6 +16,14 @@ from ..host_internals import is_partitioned
 
 TRAINED = "weight"
 FROZEN = "frozen_weight"
+# In a state dict's metadata: which experts' rows the frozen ones are.
+FROZEN_EXPERTS = "frozen_experts"
+# What to do where a state dict is of other experts.
+OTHER_EXPERTS = (
+    "It is of a mixture with other experts, or other ones among them frozen: load its checkpoint "
+    "with from_pretrained, or bring this mixture to the same first (add_expert or remove_expert, "
+    "then freeze_experts or unfreeze_experts)."
+)
 
 
 @dataclass(frozen=True)
@@ -111,13 +120,26 @@ class Factor(nn.Module):
             return self.frozen_weight
         return self.merge(self.weight, self.frozen_weight)
 
-    def merge(self, trained: Tensor | None, frozen: Tensor | None) -> Tensor:
-        """The rows of both parameters in block order, `[Σ blocks, width]`."""
+    def merge(
+        self,
+        trained: Tensor | None,
+        frozen: Tensor | None,
+        frozen_experts: frozenset[int] | None = None,
+    ) -> Tensor:
+        """The rows of both parameters in block order, `[Σ blocks, width]`; `frozen_experts` where
+        they are of a mixture in which other experts are frozen.
+        """
         blocks: dict[str, Iterator[Tensor]] = {}
         for name, rows in ((TRAINED, trained), (FROZEN, frozen)):
-            own = [n for e, n in zip(self.experts, self.blocks) if self.holder(e) == name]
+            own = self._sizes(name, frozen_experts)
             blocks[name] = iter(() if rows is None else rows.split(own))
-        return torch.cat([next(blocks[self.holder(expert)]) for expert in self.experts])
+        holders = [self.holder(expert, frozen_experts) for expert in self.experts]
+        return torch.cat([next(blocks[holder]) for holder in holders])
+
+    def _sizes(self, name: str, frozen_experts: frozenset[int] | None) -> list[int]:
+        """How many rows each block has that the parameter `name` holds."""
+        blocks = zip(self.experts, self.blocks)
+        return [rows for expert, rows in blocks if self.holder(expert, frozen_experts) == name]
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """`whole` `[Σ blocks, width]` as the parameters that there are, by name."""
@@ -126,9 +148,12 @@ class Factor(nn.Module):
             parts.setdefault(self.holder(expert), []).append(rows)
         return {name: torch.cat(rows) for name, rows in parts.items()}
 
-    def holder(self, expert: int) -> str:
-        """The name of the parameter that holds the expert's rows."""
-        is_frozen = bool(self.frozen_experts) if self.shared else expert in self.frozen_experts
+    def holder(self, expert: int, frozen_experts: frozenset[int] | None = None) -> str:
+        """The name of the parameter that holds the expert's rows, of these frozen experts if not
+        its own.
+        """
+        experts = self.frozen_experts if frozen_experts is None else frozen_experts
+        is_frozen = bool(experts) if self.shared else expert in experts
         return FROZEN if is_frozen else TRAINED
 
     def block(self, linear: int, expert: int) -> Tensor:
@@ -188,16 +213,45 @@ class Factor(nn.Module):
                     rows.append(own.to(rows[0] if rows else self.block(0, 0)))
         return torch.cat(rows)
 
-    def merged_state(self, state: dict[str, Tensor], prefix: str) -> None:
-        """In `state`, put one tensor of all rows by the name of those that train."""
-        frozen = state.pop(prefix + FROZEN, None)
-        if frozen is not None:
-            state[prefix + TRAINED] = self.merge(state.get(prefix + TRAINED), frozen)
+    def merged_state(
+        self, state: dict[str, Tensor], prefix: str, frozen_experts: Sequence[int] | None = None
+    ) -> None:
+        """In `state`, put one tensor of all rows by the name of those that train; where the rows
+        are not those of this factor, leave them as they are.
 
-    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args) -> None:
+        frozen_experts: those of the mixture that `state` is of, where that is known.
+        """
+        others = None if frozen_experts is None else frozenset(frozen_experts)
+        parts = {name: state.get(prefix + name) for name in (TRAINED, FROZEN)}
+        fits = all(
+            sum(self._sizes(name, others)) == (0 if rows is None else len(rows))
+            for name, rows in parts.items()
+        )
+        if parts[FROZEN] is not None and fits:
+            del state[prefix + FROZEN]
+            state[prefix + TRAINED] = self.merge(parts[TRAINED], parts[FROZEN], others)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Which rows lie in which parameter cannot be seen from their number.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[FROZEN_EXPERTS] = sorted(self.frozen_experts)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping, prefix: str, local_metadata: Mapping, *args: Any
+    ) -> None:
+        frozen = local_metadata.get(FROZEN_EXPERTS)
+        if frozen is not None and frozenset(frozen) != self.frozen_experts:
+            state_dict = dict(state_dict)
+            self.merged_state(state_dict, prefix, frozen)
         whole = state_dict.get(prefix + TRAINED)
         merged = self.frozen_weight is not None and prefix + FROZEN not in state_dict
         if merged and whole is not None and tuple(whole.shape) == (sum(self.blocks), self.width):
             others = {name: rows for name, rows in state_dict.items() if name != prefix + TRAINED}
             state_dict = others | {prefix + name: rows for name, rows in self.split(whole).items()}
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        problems = args[-1]
+        before = len(problems)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[arg-type]
+        if len(problems) > before and OTHER_EXPERTS not in problems:
+            problems.insert(0, OTHER_EXPERTS)

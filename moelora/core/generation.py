@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from ..routers import Routing
 from .inputs import OWN_INPUTS, check_expert_weights
@@ -21,6 +23,8 @@ from .prompts import carried_by_cache, on_cache
 
 # Nothing is learned while generating.
 CARRIED = [name for name in OWN_INPUTS if name != "expert_targets"]
+# What does not depend on the prompt, and so holds for an unconditional prompt too.
+OF_ANY_PROMPT = ("expert_weights", "banned_experts", "router_context")
 
 INSTEAD = (
     "call generate() instead (`transformers serve` does without --continuous-batching), or route "
@@ -112,6 +116,22 @@ class Generating:
         prefill = super()._prefill  # type: ignore[misc]
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _get_logits_processor(self, *args, logits_processor=None, model_kwargs=None, **kwargs):
+        """As the base's; with guidance_scale the unconditional pass has our inputs too."""
+        own = {name: (model_kwargs or {}).get(name) for name in OF_ANY_PROMPT}
+        own = {name: value for name, value in own.items() if value is not None}
+        get = super()._get_logits_processor  # type: ignore[misc]
+        processors = get(
+            *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
+        )
+        given = {id(processor) for processor in logits_processor or []}
+        for processor in processors:
+            guides = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            if own and guides and id(processor) not in given:
+                _check_guidance(own.get("expert_weights"))
+                processor.model = partial(processor.model, **own)
+        return processors
+
     def _supports_logits_to_keep(self):
         # An adapted head would choose by the one token that it is shown, not by the prompt.
         mixture = self.moelora
@@ -190,6 +210,16 @@ def _check_batching(mixture: Mixture) -> None:
         raise ValueError(
             "use_experts holds in the thread that entered it, and continuous batching computes in "
             "a thread of its own, so it would not be used: call generate(), or leave use_experts."
+        )
+
+
+def _check_guidance(weights: Tensor | None) -> None:
+    """Raise where the weights of experts cannot hold for an unconditional prompt."""
+    if weights is not None and weights.dim() == 3:
+        raise ValueError(
+            f"guidance_scale reads another prompt beside this one, and expert_weights "
+            f"{list(weights.shape)} say what single tokens of this one use: pass expert_weights "
+            "[E] or [batch, E]."
         )
 
 

@@ -12,7 +12,7 @@ from ..config import MoeLoraConfig
 from ..routers import ROUTERS, Router
 from .choices import Choices
 from .context import MixtureContext
-from .experts import Factor, LoraFactors, is_sharded
+from .experts import FROZEN_EXPERTS, Factor, LoraFactors, is_sharded
 from .linear import LoraA, LoraB, Site
 from .load_window import LoadWindow
 from .overrides import entered_override
@@ -183,8 +183,10 @@ class Mixture(MixtureContext):
         The trained and the frozen rows of a factor are one tensor, expert after expert.
         """
         merged = dict(state)
+        noted = getattr(state, "_metadata", {})
         for name, factor in self.named_factors():
-            factor.merged_state(merged, f"{name}.")
+            frozen = noted.get(name, {}).get(FROZEN_EXPERTS)
+            factor.merged_state(merged, f"{name}.", frozen)
         return merged
 
     def named_factors(self) -> Iterator[tuple[str, Factor]]:

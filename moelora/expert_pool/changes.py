@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import mode
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..adapters.composing import ExpertShape, adapter_factors, set_experts, usual_shape
 from ..adapters.merging import seeded
 from ..adapters.reading import source_name
+from ..core.expert_init import begin_one
 from ..core.experts import LoraFactors
 from ..core.mixture import Mixture
 from ..core.model import MixtureModel
@@ -53,7 +55,7 @@ def replace_expert(model: MixtureModel, name: str, **origin: Any) -> PoolChange:
     names = model.moelora_config.expert_names or []
     index = model.moelora_config.expert_index(name)
     keep = [None if e == index else e for e in range(len(names))]
-    change = _rebuild(model, keep, names, _newcomer(model, **origin))
+    change = _rebuild(model, keep, names, _newcomer(model, leaves=index, **origin))
     _note_source(model, name, origin)
     return change
 
@@ -198,9 +200,10 @@ def _newcomer(
     lora_alpha: float | None = None,
     seed: int | None = None,
     allow_base_mismatch: bool = False,
+    leaves: int | None = None,
 ) -> Newcomer:
-    """The expert that these arguments of `MoeLoraForCausalLM.add_expert` describe; the model is
-    only read.
+    """The expert that these arguments of `MoeLoraForCausalLM.add_expert` describe, in the place of
+    expert number `leaves` if any; the model is only read.
     """
     if adapter is not None and copy_of is not None:
         raise ValueError(
@@ -231,7 +234,7 @@ def _newcomer(
     if copy_of is not None:
         expert = model.moelora_config.expert_index(copy_of)
         return _copied(model.moelora, expert, noise, generator)
-    return _fresh(model.moelora, r, lora_alpha, generator)
+    return _fresh(model, r, lora_alpha, generator, leaves)
 
 
 def _check_shared(mixture: Mixture, factors: Mapping[str, LoraFactors]) -> None:
@@ -257,8 +260,13 @@ def _shape_of(mixture: Mixture, expert: int) -> ExpertShape:
 
 
 def _fresh(
-    mixture: Mixture, r: int | None, alpha: float | None, generator: torch.Generator | None
+    model: MixtureModel,
+    r: int | None,
+    alpha: float | None,
+    generator: torch.Generator | None,
+    leaves: int | None,
 ) -> Newcomer:
+    mixture = model.moelora
     config = mixture.config
     usual_r, usual_alpha = mode(zip(config.ranks, config._per_expert("lora_alpha")))
     own_r = usual_r if r is None else r
@@ -269,6 +277,7 @@ def _fresh(
         raise ValueError(
             f"r={r}, and the experts share an A of rank {usual_r} (share_lora_A=True): leave r out."
         )
+    begin = _beginning(model, generator, leaves)
     factors = {}
     shapes = {}
     for linear, like in mixture.expert(0).items():
@@ -277,15 +286,39 @@ def _fresh(
         # The shared A may have another rank in some linears, even 0.
         rank = len(like.A) if config.share_lora_A else own_r
         rank, scaling = common or (rank, *config.scaling_by([own_alpha], [rank or 1]))
-        d_in = like.A.shape[1]
-        bound = 1 / math.sqrt(d_in)
-        # Drawn on the CPU: one seed gives the same expert on every device.
-        A = torch.empty(rank, d_in, dtype=like.A.dtype)
-        A.uniform_(-bound, bound, generator=generator)
         B = like.B.new_zeros(rank, like.B.shape[1])
-        factors[linear] = LoraFactors(A.to(like.A.device), B, scaling)
+        factors[linear] = LoraFactors(begin(linear, rank, like).to(like.A), B, scaling)
         shapes[linear] = (rank, scaling)
     return ExpertShape(own_r, own_alpha, shapes), factors, None
+
+
+def _beginning(
+    model: MixtureModel, generator: torch.Generator | None, leaves: int | None
+) -> Callable[[str, int, LoraFactors], Tensor]:
+    """What makes a fresh expert's A of a linear, a rank and another expert's factors there, as
+    `expert_init` says.
+    """
+    mixture = model.moelora
+    config = mixture.config
+    if config.expert_init == "kaiming" or config.share_lora_A or not mixture.has_values:
+        return partial(_kaiming, generator=generator)
+    staying = [mixture.expert(e) for e in range(config.num_experts) if e != leaves]
+
+    def begin(linear: str, rank: int, like: LoraFactors) -> Tensor:
+        # Of nobody else, its own width is known all the same.
+        others = [like.A[:0], *(own[linear].A for own in staying)]
+        return begin_one(model, linear, others, rank, like.B.shape[1], generator)
+
+    return begin
+
+
+def _kaiming(
+    linear: str, rank: int, like: LoraFactors, generator: torch.Generator | None
+) -> Tensor:
+    bound = 1 / math.sqrt(like.A.shape[1])
+    # Drawn on the CPU: one seed gives the same expert on every device.
+    A = torch.empty(rank, like.A.shape[1], dtype=like.A.dtype, device="cpu")
+    return A.uniform_(-bound, bound, generator=generator)
 
 
 def _copied(

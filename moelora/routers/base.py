@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from ..registry import ROUTERS
 from ..validation import MAX_WIDTH, check_integer
 from .options import check_declared_options, read_options
+from .products import weighted_sum
 
 R = TypeVar("R", bound="Router")
 
@@ -205,7 +205,7 @@ class Router(nn.Module):
             if mask is not None:
                 # Not −inf: a row without a prompt would become NaN.
                 scores = scores.masked_fill(~mask, torch.finfo(x.dtype).min)
-            return einsum(x, scores.softmax(1), "b s d, b s -> b d")
+            return weighted_sum(x, scores.softmax(1))
         if mask is None:
             return x[:, -1] if self.pooling == "last" else x.mean(1)
         if self.pooling == "last":
@@ -213,7 +213,7 @@ class Router(nn.Module):
             last = (torch.arange(x.shape[1], device=x.device) * mask).argmax(1)
             return x.take_along_dim(last[:, None, None], dim=1).squeeze(1)
         counted = mask.to(x.dtype)
-        return einsum(x, counted, "b s d, b s -> b d") / counted.sum(1, keepdim=True).clamp(min=1)
+        return weighted_sum(x, counted) / counted.sum(1, keepdim=True).clamp(min=1)
 
     def score(self, x: Tensor) -> Tensor:
         """The logits `[N, num_choices]` in fp32.

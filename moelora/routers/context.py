@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..validation import MAX_WIDTH, check_integer
 from .base import Router, register_router
+from .products import product
 
 
 @register_router("context")
@@ -70,10 +71,10 @@ class ContextRouter(Router):
         """The logits, in training with noise: contexts `[N, n]` → `[N, num_choices]`."""
         hidden = x
         if self.options.hidden_size:
-            hidden = x @ self.hidden_weight.to(x.dtype).T + self.hidden_bias.to(x.dtype)
+            hidden = product(x, self.hidden_weight, self.backend) + self.hidden_bias.to(x.dtype)
             hidden = nn.functional.gelu(hidden)
-        logits = hidden @ self.weight.to(x.dtype).T
+        logits = product(hidden, self.weight, self.backend)
         if not (self.training and self.options.noise):
             return logits
-        size = nn.functional.softplus(x @ self.noise_weight.to(x.dtype).T)
+        size = nn.functional.softplus(product(x, self.noise_weight, self.backend))
         return logits + torch.randn_like(logits) * size

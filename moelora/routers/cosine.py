@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..validation import MAX_WIDTH, check_integer, check_number
 from .base import Router, register_router
+from .products import product
 
 MAX_SCALE = 100.0
 
@@ -58,7 +59,8 @@ class CosineRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """cos(P x, e) / τ: x `[N, d]` → `[N, num_choices]`."""
-        projected = nn.functional.linear(x, self.projection.to(x.dtype))
+        projected = product(x, self.projection, self.backend)
         embeddings = nn.functional.normalize(self.embeddings.to(x.dtype), dim=-1)
         scale = self.log_scale.to(x.dtype).clamp(max=math.log(MAX_SCALE)).exp()
-        return nn.functional.linear(nn.functional.normalize(projected, dim=-1), embeddings * scale)
+        directions = nn.functional.normalize(projected, dim=-1)
+        return product(directions, embeddings * scale, self.backend)

@@ -268,7 +268,5 @@ class SparsegenRouter(DecidingRouter):
             return 1 - self.options.sparsity
         hidden = self.product(x, self.sparsity_hidden_weight)
         hidden = (hidden + self.sparsity_hidden_bias.to(hidden.dtype)).relu()
-        score = nn.functional.linear(
-            hidden, self.sparsity_weight.to(hidden.dtype), self.sparsity_bias.to(hidden.dtype)
-        )
+        score = self.product(hidden, self.sparsity_weight) + self.sparsity_bias.to(hidden.dtype)
         return EPSILON + nn.functional.softplus(-score)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from .base import HiddenSize, Router, register_router
+from .products import product
 
 # The covariance of a few texts is uncertain: this share of the estimate is a multiple of the
 # identity instead.
@@ -70,9 +71,10 @@ class DescriptorRouter(Router):
         described = self.described.to(x.dtype)[:, None]
         centre = (descriptors * described).sum(0) / described.sum().clamp(min=1)
         counted = (self.described | ~self.described.any()).to(x.dtype)[:, None]
-        rows = ((descriptors - centre) * counted) @ projection.T
+        rows = product((descriptors - centre) * counted, projection, self.backend)
         shortest = rows.square().sum(1).mean() * SOFTNESS
-        cosine = _direction((x - centre) @ projection.T) @ _direction(rows, shortest).T
+        projected = product(x - centre, projection, self.backend)
+        cosine = product(_direction(projected), _direction(rows, shortest), self.backend)
         return cosine * self.log_temperature.to(x.dtype).exp().clamp(max=MAX_TEMPERATURE)
 
     @torch.no_grad()

@@ -116,7 +116,7 @@ class HybridRouter(TopKRouter):
         tokens = self._prepared(x.flatten(0, 1))
         if prompt.logits is None:
             pooled = self._prepared(self.pool(x, prompt.mask))
-            prompt.logits = pooled @ self.prompt_weight.to(pooled.dtype).T
+            prompt.logits = self.product(pooled, self.prompt_weight)
         of_prompt = prompt.logits.to(tokens).log_softmax(-1).repeat_interleave(x.shape[1], dim=0)
         of_token = self.score(tokens).log_softmax(-1)
         odds = torch.as_tensor(self.log_odds()).to(tokens)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from .base import HiddenSize, Router, register_router
+from .products import product
 
 
 @register_router("mlp")
@@ -35,5 +36,5 @@ class MlpRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """W₂ gelu(W₁ x + b): x `[N, d]` → `[N, num_choices]`."""
-        hidden = x @ self.hidden_weight.to(x.dtype).T + self.hidden_bias.to(x.dtype)
-        return nn.functional.gelu(hidden) @ self.weight.to(x.dtype).T
+        hidden = product(x, self.hidden_weight, self.backend) + self.hidden_bias.to(x.dtype)
+        return product(nn.functional.gelu(hidden), self.weight, self.backend)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from moelora_kernels import router_logits
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
 from .base import Router, register_router
+from .products import product
 
 
 @register_router("top_k")
@@ -45,10 +45,7 @@ class TopKRouter(Router):
             x: `[N, d]` of any dtype.
             rows: `[m, d]`, as logits are made with.
         """
-        rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if x.dtype == rows.dtype and x.device.type == "cpu":
-            return nn.functional.linear(x, rows)  # the same, with less around it
-        return router_logits(x, rows, backend=self.backend)
+        return product(x, rows, self.backend)
 
 
 @register_router("arrow")

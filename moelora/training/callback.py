@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.modeling_utils import unwrap_model
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..core.collapse import ENOUGH, collapse_in_words, shares_of
@@ -29,6 +31,8 @@ class MoeLoraCallback(TrainerCallback):
         # Who was chosen since collapse was looked for, `[num_routers, C]`.
         self._counts: Tensor | None = None
         self._has_warned = False
+        # The step at which this epoch began.
+        self._epoch_start = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Have the model count who is chosen, and begin to watch anew."""
@@ -36,13 +40,24 @@ class MoeLoraCallback(TrainerCallback):
         self._counts = None
         self._has_warned = False
 
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        """Note at which step the epoch began, which may be before a run that resumes it."""
+        batches = _length_of(train_dataloader)
+        done = 0
+        if batches and not args.ignore_data_skip:
+            done = state.global_step % math.ceil(batches / args.gradient_accumulation_steps)
+        self._epoch_start = state.global_step - done
+
+    def on_step_begin(
+        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
+    ) -> None:
         """Read by how much the loop multiplies its loss before it calls backward."""
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         mixture = _mixture_of(model)
         # Where no num_items_in_batch reaches the model, the loop takes means and divides their sum.
-        mixture.mean_loss_scale = scale / getattr(args, "gradient_accumulation_steps", 1)
+        step = state.global_step - self._epoch_start
+        mixture.mean_loss_scale = scale / _micro_batches(args, step, train_dataloader)
         # Of TRL's SFTConfig.
         mixture.loss_is_token_mean = getattr(args, "loss_type", None) == "nll"
         if args.average_tokens_across_devices:
@@ -102,6 +117,20 @@ class MoeLoraCallback(TrainerCallback):
         self._has_warned = bool(words)
         if words and is_main:
             logger.warning(words)
+
+
+def _micro_batches(args: Any, step: int, dataloader: Any) -> int:
+    """How many micro-batches step number `step` of an epoch has: the last one may have fewer."""
+    most = getattr(args, "gradient_accumulation_steps", 1)
+    batches = _length_of(dataloader)
+    # Of unknown length, none is known to be the last.
+    left = most if batches is None else batches - step * most
+    return left if 0 < left < most else most
+
+
+def _length_of(dataloader: Any) -> int | None:
+    """The number of batches of an epoch, None where nobody knows."""
+    return len(dataloader) if has_length(dataloader) else None
 
 
 def _mixture_of(model: Any) -> Any:

@@ -18,7 +18,8 @@ from .. import config
 from ..core.context import MixtureContext
 from ..core.overrides import Override, override_of
 from ..validation import check_names, check_number
-from .requests import Requests
+from .tracker_v1 import TrackerV1
+from .tracker_v2 import ValidatorV2
 
 # In `SamplingParams.extra_args`, over HTTP `vllm_xargs`.
 USE = "use_experts"
@@ -132,23 +133,33 @@ def _reads_outside(config_: config.MoeLoraConfig) -> bool:
     return config_.router == "context"
 
 
-def tracker_for(config_: config.MoeLoraConfig, shares_prefixes: bool, has_graphs: bool) -> str:
-    """The name of the `Requests` that knows what this mixture's requests may ask for.
+def tracker_for(config_: config.MoeLoraConfig, **engine: bool) -> str:
+    """The name of the class that knows what this mixture's requests may ask for.
 
     Requests are checked where they come in, by a class that vLLM finds by its name and that is told
     nothing of the engine: so what it must know is in the name.
 
     Args:
         config_: the mixture's.
-        shares_prefixes: whether requests use each other's keys and values.
-        has_graphs: whether CUDA graphs are recorded.
+        engine: of the engine `shares_prefixes`, whether requests use each other's keys and values;
+            `has_graphs`, whether CUDA graphs are recorded; `is_v2`, whether its runner is V2.
     """
     fields = {name: getattr(config_, name) for name in FIELDS}
-    known = {"fields": fields, "shares_prefixes": shares_prefixes, "has_graphs": has_graphs}
-    return f"{__name__}:{PREFIX}{json.dumps(known).encode().hex()}"
+    return f"{__name__}:{PREFIX}{json.dumps({'fields': fields, **engine}).encode().hex()}"
 
 
-def __getattr__(name: str) -> type[Requests]:
+def tracker_of(processors: Sequence[Any] | None) -> Any:
+    """The class that `tracker_for` named, among the names of an engine's logits processors.
+
+    Args:
+        processors: `model_config.logits_processors`.
+    """
+    start = f"{__name__}:{PREFIX}"
+    (own,) = {p for p in processors or () if isinstance(p, str) and p.startswith(start)}
+    return _tracker(own.rpartition(":")[2])
+
+
+def __getattr__(name: str) -> type:
     """The class that `tracker_for` named."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"{__name__} has no {name!r}.")
@@ -156,12 +167,16 @@ def __getattr__(name: str) -> type[Requests]:
 
 
 @functools.lru_cache(maxsize=32)
-def _tracker(name: str) -> type[Requests]:
+def _tracker(name: str) -> type:
     known = json.loads(bytes.fromhex(name.removeprefix(PREFIX)))
     context = MixtureContext(config.MoeLoraConfig(r=1, **known["fields"]))
 
     def read(params: SamplingParams | None) -> Choice | None:
-        choice = choice_of(context, params.extra_args if params is not None else None)
+        try:
+            choice = choice_of(context, params.extra_args if params is not None else None)
+        except TypeError as error:
+            # vLLM answers a client with ValueErrors; other errors it takes for its own.
+            raise ValueError(str(error)) from error
         if choice is None:
             return None
         decides = choice.override is not None or choice.context is not None
@@ -178,4 +193,5 @@ def _tracker(name: str) -> type[Requests]:
             )
         return choice
 
-    return type(name, (Requests,), {"read": staticmethod(read), "__module__": __name__})
+    runner = ValidatorV2 if known["is_v2"] else TrackerV1
+    return type(name, (runner,), {"read": staticmethod(read), "__module__": __name__})

@@ -19,10 +19,12 @@ from vllm.model_executor.models.interfaces import (
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from .attach import attach
+from .choices import tracker_of
 from .loading import BASE_PREFIX, Checkpoint, Loading, open_checkpoint
 from .requests import KEY, Rows
 from .settings import own_settings
 from .step import Step
+from .tracker_v2 import state_class
 
 TRANSFORMERS = "TransformersForCausalLM"
 
@@ -38,6 +40,7 @@ class MoeLoraForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         model = vllm_config.model_config
+        self.vllm_config = vllm_config
         self.settings = own_settings(vllm_config)
         self.checkpoint = open_checkpoint(model.hf_config, model.model, model.revision)
         self.config = self.checkpoint.config
@@ -121,21 +124,24 @@ class MoeLoraForCausalLM(nn.Module):
         loading = Loading(self.base, self.attached, self.checkpoint, False)
         self.checkpoint = loading.replace(folder)
 
+    def get_model_state_cls(self) -> type:
+        """What vLLM's V2 runner tells of requests: the base's own state, with a tracker."""
+        # Not where the V1 runner is: what it imports needs Triton.
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+        own = resolve_model_state_cls(self.vllm_config, self.base)
+        return state_class(own, tracker_of(self.vllm_config.model_config.logits_processors).read)
+
     def _rows(self) -> list[Rows] | None:
         """Whose rows this step has, where that makes a difference."""
         context = get_forward_context()
         requests = context.no_compile_layers.get(KEY)
         asked = requests is not None and any(
-            request.choice is not None for request in requests.slots.values()
+            request.choice is not None for request in requests.under_way()
         )
         if not self.by_request and not asked:
             return None
-        metadata = context.attn_metadata
-        if requests is None or not requests.slots or not metadata:
-            # A run that measures memory or warms up: nobody's rows.
-            return []
-        some = next(iter(metadata.values()))  # type: ignore[union-attr]
-        return requests.rows(some.query_start_loc.tolist(), some.seq_lens.tolist())
+        return [] if requests is None else requests.rows(context.attn_metadata)
 
     def _check_callers(self) -> None:
         """Raise RuntimeError where vLLM's model does not call an adapted linear, as some fold a

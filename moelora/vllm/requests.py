@@ -1,19 +1,17 @@
-"""`Requests`: which request stands at which place of the batch, as vLLM's V1 runner tells it before
-each forward pass.
+"""The requests under way: what each of them decided, where its rows are in this step, and which
+experts acted on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 # Where the engine's own requests are, among what vLLM keeps for each forward pass.
 KEY = "moelora.requests"
@@ -64,108 +62,44 @@ class Rows(NamedTuple):
     before: int
 
 
-class Requests(LogitsProcessor):
-    """A logits processor that leaves logits alone: the documented way to see requests come, move
-    and go.
+class Requests(ABC):
+    """What a model asks of its engine's requests, whichever of vLLM's runners tells of them.
 
-    Attributes:
-        read: what the parameters of a request decide; see `choices`.
+    Args:
+        vllm_config: of the engine, which keeps this: several may live in one process.
     """
 
-    read: Callable[[SamplingParams | None], Any]
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        self.slots: dict[int, Request] = {}
+    def __init__(self, vllm_config: VllmConfig):
         self.reports: dict[str, Tensor] = {}
-        # Of this engine: several may live in one process.
         vllm_config.compilation_config.static_forward_context[KEY] = self
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request before it is queued.
+    @abstractmethod
+    def under_way(self) -> Iterable[Request]:
+        """Those that are in the batch or wait in their place."""
+
+    @abstractmethod
+    def rows(self, attention: Any) -> list[Rows]:
+        """The rows of each request in this step, in their order; none in a run that measures
+        memory or warms up.
 
         Args:
-            sampling_params: of the request.
-
-        Raises:
-            ValueError: it asks for what this mixture does not have.
-        """
-        try:
-            cls.read(sampling_params)
-        except TypeError as error:
-            # vLLM answers a client with ValueErrors; other errors it takes for its own.
-            raise ValueError(str(error)) from error
-
-    def is_argmax_invariant(self) -> bool:
-        """Greedy sampling need not ask."""
-        return True
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """The same logits.
-
-        Args:
-            logits: `[batch, vocabulary]`.
-        """
-        return logits
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the batch.
-
-        Args:
-            batch_update: who came, went and moved; None for nobody.
-        """
-        if batch_update is None:
-            return
-        slots = self.slots
-        for index in batch_update.removed:
-            self._keep(slots.pop(index, None))
-        for index, params, prompt, _ in batch_update.added:
-            self._keep(slots.pop(index, None))
-            slots[index] = Request(len(prompt or ()), type(self).read(params))
-        for one, other, how in batch_update.moved:
-            first = slots.pop(one, None)
-            second = slots.pop(other, None)
-            if first is not None:
-                slots[other] = first
-            if how != MoveDirectionality.SWAP:
-                # It was in the place of one that is gone.
-                self._keep(second)
-            elif second is not None:
-                slots[one] = second
-
-    def rows(self, starts: list[int], lengths: list[int]) -> list[Rows]:
-        """The rows of each request in a step, in their order.
-
-        Args:
-            starts: where each request's rows begin, and where the last one's end.
-            lengths: how many tokens each has after this step.
+            attention: what vLLM tells the attention layers of this step.
 
         Raises:
             RuntimeError: vLLM computes for a request that it has not told of.
         """
-        rows = []
-        for i, (start, stop) in enumerate(pairwise(starts)):
-            if stop == start:
-                continue
-            if i not in self.slots:
-                raise RuntimeError(
-                    f"vLLM computes tokens for place {i} of the batch, and its logits processors "
-                    "were told of no request there: this version of vLLM is not served."
-                )
-            rows.append(Rows(self.slots[i], start, stop, lengths[i] - (stop - start)))
-        return rows
 
     def take_reports(self) -> dict[str, Tensor]:
         """How often each expert acted, no expert first, by the name that a request gave: of those
         that are finished and of those under way, since they were last taken.
         """
-        for request in self.slots.values():
-            self._keep(request)
+        for request in self.under_way():
+            self.keep(request)
         taken = self.reports
         self.reports = {}
         return taken
 
-    def _keep(self, request: Request | None) -> None:
+    def keep(self, request: Request | None) -> None:
         """Keep the routing of a request that asked for it, and may go now."""
         label = None if request is None or request.choice is None else request.choice.report
         if request is None or label is None or not request.counts:

@@ -65,7 +65,12 @@ class MixtureSettings(VerifyAndUpdateConfig):
         shares_prefixes = bool(vllm_config.cache_config.enable_prefix_caching)
         no_graphs = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
         has_graphs = not (_is_cpu(vllm_config) or model.enforce_eager or no_graphs)
-        tracker = tracker_for(config, shares_prefixes, has_graphs)
+        tracker = tracker_for(
+            config,
+            shares_prefixes=shares_prefixes,
+            has_graphs=has_graphs,
+            is_v2=vllm_config.use_v2_model_runner,
+        )
         model.logits_processors = [*(model.logits_processors or []), tracker]
         if not vllm_config.parallel_config.worker_extension_cls:
             vllm_config.parallel_config.worker_extension_cls = EXTENSION
@@ -101,8 +106,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     stock = vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
     refused = {
-        "Model Runner V2 tells a model nothing about its requests in the way that mixtures are "
-        "told; set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
         "pipeline parallelism cuts sites and routers apart; use tensor_parallel_size "
         "instead of pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
         "context parallelism cuts prompts apart; set prefill_context_parallel_size and "

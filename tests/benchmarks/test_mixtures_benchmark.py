@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench_mixtures
-from benchmarks.mixtures import data, interference, joint, models, setup, training
+from benchmarks.mixtures import data, interference, joint, models, report, setup, training
 from benchmarks.mixtures.conflicts import COLOURS, conflicting, permutation
 from benchmarks.mixtures.evaluation import mean
 from benchmarks.mixtures.figures import groups
@@ -204,6 +204,25 @@ def test_means_are_over_seeds_and_not_over_settings():
     ]
     (group,) = groups(records)
     assert [(own.rate, own.loss.mean) for own in group.mixtures] == [(1e-3, 3.0), (2e-3, 9.0)]
+
+
+def test_two_bases_have_pictures_of_their_own_and_made_tasks_the_source_of_their_rows(tmp_path):
+    store = Store(tmp_path / "mixtures_cpu.json")
+    parts = {"joint": ("", ["boolq"]), "interference": ("word, 1 tasks", ["apple convention"])}
+    for base in ("one", "a/other base"):
+        for part, (case, tasks) in parts.items():
+            for model, single in (("LoRA, parameters of mix", True), ("mix", False)):
+                own = {"part": part, "case": case, "base": base, "tasks": tasks, "single": single}
+                own |= {"evaluated": "test", "seed": 0, "rate": 1e-3, "steps": 1, "batch": 4}
+                found = {"model": model, "parameters": 10, "loss": {tasks[0]: 1.0}}
+                store.put({**own, "model": model}, found)
+        written = report.write(store, tmp_path)
+    pictures = {path.name for path in tmp_path.glob("*_*_*.png")}
+    assert pictures == {f"mixtures_{p}_{b}.png" for p in parts for b in ("a-other-base", "one")}
+    assert "above" not in written and written.count("Made of the other parts' rows. Data: ") == 2
+    assert "On a/other base: 1 tasks" in written
+    assert "interference, word, 1 tasks on one: mix over LoRA, parameters of mix" in written
+    assert report.source(["apple convention"]) == "The source of the data is not recorded."
 
 
 def test_conventions_disagree_on_every_input():

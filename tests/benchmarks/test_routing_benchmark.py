@@ -4,6 +4,7 @@ it runs whole.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.routing.figures import Spread, _row
 from benchmarks.routing.scoring import Sheet, TailLogits, score
 from benchmarks.routing.settings import Sizes
 from benchmarks.routing.tasks import Task, drawn, read_rows, read_tasks
+from moelora import MoeLoraConfig, MoeLoraForCausalLM
 from moelora.training import PadRouting, Texts
 
 COLOURS, SIDES = ("red", "blue", "green"), ("left", "right")
@@ -268,6 +270,22 @@ def test_leaving_out_logits_changes_no_loss_and_no_gradient(tiny):
     assert batch["labels"].shape[1] == batch["logits_to_keep"] < batch["input_ids"].shape[1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_blend_reads_whole_prompts_though_labels_are_cut(tiny, side):
+    """Its routers read prompts at token level too, so they are told where those end."""
+    base, tokenizer = tiny
+    config = MoeLoraConfig(num_experts=3, r=2, router="hybrid", router_aux_loss_coef=0.0)
+    model = MoeLoraForCausalLM.from_base(copy.deepcopy(base), config).eval()
+    texts = Texts.of(task_rows("colour", 3), tokenizer)
+    pad = PadRouting(pad_token_id=bases.pad_id(tokenizer), padding_side=side)
+    batches = [collate([texts[i] for i in range(3)]) for collate in (pad, TailLogits(pad, model))]
+    assert "router_mask" in batches[1] and "logits_to_keep" in batches[1]
+    found = [model(**batch, output_expert_routing=True) for batch in batches]
+    assert float(found[1].loss) == pytest.approx(float(found[0].loss), rel=1e-5)
+    for one, other in zip(found[0].expert_routing, found[1].expert_routing, strict=True):
+        torch.testing.assert_close(other.logits, one.logits)
 
 
 def test_labels_are_read_up_to_the_end_of_the_line(tiny):

@@ -1,6 +1,7 @@
 """The model card of a checkpoint, and a push to a hub that is a server of this test."""
 
 import base64
+import copy
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ from huggingface_hub import HfApi, ModelCard
 from typer.testing import CliRunner
 
 from moelora import MoeLoraForCausalLM
+from moelora.checkpoint.card import without_paths
 from moelora_cli import app
 
 
@@ -55,8 +57,12 @@ def test_the_card_tells_of_what_differs_from_row_to_row_and_from_linear_to_linea
     assert result.exit_code == 0 and "3 to 5" in result.output
 
 
-def test_a_base_of_the_hub_is_named_and_one_inside_is_too(tmp_path):
-    base = causal_base()
+def test_a_base_of_the_hub_is_named_and_one_inside_is_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    base = type(causal_base()).from_pretrained(write_base(cached / "snapshots" / "0123"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
     base.config.name_or_path = "someone/tiny"
     model = mixture_on(base)
     model.save_pretrained(tmp_path / "experts")
@@ -65,6 +71,28 @@ def test_a_base_of_the_hub_is_named_and_one_inside_is_too(tmp_path):
     model.save_pretrained(tmp_path / "whole", save_base=True)
     card = ModelCard.load(tmp_path / "whole" / "README.md")
     assert card.data.base_model is None and "in `base-" in card.text and "base=" not in card.text
+
+
+@pytest.mark.parametrize("name", ["bases/tiny", "../tiny"])
+def test_a_relative_folder_that_is_missing_is_no_id(tmp_path, monkeypatch, name):
+    """As of a base that was loaded before the process went to work in another folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = causal_base()
+    base.config.name_or_path = name
+    model = mixture_on(base)
+    model.save_pretrained(tmp_path / "experts")
+    card = ModelCard.load(tmp_path / "experts" / "README.md")
+    assert card.data.base_model is None and "base=" in card.text
+    assert name not in card.content and "huggingface.co" not in card.content
+    pushed = copy.deepcopy(model.moelora_config)
+    without_paths(pushed)
+    assert pushed.base_model_name_or_path == (None if name == "../tiny" else name)
+    # One who knows better says of which revision it is.
+    model.moelora_config.base_model_name_or_path = "someone/tiny"
+    model.moelora_config.base_revision = "main"
+    model.save_pretrained(tmp_path / "experts")
+    card = ModelCard.load(tmp_path / "experts" / "README.md")
+    assert card.data.base_model == "someone/tiny" and "base=" not in card.text
 
 
 def test_a_card_of_ones_own_stays(tmp_path):

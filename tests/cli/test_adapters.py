@@ -205,6 +205,26 @@ def test_info_counts_a_shared_A_once(folders: dict[str, Path], tmp_path: Path) -
     assert text.replace("│", " ").split().count("192") == 3
 
 
+ALPHAS = {
+    "one": ({"lora_alpha": 12}, ["12", "12"]),
+    "one an expert": ({"lora_alpha": [6, 9]}, ["6", "9"]),
+    "a pattern": ({"lora_alpha": 12, "alpha_pattern": {"q_proj": 5}}, ["5 to 12", "5 to 12"]),
+    "a pattern by expert": (
+        {"lora_alpha": [6, 9], "alpha_pattern": {"q_proj": [2, 9]}, "rank_pattern": {"q_proj": 7}},
+        ["2 to 6", "9"],
+    ),
+    "rslora": ({"lora_alpha": [6, 9], "use_rslora": True}, ["6", "9"]),
+}
+
+
+@pytest.mark.parametrize("fields,expected", ALPHAS.values(), ids=ALPHAS)
+def test_info_shows_each_alpha_that_there_is(fields, expected, folders, tmp_path: Path) -> None:
+    config = MoeLoraConfig(num_experts=2, r=3, target_modules=["q_proj", "up_proj"], **fields)
+    MoeLoraForCausalLM.from_base(folders["base"], config).save_pretrained(tmp_path)
+    rows = [line.split("│") for line in run("info", tmp_path).splitlines() if "expert_" in line]
+    assert [row[3].strip() for row in rows] == expected
+
+
 @pytest.mark.parametrize("command", ["compose", "check", "export", "merge", "info"])
 def test_help_has_an_example(command: str) -> None:
     assert f"Example: moelora {command}" in run(command, "--help")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import SimpleNamespace
 
 # Before vLLM is imported: one process, one thread, no binding to cores.
 os.environ |= {
@@ -15,3 +16,10 @@ os.environ |= {
 }
 # `make test-vllm` installs it; `make test` runs without.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+if not collect_ignore_glob and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    # The V2 runner's own kernels are Triton's, whose interpreter runs them where there is no GPU;
+    # Triton asks at its import, and vLLM looks for a driver.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # type: ignore[assignment]

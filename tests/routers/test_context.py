@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from bases import causal_base
-from core.decoding import CLOSE, GREEDY
+from core.decoding import CLOSE, GREEDY, guided_by_hand
 from core.mixtures import (
     LEVELS,
     NO_ROUTER_LOSS,
@@ -300,3 +300,20 @@ def test_a_shape_aware_mixture_of_loras(tmp_path):
     again = MoeLoraForCausalLM.from_pretrained(tmp_path, base=causal_base()).eval()
     assert torch.equal(again(tokens(1), router_context=whole).logits, logits)
     assert told(again, tokens(1))["router_context"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_guidance_tells_the_unconditional_pass_too(level):
+    model = model_of(routing_level=level)
+    given = contexts()
+    told_ = {"router_context": given}
+    expected = guided_by_hand(model, tokens(2, 7), tokens(2, 4, seed=12), told_)
+    settings = {**GREEDY, "guidance_scale": 2.0, "negative_prompt_ids": tokens(2, 4, seed=12)}
+    for cache in (True, False):
+        got = model.generate(tokens(2, 7), **told_, **settings, use_cache=cache)
+        assert torch.equal(got, expected)
+    # Of each beam its own row; without a negative prompt it is the prompt's last token.
+    beams = {**GREEDY, "guidance_scale": 2.0, "num_beams": 2}
+    both = model.generate(tokens(2, 7), router_context=given, **beams)
+    alone = model.generate(tokens(2, 7)[1:], router_context=given[1:], **beams)
+    assert torch.equal(both[1:], alone)
