@@ -80,9 +80,9 @@ def test_the_transformers_backend_carries_a_mixture_too(tmp_path):
 def test_other_bases(kind, tmp_path):
     changes = dict(n_embd=64, n_layer=2, n_head=2, n_positions=256) if kind == "gpt2" else {}
     changes |= dict(head_dim=32) if kind == "qwen3" else {}
-    # Not seed 0: there Phi-3's router of q, k and v in the second layer has 0.23044348 for one expert
-    # and 0.23044337 for another at token 61 of the prompt of 77 tokens. transformers takes the one,
-    # vLLM, whose logits are within 1.5e-5, the other, and what comes after differs by up to 0.014.
+    # Not seed 0: there Phi-3's router of q, k and v in the second layer has 0.23044348 for one
+    # expert and 0.23044337 for another at token 61 of the prompt of 77. transformers takes the one,
+    # vLLM, whose logits are within 1.5e-5, the other; what comes after differs by up to 0.014.
     mixture = tiny_mixture(tmp_path, tiny_base(kind, seed=1, **changes))
     expected = generated(mixture, prompts())
     assert largest_difference(answers_of(tmp_path), expected) <= TOLERANCE
