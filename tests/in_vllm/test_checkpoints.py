@@ -67,7 +67,9 @@ def test_a_file_that_was_damaged_is_refused(tmp_path):
 
 
 def test_the_transformers_backend_carries_a_mixture_too(tmp_path):
-    mixture = tiny_mixture(tmp_path)
+    # This backend of vLLM changes the class of transformers itself, for the rest of the process: no
+    # other test may make a base of this kind.
+    mixture = tiny_mixture(tmp_path, tiny_base("qwen2"))
     expected = generated(mixture, prompts())
     settings = {"moelora": {"transformers_backend": True}}
     found = answers_of(tmp_path, additional_config=settings)
@@ -78,7 +80,9 @@ def test_the_transformers_backend_carries_a_mixture_too(tmp_path):
 def test_other_bases(kind, tmp_path):
     changes = dict(n_embd=64, n_layer=2, n_head=2, n_positions=256) if kind == "gpt2" else {}
     changes |= dict(head_dim=32) if kind == "qwen3" else {}
-    # Of seed 0 a router of Phi-3 nearly ties at one token.
+    # Not seed 0: there Phi-3's router of q, k and v in the second layer has 0.23044348 for one
+    # expert and 0.23044337 for another at token 61 of the prompt of 77. transformers takes the one,
+    # vLLM, whose logits are within 1.5e-5, the other; what comes after differs by up to 0.014.
     mixture = tiny_mixture(tmp_path, tiny_base(kind, seed=1, **changes))
     expected = generated(mixture, prompts())
     assert largest_difference(answers_of(tmp_path), expected) <= TOLERANCE

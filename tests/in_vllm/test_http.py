@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from in_vllm.served import NEW_TOKENS, generated, prompts, tiny_mixture, words_tokenizer
@@ -79,3 +81,27 @@ def test_a_client_gets_the_mixture_single_experts_and_the_base(server):
     with pytest.raises(BadRequestError, match="The experts are|expert_0"):
         ask(use_experts="nobody")
     assert ask() == expected
+
+
+def test_the_example_asks_in_three_ways(tmp_path):
+    mixture = tiny_mixture(tmp_path / "mixture")
+    tokenizer = words_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    row = prompts()[3]
+    example = Path(__file__).parents[2] / "examples" / "serve_vllm.py"
+    words = [sys.executable, example, "--model", "mixture", "--cpu", "--port", free_port()]
+    words += ["--prompt", tokenizer.decode(row), "--max-tokens", 8, "--max-model-len", 64]
+    run = subprocess.run(
+        [*map(str, words)], cwd=tmp_path, env=environment(), text=True, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    with mixture.use_experts("expert_0"):
+        one = generated(mixture, [row])
+    with mixture.use_experts({"expert_0": 0.0}):
+        base = generated(mixture, [row])
+    answers = {"the mixture": generated(mixture, [row]), "expert_0 alone": one, "the base": base}
+    for name, (answer,) in answers.items():
+        tokens = answer.tokens[:8]
+        until = tokens.index(2) if 2 in tokens else len(tokens)
+        said = tokenizer.decode(tokens[:until], skip_special_tokens=True)
+        assert f"--- {name}\n{said}\n" in re.sub(r"\n +", "\n", run.stdout), name

@@ -254,6 +254,43 @@ def test_eager_in_place_uses_the_memory_of_out(path: str) -> None:
     torch.testing.assert_close(y, fresh)
 
 
+WIDER = {**CASES, "one token": Case(rows=1)}
+
+
+@pytest.mark.parametrize("name", [name for name, case in WIDER.items() if case.with_out])
+@pytest.mark.parametrize("path", PATHS)
+def test_eager_writes_into_columns_of_a_wider_out(path: str, name: str) -> None:
+    case = WIDER[name]
+    ids, inputs = make(case, torch.float32)
+    x, lora_A, lora_B, weights, out = inputs.values()
+    sizes = {"total_rank": case.offsets[-1], "tokens_per_row": case.tokens_per_row}
+    plan = build_plan(ids, weights, len(case.ranks), **sizes, path=path)
+    (h,) = shrink(x, lora_A, case.layout, plan)
+    fixed = (h, lora_B, case.layout, plan)
+    wanted = expand(*fixed, out)
+    wide = torch.full((len(out), case.d_out + 7), torch.nan)
+    columns = wide[:, 3:-4]
+    columns.copy_(out)
+    with torch.no_grad():
+        assert expand(*fixed, columns, inplace=True) is columns
+    torch.testing.assert_close(columns, wanted)
+    assert wide[:, :3].isnan().all() and wide[:, -4:].isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_eager_leaves_an_out_whose_rows_are_one(path: str) -> None:
+    case = CASES["plain"]
+    ids, inputs = make(case, torch.float32)
+    x, lora_A, lora_B, weights, out = inputs.values()
+    plan = build_plan(ids, weights, 3, total_rank=12, path=path)
+    (h,) = shrink(x, lora_A, case.layout, plan)
+    row = out[:1].clone()
+    with torch.no_grad():
+        y = expand(h, lora_B, case.layout, plan, row.expand_as(out), inplace=True)
+    assert torch.equal(row, out[:1])
+    torch.testing.assert_close(y, row + expand(h, lora_B, case.layout, plan))
+
+
 @everywhere
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_master_weights_and_autocast(dtype: torch.dtype, backend: str, path: str) -> None:
