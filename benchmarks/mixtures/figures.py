@@ -41,6 +41,7 @@ class Spread:
 class Figures:
     """One model in one comparison.
 
+    by_seed: the loss of each seed that was run.
     lost: how much more loss the worst task has than right after it was learned, as a share.
     """
 
@@ -49,6 +50,7 @@ class Figures:
     rate: float
     parameters: int
     loss: Spread
+    by_seed: dict[int, float]
     accuracy: Spread | None
     lost: Spread | None
     by_task: dict[str, float]
@@ -81,10 +83,18 @@ class Group:
         """All else."""
         return [own for own in figures(self) if not own.single]
 
-    @property
-    def best_single(self) -> float:
-        """The lowest mean loss of a single LoRA; NaN without any."""
-        return min((own.loss.mean for own in self.singles), default=float("nan"))
+    def over_best_single(self, own: Figures) -> float:
+        """A model's loss over that of the best single LoRA of those with the most seeds, on the
+        seeds that both have, since one seed's rows and start are harder than another's; NaN
+        without any.
+        """
+        most = max((len(lora.by_seed) for lora in self.singles), default=0)
+        complete = [lora for lora in self.singles if len(lora.by_seed) == most]
+        best = min(complete, key=lambda lora: lora.loss.mean, default=own)
+        common = own.by_seed.keys() & best.by_seed.keys()
+        if not complete or not common:
+            return float("nan")
+        return sum(own.by_seed[s] for s in common) / sum(best.by_seed[s] for s in common)
 
     @property
     def oracle(self) -> float:
@@ -146,6 +156,7 @@ def _figures(records: list[Record], oracle: dict[int, dict[str, float]]) -> Figu
         rate=first["settings"]["rate"],
         parameters=first.get("parameters", 0),
         loss=Spread.of([mean(r["loss"]) for r in records]),
+        by_seed={r["settings"]["seed"]: mean(r["loss"]) for r in records},
         accuracy=Spread.of(accuracy) if accuracy else None,
         lost=Spread.of(lost) if lost else None,
         by_task={task: sum(r["loss"][task] for r in records) / len(records) for task in tasks},

@@ -68,7 +68,7 @@ def section(group: Group, everything: Sequence[str]) -> str:
     caption = (
         f"On {own['base']}: {len(own['tasks'])} tasks ({', '.join(own['tasks'])}), {steps}, seeds "
         f"{seeds}: loss on the answers, nats a token, and share of right answers; means over seeds "
-        "(least-greatest)."
+        "(least-greatest), ratios on the seeds that both have."
         f" {source(own['tasks'], everything)}"
     )
     return f"## {title}\n\n{caption}\n\n{table([_line(group, own) for own in figures(group)])}"
@@ -95,7 +95,8 @@ def _sources(tasks: Sequence[str]) -> list[str]:
 def _line(group: Group, own: Figures) -> Row:
     row: Row = {"model": own.model, "rate": own.rate, "loss": own.loss.text()}
     if group.part in ("joint", "interference"):
-        row["over the best LoRA"] = f"{own.loss.mean / group.best_single:.4f}"
+        row["seeds"] = len(own.by_seed)
+        row["over the best LoRA"] = f"{group.over_best_single(own):.4f}"
         row["trainable, M"] = own.parameters / 1e6
     else:
         row["over the oracle"] = f"{own.loss.mean / group.oracle:.4f}"
@@ -126,9 +127,11 @@ def _targets(group: Group, several: bool) -> list[Row]:
         )
 
     if group.part == "joint" and group.mixtures and group.singles:
-        best = min(group.mixtures, key=lambda own: own.loss.mean)
+        most = max(len(own.by_seed) for own in group.mixtures)
+        complete = [own for own in group.mixtures if len(own.by_seed) == most]
+        best = min(complete, key=lambda own: own.loss.mean)
         goal = 1.0 if set(group.settings["tasks"]) <= set(DOMAINS) else 0.96
-        row(f"{best.model} over the best LoRA", best.loss.mean / group.best_single, goal)
+        row(f"{best.model} over the best LoRA", group.over_best_single(best), goal)
     if group.part == "interference":
         for own in group.mixtures:
             equal = group.equal_to(own.model)

@@ -276,3 +276,17 @@ def test_slices_are_orthogonal_and_routers_have_a_rate_of_their_own(tmp_path):
     assert routers["lr"] == 5e-4 and len(routers["params"]) == 4
     counted = sum(p.numel() for group in (experts, routers) for p in group["params"])
     assert counted == training.count_trainable(model)
+
+
+def test_ratios_are_of_the_seeds_that_both_models_have():
+    def record(model, seed, loss, single):
+        settings = {"part": "joint", "case": "", "seed": seed, "evaluated": "test", "rate": 1e-3}
+        settings |= {"single": single, "name": model, "tasks": ["t"]}
+        return {"settings": settings, "model": model, "loss": {"t": loss}}
+
+    records = [record("LoRA r=4", seed, loss, True) for seed, loss in enumerate((1.0, 3.0))]
+    # The first seed is the easier one: no reason to take this for the better LoRA.
+    records += [record("LoRA r=8", 0, 1.1, True), record("mixture", 0, 0.9, False)]
+    (group,) = groups(records)
+    ratios = {own.model: group.over_best_single(own) for own in (*group.singles, *group.mixtures)}
+    assert ratios == pytest.approx({"LoRA r=4": 1.0, "LoRA r=8": 1.1, "mixture": 0.9})
