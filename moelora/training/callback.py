@@ -56,14 +56,23 @@ class MoeLoraCallback(TrainerCallback):
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         mixture = _mixture_of(model)
         # Where no num_items_in_batch reaches the model, the loop takes means and divides their sum.
-        step = state.global_step - self._epoch_start
-        mixture.mean_loss_scale = scale / _micro_batches(args, step, train_dataloader)
+        mixture.mean_loss_scale = scale / self._micro_batches(args, state, train_dataloader)
         # Of TRL's SFTConfig.
         mixture.loss_is_token_mean = getattr(args, "loss_type", None) == "nll"
         if args.average_tokens_across_devices:
             # Trainer multiplies the loss by this, because DDP averages the gradients.
             scale *= args.world_size
         mixture.loss_scale = scale
+
+    def _micro_batches(self, args: Any, state: Any, dataloader: Any) -> int:
+        """How many micro-batches this step has: the last one of an epoch may have fewer."""
+        most = getattr(args, "gradient_accumulation_steps", 1)
+        batches = _length_of(dataloader)
+        if batches is None:
+            # None is known to be the last.
+            return most
+        left = batches - (state.global_step - self._epoch_start) * most
+        return left if 0 < left < most else most
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Add up who was chosen."""
@@ -117,15 +126,6 @@ class MoeLoraCallback(TrainerCallback):
         self._has_warned = bool(words)
         if words and is_main:
             logger.warning(words)
-
-
-def _micro_batches(args: Any, step: int, dataloader: Any) -> int:
-    """How many micro-batches step number `step` of an epoch has: the last one may have fewer."""
-    most = getattr(args, "gradient_accumulation_steps", 1)
-    batches = _length_of(dataloader)
-    # Of unknown length, none is known to be the last.
-    left = most if batches is None else batches - step * most
-    return left if 0 < left < most else most
 
 
 def _length_of(dataloader: Any) -> int | None:
