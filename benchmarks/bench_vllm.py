@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from vllm import LLM, SamplingParams, __version__
 from vllm.lora.request import LoRARequest
 
@@ -42,20 +41,6 @@ CANDIDATES = (BASE, MIXTURE, LORA)
 TARGETS = {"prefill": 0.80, "decode, 8 requests": 0.75, "decode, 1 request": 0.78}
 # How far the engine's log-probabilities may be from those of `generate`, fp32.
 TOLERANCE = 1e-3
-
-
-def tiny_base(num_layers: int) -> PreTrainedModel:
-    """A random base, fit for a test: vLLM's attention on a CPU takes heads of 32 and more."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -131,8 +116,7 @@ class Engine:
 
 def engines(settings: argparse.Namespace, folder: Path) -> dict[str, Engine]:
     """All candidates over one base, checked."""
-    is_tiny = settings.base == "tiny"
-    base = tiny_base(settings.layers) if is_tiny else load_base(settings.base, settings.layers)
+    base = load_base(settings.base, settings.layers)
     made = {}
     said = {}
     for candidate in CANDIDATES:

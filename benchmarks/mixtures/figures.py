@@ -88,11 +88,9 @@ class Group:
         seeds that both have, since one seed's rows and start are harder than another's; NaN
         without any.
         """
-        most = max((len(lora.by_seed) for lora in self.singles), default=0)
-        complete = [lora for lora in self.singles if len(lora.by_seed) == most]
-        best = min(complete, key=lambda lora: lora.loss.mean, default=own)
-        common = own.by_seed.keys() & best.by_seed.keys()
-        if not complete or not common:
+        best = best_of(self.singles)
+        common = set() if best is None else own.by_seed.keys() & best.by_seed.keys()
+        if best is None or not common:
             return float("nan")
         return sum(own.by_seed[s] for s in common) / sum(best.by_seed[s] for s in common)
 
@@ -106,6 +104,11 @@ class Group:
         """The single LoRA with a mixture's trainable parameters, if it was measured."""
         ending = f"parameters of {mixture}"
         return next((own for own in self.singles if own.model.endswith(ending)), None)
+
+
+def best_of(models: Sequence[Figures]) -> Figures | None:
+    """The model of the lowest loss among those with the most seeds; None of none."""
+    return min(models, key=lambda own: (-len(own.by_seed), own.loss.mean), default=None)
 
 
 def groups(records: Sequence[Record]) -> list[Group]:

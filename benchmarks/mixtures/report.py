@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.bench_routing import CORPUS, HARDER, NAMES, SOURCE
 from benchmarks.harness import table
 from benchmarks.mixtures import existing, sequential
-from benchmarks.mixtures.figures import Figures, Group, figures, groups
+from benchmarks.mixtures.figures import Figures, Group, best_of, figures, groups
 from benchmarks.mixtures.plots import plot_interference, plot_joint
 from benchmarks.mixtures.store import Store
 from benchmarks.routing.tasks import DOMAINS
@@ -126,10 +126,8 @@ def _targets(group: Group, several: bool) -> list[Row]:
             }
         )
 
-    if group.part == "joint" and group.mixtures and group.singles:
-        most = max(len(own.by_seed) for own in group.mixtures)
-        complete = [own for own in group.mixtures if len(own.by_seed) == most]
-        best = min(complete, key=lambda own: own.loss.mean)
+    best = best_of(group.mixtures)
+    if group.part == "joint" and best is not None and group.singles:
         goal = 1.0 if set(group.settings["tasks"]) <= set(DOMAINS) else 0.96
         row(f"{best.model} over the best LoRA", group.over_best_single(best), goal)
     if group.part == "interference":

@@ -5,12 +5,13 @@ experts acted on it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 
 # Where the engine's own requests are, among what vLLM keeps for each forward pass.
@@ -60,6 +61,28 @@ class Rows(NamedTuple):
     start: int
     stop: int
     before: int
+
+
+class Checks:
+    """The part of a logits processor, V1's or V2's, that vLLM asks whether it may take a request.
+
+    Attributes:
+        read: what the parameters of a request decide; see `choices`.
+    """
+
+    read: Callable[[SamplingParams | None], Any]
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a request before it is queued.
+
+        Args:
+            sampling_params: of the request.
+
+        Raises:
+            ValueError: it asks for what this mixture does not have.
+        """
+        cls.read(sampling_params)
 
 
 class Requests(ABC):

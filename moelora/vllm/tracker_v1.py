@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from .requests import Request, Requests, Rows
+from .requests import Checks, Request, Requests, Rows
 
 
-class TrackerV1(LogitsProcessor, Requests):
+class TrackerV1(Checks, LogitsProcessor, Requests):
     """A logits processor that leaves logits alone: the documented way to see requests come, move
     and go.
-
-    Attributes:
-        read: what the parameters of a request decide; see `choices`.
     """
-
-    read: Callable[[SamplingParams | None], Any]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         Requests.__init__(self, vllm_config)
         self.slots: dict[int, Request] = {}
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request before it is queued.
-
-        Args:
-            sampling_params: of the request.
-
-        Raises:
-            ValueError: it asks for what this mixture does not have.
-        """
-        cls.read(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         """Greedy sampling need not ask."""

@@ -12,30 +12,13 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
-from .requests import Request, Requests, Rows
+from .requests import Checks, Request, Requests, Rows
 
 
-class ValidatorV2(LogitsProcessor):
+class ValidatorV2(Checks, LogitsProcessor):
     """A logits processor that leaves logits alone, since these are what vLLM asks whether it may
     take a request.
-
-    Attributes:
-        read: what the parameters of a request decide; see `choices`.
     """
-
-    read: Callable[[SamplingParams | None], Any]
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request before it is queued.
-
-        Args:
-            sampling_params: of the request.
-
-        Raises:
-            ValueError: it asks for what this mixture does not have.
-        """
-        cls.read(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """No request's logits change.
